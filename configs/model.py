@@ -1,0 +1,362 @@
+"""The architectures side by side, and for each the table of its tensors (AXES).
+
+One table, four readers: `parallel` cuts by it, `growth` enlarges by it, `convert` lays formats out by
+it, `plan` counts by it; a model checks itself against it. A tensor is its operation, its factored
+axes and the residual stream that it reads or writes:
+
+    embed.tokens.weight              lookup  vocab            x embed            -> dec
+    decoder.layers.3.self.q.weight   linear  heads,head_dim   x embed       dec ->
+    decoder.layers.3.self.o.weight   linear  embed            x heads,head_dim   -> dec
+
+The distinction between a reader and a writer matters to growth: of two matrices of one shape the
+writer is repeated and the reader is divided.
+
+Sources: CPM-1 (Zhang et al., CPM: A Large-scale Generative Chinese Pre-trained Language Model);
+T5 PEGASUS (Su, kexue.fm/archives/8209); RoFormer (Su, kexue.fm/archives/8265) and v2 (8998).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CPMConfig:
+    """A GPT-2 decoder as CPM-1 trained it: pre-LN, learned positions, tanh GELU, tied head."""
+
+    family: Literal["cpm"]
+    """The architecture."""
+    vocab: int
+    """Rows of the token embedding; at least the tokenizer's vocabulary."""
+    hidden: int
+    """Width of the residual stream."""
+    layers: int
+    """Transformer blocks."""
+    heads: int
+    """Attention heads."""
+    head_dim: int
+    """Width of a head; free of hidden / heads."""
+    ffn: int
+    """Width of the feed-forward layer."""
+    positions: int = 1024
+    """Learned positions: the longest sequence."""
+    norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    dropout: float = 0.1
+    """On the embeddings and on what each sub-layer adds."""
+    attention_dropout: float = 0.1
+    """On the attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of a fresh matrix; outputs are divided by sqrt(2 x layers)."""
+    softmax_scale: float | None = None
+    """Attention scores are multiplied by this; null means head_dim ** -0.5."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this."""
+
+    def problems(self) -> list[str]:
+        """Sizes that make no model."""
+        return _size_problems(
+            self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "positions")
+        )
+
+
+@dataclass(frozen=True)
+class T5PegasusConfig:
+    """mT5.1.1 as T5 PEGASUS trained it; its three deviations from mesh-tensorflow are options."""
+
+    family: Literal["t5_pegasus"]
+    """The architecture."""
+    vocab: int
+    """Rows of the shared embedding and of the untied head."""
+    hidden: int
+    """Width of both residual streams."""
+    layers: int
+    """Blocks of the encoder, and of the decoder."""
+    heads: int
+    """Attention heads."""
+    head_dim: int
+    """Width of a head; T5's d_kv."""
+    ffn: int
+    """Width of the gated feed-forward layer."""
+    buckets: int = 32
+    """Relative-position buckets of each stack's bias table."""
+    max_distance: int = 128
+    """Distance from which the last bucket serves."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    dropout: float = 0.1
+    """On embeddings, sub-layer outputs and the gated activation."""
+    attention_dropout: float = 0.1
+    """On the attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of a fresh matrix."""
+    activation: Literal["gelu_erf", "gelu_tanh"] = "gelu_erf"
+    """Deviation 1: bert4keras trained with erf, mT5 with tanh."""
+    cross_position_bias: bool = True
+    """Deviation 2: the decoder's self-attention bias is added to cross-attention too."""
+    logit_scale: float | None = None
+    """Deviation 3: the untied head is scaled; null means hidden ** -0.5, 1.0 is mT5's."""
+    softmax_scale: float | None = 1.0
+    """T5 does not scale attention scores."""
+
+    def problems(self) -> list[str]:
+        """Sizes that make no model."""
+        return _size_problems(
+            self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "buckets")
+        )
+
+
+@dataclass(frozen=True)
+class RoFormerConfig:
+    """A masked-LM encoder with interleaved rotary positions; v1 is post-LN BERT, v2 is gain-free."""
+
+    family: Literal["roformer"]
+    """The architecture."""
+    version: Literal[1, 2]
+    """1: LayerNorm, biases, GELU, MLM head; 2: RMSNorm without gain, no bias, ReLU, bare head."""
+    vocab: int
+    """Rows of the token embedding, tied to the head."""
+    hidden: int
+    """Width of the residual stream."""
+    layers: int
+    """Transformer blocks."""
+    heads: int
+    """Attention heads."""
+    head_dim: int
+    """Width of a head; even, the rotation turns pairs."""
+    ffn: int
+    """Width of the feed-forward layer."""
+    segments: int = 2
+    """Rows of the segment embedding."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-12
+    """Epsilon of every norm."""
+    dropout: float = 0.1
+    """On the embeddings and on what each sub-layer adds."""
+    attention_dropout: float = 0.1
+    """On the attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of a fresh matrix (v1; v2 has its own rule, kexue.fm/archives/8998)."""
+    softmax_scale: float | None = None
+    """Attention scores are multiplied by this; null means head_dim ** -0.5."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this."""
+
+    def problems(self) -> list[str]:
+        """Sizes that make no model."""
+        found = _size_problems(
+            self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "segments")
+        )
+        if self.head_dim % 2:
+            found.append(f"head_dim: is {self.head_dim}, rotary positions need an even number")
+        return found
+
+
+ModelConfig = CPMConfig | T5PegasusConfig | RoFormerConfig
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One logical tensor of an architecture."""
+
+    name: str
+    """Its name in the model and in every checkpoint."""
+    op: Literal["lookup", "linear", "vector", "table", "norm"]
+    """What it does."""
+    out: tuple[str, ...]
+    """Factored axes of dimension 0."""
+    in_: tuple[str, ...] = ()
+    """Factored axes of dimension 1; empty for a one-dimensional tensor."""
+    reads: str | None = None
+    """The residual stream that it reads: enc or dec."""
+    writes: str | None = None
+    """The residual stream that it writes."""
+    tied_to: str | None = None
+    """The operation that uses the same tensor a second time ("head": it also reads the stream)."""
+    init: Literal["normal", "output", "zeros", "ones"] = "normal"
+    """How a fresh one is drawn; see init_std()."""
+    decay: bool = True
+    """Whether weight decay applies."""
+    partial: bool = False
+    """Replicated but used inside the region that tensor parallelism splits: gradients are summed."""
+    layer: int | None = None
+    """The block that it belongs to."""
+
+
+SPLIT_AXES = frozenset({"heads", "ffn", "vocab"})
+HEADS = ("heads", "head_dim")
+EMBED = ("embed",)
+
+
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Every logical tensor of the architecture, in the model's own order."""
+    if isinstance(config, CPMConfig):
+        return tuple(_cpm(config))
+    if isinstance(config, T5PegasusConfig):
+        return tuple(_t5_pegasus(config))
+    return tuple(_roformer(config))
+
+
+def _cpm(config: CPMConfig) -> Iterator[Tensor]:
+    yield Tensor("embed.tokens.weight", "lookup", ("vocab",), EMBED, writes="dec", tied_to="head")
+    yield Tensor("embed.positions.weight", "lookup", ("positions",), EMBED, writes="dec")
+    for i in range(config.layers):
+        at = f"decoder.layers.{i}"
+        yield from _norm(f"{at}.self_norm", "dec", True, i)
+        yield from _attention(f"{at}.self", "dec", "dec", True, i)
+        yield from _norm(f"{at}.ffn_norm", "dec", True, i)
+        yield from _ffn(f"{at}.ffn", "dec", ("up",), True, i)
+    yield from _norm("decoder.final_norm", "dec", True, None)
+
+
+def _t5_pegasus(config: T5PegasusConfig) -> Iterator[Tensor]:
+    yield Tensor("embed.tokens.weight", "lookup", ("vocab",), EMBED, writes="enc+dec")
+    for stack, stream in (("encoder", "enc"), ("decoder", "dec")):
+        yield Tensor(
+            f"{stack}.position_bias.weight", "table", ("buckets",), ("heads",), decay=False
+        )
+        for i in range(config.layers):
+            at = f"{stack}.layers.{i}"
+            yield from _norm(f"{at}.self_norm", stream, False, i)
+            yield from _attention(f"{at}.self", stream, stream, False, i)
+            if stack == "decoder":
+                yield from _norm(f"{at}.cross_norm", "dec", False, i)
+                yield from _attention(f"{at}.cross", "dec", "enc", False, i)
+            yield from _norm(f"{at}.ffn_norm", stream, False, i)
+            yield from _ffn(f"{at}.ffn", stream, ("gate", "up"), False, i)
+        yield from _norm(f"{stack}.final_norm", stream, False, None)
+    yield Tensor("head.weight", "linear", ("vocab",), EMBED, reads="dec")
+
+
+def _roformer(config: RoFormerConfig) -> Iterator[Tensor]:
+    v1 = config.version == 1
+    yield Tensor("embed.tokens.weight", "lookup", ("vocab",), EMBED, writes="enc", tied_to="head")
+    yield Tensor("embed.segments.weight", "lookup", ("segments",), EMBED, writes="enc")
+    if v1:
+        yield from _norm("embed.norm", "enc", True, None)
+    for i in range(config.layers):
+        at = f"encoder.layers.{i}"
+        yield from _attention(f"{at}.self", "enc", "enc", v1, i)
+        if v1:
+            yield from _norm(f"{at}.self_norm", "enc", True, i)
+        yield from _ffn(f"{at}.ffn", "enc", ("up",), v1, i)
+        if v1:
+            yield from _norm(f"{at}.ffn_norm", "enc", True, i)
+    if v1:
+        yield Tensor("head.dense.weight", "linear", EMBED, EMBED, reads="enc", writes="head")
+        yield Tensor("head.dense.bias", "vector", EMBED, writes="head", init="zeros", decay=False)
+        yield from _norm("head.norm", "head", True, None)
+        yield Tensor("head.bias", "vector", ("vocab",), init="zeros", decay=False)
+
+
+def _norm(at: str, stream: str, bias: bool, layer: int | None) -> Iterator[Tensor]:
+    yield Tensor(f"{at}.weight", "norm", EMBED, (), stream, init="ones", decay=False, layer=layer)
+    if bias:
+        yield Tensor(
+            f"{at}.bias", "norm", EMBED, (), stream, init="zeros", decay=False, layer=layer
+        )
+
+
+def _linear(
+    at: str,
+    out: tuple[str, ...],
+    in_: tuple[str, ...],
+    bias: bool,
+    layer: int,
+    *,
+    reads: str | None = None,
+    writes: str | None = None,
+) -> Iterator[Tensor]:
+    init: Literal["output", "normal"] = "output" if writes else "normal"
+    yield Tensor(f"{at}.weight", "linear", out, in_, reads, writes, init=init, layer=layer)
+    if bias:
+        yield Tensor(
+            f"{at}.bias", "vector", out, (), None, writes, init="zeros", decay=False, layer=layer
+        )
+
+
+def _attention(at: str, queries: str, keys: str, bias: bool, layer: int) -> Iterator[Tensor]:
+    yield from _linear(f"{at}.q", HEADS, EMBED, bias, layer, reads=queries)
+    yield from _linear(f"{at}.k", HEADS, EMBED, bias, layer, reads=keys)
+    yield from _linear(f"{at}.v", HEADS, EMBED, bias, layer, reads=keys)
+    yield from _linear(f"{at}.o", EMBED, HEADS, bias, layer, writes=queries)
+
+
+def _ffn(at: str, stream: str, inward: tuple[str, ...], bias: bool, layer: int) -> Iterator[Tensor]:
+    for name in inward:
+        yield from _linear(f"{at}.{name}", ("ffn",), EMBED, bias, layer, reads=stream)
+    yield from _linear(f"{at}.down", EMBED, ("ffn",), bias, layer, writes=stream)
+
+
+def axis_size(config: ModelConfig, axis: str) -> int:
+    """Length of a factored axis."""
+    return int(getattr(config, "hidden" if axis == "embed" else axis))
+
+
+def shape(config: ModelConfig, tensor: Tensor) -> tuple[int, ...]:
+    """Logical shape: one number a dimension, factored axes multiplied."""
+    dims = (tensor.out, tensor.in_) if tensor.in_ else (tensor.out,)
+    return tuple(prod(axis_size(config, axis) for axis in axes) for axes in dims)
+
+
+def split_dim(tensor: Tensor) -> int | None:
+    """The dimension that tensor parallelism cuts, or None for a replicated tensor."""
+    for dim, axes in enumerate((tensor.out, tensor.in_)):
+        if SPLIT_AXES & set(axes) and not (dim == 0 and tensor.op == "table"):
+            return dim
+    return None
+
+
+def local_shape(config: ModelConfig, tensor: Tensor, parallel: int) -> tuple[int, ...]:
+    """Shape on one of `parallel` tensor-parallel ranks; the axes must divide (see split_problems)."""
+    whole, cut = shape(config, tensor), split_dim(tensor)
+    return tuple(n // parallel if dim == cut else n for dim, n in enumerate(whole))
+
+
+def split_problems(config: ModelConfig, parallel: int) -> list[str]:
+    """Why the model cannot be cut over `parallel` ranks; a sentence for each axis."""
+    return [
+        f"{axis}: is {axis_size(config, axis)}, not divisible by parallel.tensor={parallel}; "
+        f"the nearest that is: {_nearest(axis_size(config, axis), parallel)} (不能整除)"
+        for axis in sorted(SPLIT_AXES)
+        if axis_size(config, axis) % parallel
+    ]
+
+
+def _nearest(size: int, divisor: int) -> int:
+    return max(1, round(size / divisor)) * divisor
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model, tied tensors once."""
+    return sum(prod(shape(config, tensor)) for tensor in tensors(config))
+
+
+def init_std(config: ModelConfig, tensor: Tensor) -> float:
+    """Standard deviation of a fresh `normal` or `output` tensor.
+
+    GPT-2's rule for CPM (outputs / sqrt(2 layers)); RoFormer v2's 1 / sqrt(fan x layers) with fan the
+    smaller-roled dimension of kexue.fm/archives/8998; the plain value for the rest.
+    """
+    if isinstance(config, RoFormerConfig) and config.version == 2:
+        rows, columns = shape(config, tensor)
+        fan = rows if tensor.op == "lookup" and 10 <= rows <= 10000 else columns
+        return float((fan * config.layers) ** -0.5)
+    if isinstance(config, CPMConfig) and tensor.init == "output":
+        return float(config.init_std * (2 * config.layers) ** -0.5)
+    return config.init_std
+
+
+def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
+    found = [
+        f"{n}: is {getattr(config, n)}, must be at least 1" for n in names if getattr(config, n) < 1
+    ]
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            found.append(f"{name}: is {getattr(config, name)}, must lie in [0, 1)")
+    for name in ("norm_eps", "init_std"):
+        if getattr(config, name) <= 0:
+            found.append(f"{name}: is {getattr(config, name)}, must be above 0")
+    return found

@@ -1,0 +1,335 @@
+"""A training run on one page: what `deepspeed pretrain/train.py CONFIG` reads.
+
+    model, objective, data, batch, optimizer, schedule, parallel, precision, recompute, run, stages, init
+
+The whole page is opened once, in train(); every other room gets its own section. A run is a list of
+stages; a file that names none has one. Progress is not here: it lives in the run folder.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from configs.load import ConfigError, from_dict, to_dict
+from configs.model import CPMConfig, ModelConfig, split_problems
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the model learns to predict."""
+
+    name: Literal["causal"] = "causal"
+    """causal: the next token."""
+    document_boundaries: bool = True
+    """Attention and positions stay inside a document; false lets a row read across borders."""
+
+
+@dataclass(frozen=True)
+class CorpusShare:
+    """One corpus of the mixture."""
+
+    corpus: str
+    """The folder that `python -m launch corpus` made (its data.out)."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other weights."""
+
+    def problems(self) -> list[str]:
+        """A weight that means nothing."""
+        return [] if self.weight > 0 else [f"weight: is {self.weight}, must be above 0"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which tokens, in rows of what length."""
+
+    train: tuple[CorpusShare, ...]
+    """The mixture; its valid splits are the validation data."""
+    seq_len: int
+    """Tokens of a row (a sample)."""
+
+    def problems(self) -> list[str]:
+        """A mixture without corpora, a row without tokens."""
+        found = [] if self.train else ["train: names no corpus; give a list of {corpus: FOLDER}"]
+        return found + (
+            [] if self.seq_len > 0 else [f"seq_len: is {self.seq_len}, must be above 0"]
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How much is learnt from at a step; devices and accumulation are derived, never asked for."""
+
+    micro: int
+    """Rows that a device holds in one forward pass."""
+    samples: int | None = None
+    """Rows of a step, over all devices; any number, it need not divide."""
+    tokens: int | None = None
+    """The same in tokens: samples = tokens / data.seq_len, rounded down."""
+
+    def problems(self) -> list[str]:
+        """Exactly one of samples and tokens, and a micro-batch."""
+        found = [] if self.micro > 0 else [f"micro: is {self.micro}, must be at least 1"]
+        if (self.samples is None) == (self.tokens is None):
+            found.append("samples, tokens: give exactly one of them (二者择一)")
+        for name in ("samples", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name}: is {value}, must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule."""
+
+    lr: float
+    """Peak learning rate."""
+    name: Literal["adamw"] = "adamw"
+    """AdamW with decoupled decay."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Applied to matrices and embeddings, not to norms and biases."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 clips nothing."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        found = [] if self.lr > 0 else [f"lr: is {self.lr}, must be above 0"]
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name}: is {getattr(self, name)}, must lie in [0, 1)")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}: is {getattr(self, name)}, must not be negative")
+        return found + ([] if self.eps > 0 else [f"eps: is {self.eps}, must be above 0"])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the steps of the whole run."""
+
+    name: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warm up, stay, decay; cosine: warm up, then a half cosine; constant: warm up, stay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """wsd: steps of decay at the end of the run."""
+    decay: Literal["linear", "sqrt"] = "linear"
+    """wsd: the shape of the decay; sqrt is 1 - sqrt(progress)."""
+    min_ratio: float = 0.1
+    """The last learning rate, as a share of the peak."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        found = [
+            f"{name}: is {getattr(self, name)}, must not be negative"
+            for name in ("warmup_steps", "decay_steps")
+            if getattr(self, name) < 0
+        ]
+        if not 0 <= self.min_ratio <= 1:
+            found.append(f"min_ratio: is {self.min_ratio}, must lie in [0, 1]")
+        return found
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the model lies on the devices."""
+
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are partitioned."""
+    tensor: int = 1
+    """Devices that share each matrix."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        return [] if self.tensor > 0 else [f"tensor: is {self.tensor}, must be at least 1"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, how long it is and what it writes."""
+
+    out: str
+    """The run folder; a run that finds a checkpoint there resumes."""
+    steps: int | None = None
+    """Optimizer steps; leave it out where stages say theirs."""
+    seed: int = 1
+    """Decides the fresh weights, the order of the data and the dropout."""
+    log_every_steps: int = 10
+    """Steps between progress lines (metrics.jsonl has every step)."""
+    validate_every_steps: int = 0
+    """Steps between validations; 0 validates at the end only."""
+    validate_samples: int = 64
+    """Rows of the validation data that are measured, always the same ones."""
+    save_every_steps: int = 0
+    """Steps between checkpoints; 0 saves at stage borders and at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; those at stage borders stay."""
+    prompt: str = ""
+    """A text that the model continues at each validation; empty: the first words of the valid split."""
+    threads: int = 0
+    """CPU threads of a process; 0: the cores divided by the processes (recorded with the run)."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        counts = ("log_every_steps", "keep_checkpoints", "validate_samples")
+        found = [
+            f"{n}: is {getattr(self, n)}, must be at least 1"
+            for n in counts
+            if getattr(self, n) < 1
+        ]
+        for name in ("validate_every_steps", "save_every_steps", "threads"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}: is {getattr(self, name)}, must not be negative")
+        if self.steps is not None and self.steps < 1:
+            found.append(f"steps: is {self.steps}, must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the run; what it changes is applied to the one logical state at its border."""
+
+    steps: int
+    """Optimizer steps of this stage."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Sizes that differ from the stage before, e.g. {layers: 24}: the model is grown to them."""
+
+    def problems(self) -> list[str]:
+        """A stage without steps."""
+        return [] if self.steps > 0 else [f"steps: is {self.steps}, must be at least 1"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """What a new run starts from."""
+
+    from_: str
+    """A checkpoint or run folder (grown, extended, converted ...)."""
+    what: Literal["weights", "all"] = "weights"
+    """weights: a new optimizer and step 0; all: moments and progress too."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The page."""
+
+    model: ModelConfig
+    """The architecture and its sizes, often by `base: ../sizes/cpm/small.yaml`."""
+    data: Data
+    """Corpora and row length."""
+    batch: Batch
+    """Rows of a step and of a pass."""
+    optimizer: Optimizer
+    """The update rule."""
+    run: Run
+    """Folder, length, rhythm."""
+    objective: Objective = Objective()
+    """What is predicted."""
+    schedule: Schedule = Schedule()
+    """The learning rate."""
+    parallel: Parallel = Parallel()
+    """ZeRO stage and tensor parallelism."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of forward and backward; masters, moments and gradient sums are fp32."""
+    recompute: Literal["none", "full", "sublayer"] = "none"
+    """What is kept for the backward pass: everything, a block's input, each sub-layer's input."""
+    stages: tuple[Stage, ...] = ()
+    """The stages; none means one of run.steps steps."""
+    init: Init | None = None
+    """Where to start from; null draws fresh weights."""
+
+    def problems(self) -> list[str]:
+        """What no single section can see."""
+        found: list[str] = []
+        if not self.stages and self.run.steps is None:
+            found.append("run.steps: must be given (or stages, each with its steps)")
+        total = sum(stage.steps for stage in self.stages)
+        if self.stages and self.run.steps not in (None, total):
+            found.append(
+                f"run.steps: is {self.run.steps}, the stages add up to {total}; leave one out"
+            )
+        steps = total or self.run.steps or 0
+        spent = self.schedule.warmup_steps + (
+            self.schedule.decay_steps if self.schedule.name == "wsd" else 0
+        )
+        if steps and spent > steps:
+            found.append(f"schedule: warm-up and decay take {spent} steps, the run has {steps}")
+        if self.batch.tokens is not None and self.batch.tokens < self.data.seq_len:
+            found.append(
+                f"batch.tokens: is {self.batch.tokens}, less than one row of {self.data.seq_len} tokens"
+            )
+        for number in range(max(1, len(self.stages))):
+            try:
+                model = stage_model(self, number)
+            except ConfigError as error:
+                found.append(str(error))
+                continue
+            where = f"stages.{number}.model" if number else "model"
+            found += [f"{where}.{s}" for s in split_problems(model, self.parallel.tensor)]
+            if isinstance(model, CPMConfig) and self.data.seq_len > model.positions:
+                found.append(
+                    f"data.seq_len: is {self.data.seq_len}, {where}.positions has {model.positions} "
+                    "rows; shorten the rows or extend the model"
+                )
+        return found
+
+
+def stages(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run; one of run.steps steps where the page names none."""
+    return config.stages or (Stage(steps=config.run.steps or 0),)
+
+
+def stage_model(config: RunConfig, number: int) -> ModelConfig:
+    """The model as it is in stage `number`; ConfigError for sizes that make none."""
+    data = to_dict(config.model)
+    for index, stage in enumerate(stages(config)[: number + 1]):
+        if stage.model:
+            data = to_dict(_changed(data, stage.model, f"stages.{index}.model"))
+    return _changed(data, {}, "model")
+
+
+def _changed(data: dict[str, Any], changes: dict[str, Any], where: str) -> ModelConfig:
+    @dataclass(frozen=True)
+    class Holder:
+        model: ModelConfig
+
+    if changes.get("family", data["family"]) != data["family"]:
+        raise ConfigError(f"{where}.family: a {data['family']} cannot become a {changes['family']}")
+    try:
+        return from_dict(Holder, {"model": {**data, **changes}}).model
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.", f"{where}.", 1)) from None
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return sum(stage.steps for stage in stages(config))
+
+
+def step_samples(config: RunConfig) -> int:
+    """Rows of one optimizer step, over all devices."""
+    if config.batch.samples is not None:
+        return config.batch.samples
+    return (config.batch.tokens or 0) // config.data.seq_len
+
+
+def with_threads(config: RunConfig, threads: int) -> RunConfig:
+    """The same page with the number of threads that was really used."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, threads=threads))
+
+
+def world_problems(config: RunConfig, world: int) -> list[str]:
+    """Why this run cannot live on `world` processes."""
+    found = []
+    if world % config.parallel.tensor:
+        found.append(
+            f"parallel.tensor: is {config.parallel.tensor}, {world} processes cannot be divided by it "
+            "(进程数不能整除)"
+        )
+    return found
