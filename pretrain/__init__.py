@@ -1,0 +1,1 @@
+"""TOKENS -> WEIGHTS: order, batches, models, objectives, the engine and its checkpoints."""

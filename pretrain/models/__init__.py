@@ -1,0 +1,1 @@
+"""The architectures, one family a file; plain single-device PyTorch, nothing distributed in here."""
