@@ -1,1 +1,1 @@
-"""WHAT a corpus, a model and a run are. No torch here; this room imports nothing of ours but itself."""
+"""WHAT a corpus, a model and a run are. No torch here, and nothing of ours but this room."""

@@ -2,11 +2,11 @@
 
     file.yaml --base:--> size.yaml        later files and then overrides win, mappings are merged
          |                                every problem of the whole page is gathered, then raised
-         v                                together; an unknown key is shown with its nearest neighbour
+         v                                together; an unknown key is shown with its neighbour
     {"data": {...}} -> typed, frozen dataclasses -> .problems() of each
 
-A section that can be one of several dataclasses (a model is a CPM or a T5 PEGASUS ...) is annotated as
-their union; the literal field that they share (`family`) decides.
+A section that can be one of several dataclasses (a model is a CPM or a T5 PEGASUS ...) is
+annotated as their union; the literal field that they share (`family`) decides.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ MISSING = dataclasses.MISSING
 
 
 class ConfigError(ValueError):
-    """What a user wrote cannot be used; one line for every problem, each naming the key to change."""
+    """What a user wrote cannot be used; a line for every problem, each with the key to change."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,7 +101,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _expand(data: Any, path: Path, seen: tuple[Path, ...]) -> Any:
-    """Lay every mapping over its `base:` files, at any depth (a stage may take its model from one)."""
+    """Lay every mapping over its `base:` files, at any depth (a stage may name a size)."""
     if isinstance(data, list):
         return [_expand(item, path, seen) for item in data]
     if not isinstance(data, dict):

@@ -1,8 +1,8 @@
 """The architectures side by side, and for each the table of its tensors (AXES).
 
-One table, four readers: `parallel` cuts by it, `growth` enlarges by it, `convert` lays formats out by
-it, `plan` counts by it; a model checks itself against it. A tensor is its operation, its factored
-axes and the residual stream that it reads or writes:
+One table, four readers: `parallel` cuts by it, `growth` enlarges by it, `convert` lays formats out
+by it, `plan` counts by it; a model checks itself against it. A tensor is its operation, its
+factored axes and the residual stream that it reads or writes:
 
     embed.tokens.weight              lookup  vocab            x embed            -> dec
     decoder.layers.3.self.q.weight   linear  heads,head_dim   x embed       dec ->
@@ -109,7 +109,7 @@ class T5PegasusConfig:
 
 @dataclass(frozen=True)
 class RoFormerConfig:
-    """A masked-LM encoder with interleaved rotary positions; v1 is post-LN BERT, v2 is gain-free."""
+    """A masked-LM encoder with rotary positions; v1 is post-LN BERT, v2 is gain-free."""
 
     family: Literal["roformer"]
     """The architecture."""
@@ -180,7 +180,7 @@ class Tensor:
     decay: bool = True
     """Whether weight decay applies."""
     partial: bool = False
-    """Replicated but used inside the region that tensor parallelism splits: gradients are summed."""
+    """Replicated but used where tensor parallelism splits: its gradients are summed."""
     layer: int | None = None
     """The block that it belongs to."""
 
@@ -310,7 +310,7 @@ def split_dim(tensor: Tensor) -> int | None:
 
 
 def local_shape(config: ModelConfig, tensor: Tensor, parallel: int) -> tuple[int, ...]:
-    """Shape on one of `parallel` tensor-parallel ranks; the axes must divide (see split_problems)."""
+    """Shape on one of `parallel` tensor-parallel ranks; axes must divide (split_problems)."""
     whole, cut = shape(config, tensor), split_dim(tensor)
     return tuple(n // parallel if dim == cut else n for dim, n in enumerate(whole))
 
@@ -337,8 +337,8 @@ def parameter_count(config: ModelConfig) -> int:
 def init_std(config: ModelConfig, tensor: Tensor) -> float:
     """Standard deviation of a fresh `normal` or `output` tensor.
 
-    GPT-2's rule for CPM (outputs / sqrt(2 layers)); RoFormer v2's 1 / sqrt(fan x layers) with fan the
-    smaller-roled dimension of kexue.fm/archives/8998; the plain value for the rest.
+    GPT-2's rule for CPM (outputs / sqrt(2 layers)); RoFormer v2's 1 / sqrt(fan x layers), fan the
+    input width (kexue.fm/archives/8998); the plain value for the rest.
     """
     if isinstance(config, RoFormerConfig) and config.version == 2:
         rows, columns = shape(config, tensor)

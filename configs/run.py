@@ -1,6 +1,7 @@
 """A training run on one page: what `deepspeed pretrain/train.py CONFIG` reads.
 
-    model, objective, data, batch, optimizer, schedule, parallel, precision, recompute, run, stages, init
+    model, objective, data, batch, optimizer, schedule, parallel, precision, recompute, run,
+    stages, init
 
 The whole page is opened once, in train(); every other room gets its own section. A run is a list of
 stages; a file that names none has one. Progress is not here: it lives in the run folder.
@@ -171,7 +172,9 @@ class Run:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; those at stage borders stay."""
     prompt: str = ""
-    """A text that the model continues at each validation; empty: the first words of the valid split."""
+    """A text that the model continues at each validation; empty: the valid split's first words."""
+    stop_at_step: int = 0
+    """Save and end in good order after this step, as at a time limit; 0 runs to the end."""
     threads: int = 0
     """CPU threads of a process; 0: the cores divided by the processes (recorded with the run)."""
 
@@ -183,7 +186,7 @@ class Run:
             for n in counts
             if getattr(self, n) < 1
         ]
-        for name in ("validate_every_steps", "save_every_steps", "threads"):
+        for name in ("validate_every_steps", "save_every_steps", "stop_at_step", "threads"):
             if getattr(self, name) < 0:
                 found.append(f"{name}: is {getattr(self, name)}, must not be negative")
         if self.steps is not None and self.steps < 1:
@@ -262,7 +265,8 @@ class RunConfig:
             found.append(f"schedule: warm-up and decay take {spent} steps, the run has {steps}")
         if self.batch.tokens is not None and self.batch.tokens < self.data.seq_len:
             found.append(
-                f"batch.tokens: is {self.batch.tokens}, less than one row of {self.data.seq_len} tokens"
+                f"batch.tokens: is {self.batch.tokens}, less than one row of "
+                f"{self.data.seq_len} tokens (data.seq_len)"
             )
         for number in range(max(1, len(self.stages))):
             try:
@@ -274,8 +278,8 @@ class RunConfig:
             found += [f"{where}.{s}" for s in split_problems(model, self.parallel.tensor)]
             if isinstance(model, CPMConfig) and self.data.seq_len > model.positions:
                 found.append(
-                    f"data.seq_len: is {self.data.seq_len}, {where}.positions has {model.positions} "
-                    "rows; shorten the rows or extend the model"
+                    f"data.seq_len: is {self.data.seq_len}, {where}.positions has "
+                    f"{model.positions} rows; shorten the rows or extend the model"
                 )
         return found
 
@@ -329,7 +333,7 @@ def world_problems(config: RunConfig, world: int) -> list[str]:
     found = []
     if world % config.parallel.tensor:
         found.append(
-            f"parallel.tensor: is {config.parallel.tensor}, {world} processes cannot be divided by it "
-            "(进程数不能整除)"
+            f"parallel.tensor: is {config.parallel.tensor}, {world} processes cannot be divided "
+            "by it (进程数不能整除)"
         )
     return found

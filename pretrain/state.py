@@ -58,7 +58,7 @@ class State:
 def fresh(config: ModelConfig, seed: int) -> State:
     """A model that has learnt nothing: each tensor drawn from a generator of (seed, its name).
 
-    The draw depends on neither order nor device count, so every layout starts from the same weights.
+    The draw depends on neither order nor device count: every layout starts from the same weights.
     """
     entries = {}
     for tensor in tensors(config):
