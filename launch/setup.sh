@@ -200,7 +200,7 @@ sys.exit(version != sys.argv[1] or (sys.argv[2] == "cuda" and local == "cpu"))
 }
 
 bajie_install_torch() { # KIND (cpu|cuda)
-    local version
+    local version listed
     version=$(sed -n 's/^torch==//p' "$bajie_root/constraints.txt")
     bajie_has_torch "$version" "$1" && return
     if [[ $1 == cpu ]]; then
@@ -210,8 +210,9 @@ bajie_install_torch() { # KIND (cpu|cuda)
         fi
         if ! bajie_no_index; then
             # Bounded: a network that swallows packets costs 45 s once, a refusal nothing.
-            if timeout 45 "$bajie_venv/bin/python" -m pip index versions torch --index-url "$bajie_cpu_index" --timeout 8 --retries 1 \
-                2>>"$bajie_log" | grep -qF "$version+cpu" &&
+            listed=$(timeout 45 "$bajie_venv/bin/python" -m pip index versions torch --index-url "$bajie_cpu_index" \
+                --timeout 8 --retries 1 2>>"$bajie_log" || true)
+            if [[ $listed == *"$version+cpu"* ]] &&
                 bajie_quietly "torch $version, PyTorch's CPU build (0.2 GB down)" \
                     bajie_pip install --no-deps --index-url "$bajie_cpu_index" --timeout 30 --retries 3 "torch==$version+cpu"; then
                 return
