@@ -284,13 +284,13 @@ bajie_make_venv() { # a folder with a Python that runs, either ours (made afresh
     if [[ -e $bajie_venv/bajie-made && (-e $bajie_venv/bajie-unfinished || ! -x $bajie_venv/bin/python) ]] ||
         { [[ -e $bajie_venv/bajie-made ]] && ! "$bajie_venv/bin/python" -c 'pass' 2>/dev/null; }; then
         bajie_say "an unfinished or moved environment is thrown away: $bajie_venv (清除未完成的环境)"
-        find "$bajie_venv" -mindepth 1 -maxdepth 1 ! -name setup.lock -exec rm -rf -- {} +
+        find "$bajie_venv" -mindepth 1 -maxdepth 1 ! -name setup.lock ! -name caches -exec rm -rf -- {} +
     fi
     if [[ -x $bajie_venv/bin/python ]]; then
         [[ $(bajie_try_python "$bajie_venv/bin/python") == ok* ]] || bajie_stop "the environment $bajie_venv is not of a Python 3.11 to 3.13 that runs: remove it, or set BAJIE_VENV" \
             "该环境的 Python 不可用：请删除它，或设置 BAJIE_VENV"
     else
-        [[ -z $(find "$bajie_venv" -mindepth 1 -maxdepth 1 ! -name setup.lock -print -quit) ]] || bajie_stop "the folder $bajie_venv is neither empty nor a Python environment: set BAJIE_VENV to another" \
+        [[ -z $(find "$bajie_venv" -mindepth 1 -maxdepth 1 ! -name setup.lock ! -name caches -print -quit) ]] || bajie_stop "the folder $bajie_venv is neither empty nor a Python environment: set BAJIE_VENV to another" \
             "目录非空且不是 Python 环境：请另设 BAJIE_VENV"
         python=$(bajie_find_python) || exit 1
         : >"$bajie_venv/bajie-made"
