@@ -182,11 +182,13 @@ bajie_failed() { # WHAT CHINESE: one sentence, with the last complaint of the lo
     bajie_stop "$1${complaint:+: $complaint}; the whole story: $bajie_log" "$2，详见日志"
 }
 
-bajie_own_sources() { # has the user told pip where to look?
-    bajie_pip config list 2>/dev/null | grep -qE '(index-url|find-links|no-index)='
+bajie_pip_says() { # PATTERN: do pip's settings (its files and PIP_*) match? Read whole: a pipe cut short would fail
+    grep -qiE "$1" <<<"$(bajie_pip config list 2>/dev/null || true)"
 }
 
-bajie_no_index() { bajie_pip config list 2>/dev/null | grep -qiE "no-index='?(1|true|yes|on)"; }
+bajie_own_sources() { bajie_pip_says '(index-url|find-links|no-index)='; } # has the user told pip where to look?
+
+bajie_no_index() { bajie_pip_says "no-index='?(1|true|yes|on)"; }
 
 bajie_has_torch() { # VERSION [cpu|cuda]: is this torch here, and of this build?
     "$bajie_venv/bin/python" -c '
