@@ -124,12 +124,14 @@ class Schedule:
     """wsd: the shape of the decay; sqrt is 1 - sqrt(progress)."""
     min_ratio: float = 0.1
     """The last learning rate, as a share of the peak."""
+    steps: int = 0
+    """Steps that the schedule spans; 0: the whole run."""
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""
         found = [
             f"{name}: is {getattr(self, name)}, must not be negative"
-            for name in ("warmup_steps", "decay_steps")
+            for name in ("warmup_steps", "decay_steps", "steps")
             if getattr(self, name) < 0
         ]
         if not 0 <= self.min_ratio <= 1:
@@ -261,8 +263,9 @@ class RunConfig:
         spent = self.schedule.warmup_steps + (
             self.schedule.decay_steps if self.schedule.name == "wsd" else 0
         )
-        if steps and spent > steps:
-            found.append(f"schedule: warm-up and decay take {spent} steps, the run has {steps}")
+        span = self.schedule.steps or steps
+        if steps and spent > span:
+            found.append(f"schedule: warm-up and decay take {spent} steps, it spans {span} steps")
         if self.batch.tokens is not None and self.batch.tokens < self.data.seq_len:
             found.append(
                 f"batch.tokens: is {self.batch.tokens}, less than one row of "

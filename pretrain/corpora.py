@@ -1,0 +1,194 @@
+"""The corpora of a run, opened and checked: they must hold what the run was started on.
+
+    corpus folders --manifest.json, tokenizer/, train.*, valid.*--> rows to train on, to measure
+    sample numbers --order (pretrain/order.py)--> rows --batches (pretrain/batches.py)--> Batch
+
+A corpus that changed since the run began would silently change every later sample, so its content
+is hashed (up to CONTENT_BYTES; beyond that its sizes are compared) and the run refuses.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.load import ConfigError
+from configs.run import Data, Objective
+from data_pipeline import index as corpus_index
+from data_pipeline import tokenizer as corpus_tokenizer
+from pretrain.batches import Batch, CausalRows, read_rows, step_samples
+from pretrain.order import Dataset, Order, dataset_key
+
+CONTENT_BYTES = 8 * 10**9
+"""Up to here the content of a corpus is hashed at every start (1-2 GB/s)."""
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Everything of a run that reads tokens."""
+
+    train: tuple[CausalRows, ...]
+    valid: tuple[CausalRows, ...]
+    order: Order
+    tokenizer: Any
+    tokenizer_folder: Path
+    record: list[dict[str, Any]]
+    """One entry a corpus, kept in every checkpoint: folder, weight, fingerprint, rows."""
+
+    def step(
+        self, first: int, count: int, data_rank: int, data_size: int, micro: int
+    ) -> tuple[list[Batch], list[int]]:
+        """This rank's micro-batches of samples [first, first + count), and their first samples."""
+        parts = step_samples(first, count, data_rank, data_size, micro)
+        batches = []
+        for samples in parts:
+            _, dataset, rows = self.order.locate(samples)
+            batches.append(read_rows(self.train, dataset, rows))
+        return batches, [int(samples[0]) if len(samples) else first + count for samples in parts]
+
+    def measured(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(dataset, row) of `count` validation rows, spread evenly; always the same ones."""
+        sizes = [len(rows) for rows in self.valid]
+        chosen = np.unique(np.linspace(0, sum(sizes) - 1, min(count, sum(sizes))).astype(np.int64))
+        ends = np.cumsum(sizes)
+        dataset = np.searchsorted(ends, chosen, side="right")
+        return dataset.astype(np.int32), chosen - (ends - sizes)[dataset]
+
+    def validation(self, count: int, data_rank: int, data_size: int, micro: int) -> Iterator[Batch]:
+        """This rank's share of the measured rows, in micro-batches; equally many on every rank."""
+        dataset, rows = self.measured(count)
+        for part in step_samples(0, len(rows), data_rank, data_size, micro):
+            yield read_rows(self.valid, dataset[part], rows[part])
+
+    def measured_characters(self, count: int) -> int:
+        """Characters of the text that the measured targets spell (ends of documents left out)."""
+        total = 0
+        dataset, rows = self.measured(count)
+        for number, row in zip(dataset.tolist(), rows.tolist(), strict=True):
+            batch = self.valid[number].batch(np.asarray([row], np.int64))
+            targets = batch.targets_BT[batch.loss_mask_BT].numpy()
+            total += len(self.tokenizer.decode(targets[targets != self.tokenizer.eod_id]))
+        return total
+
+
+def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Corpora:
+    """Open the corpora that a run names.
+
+    Raises ConfigError for a folder that is no corpus, files that do not fit their manifest,
+    tokenizers that differ, or a vocabulary larger than the model's.
+    """
+    folders = [Path(share.corpus) for share in data.train]
+    manifests = [_manifest(folder) for folder in folders]
+    prints = {m["tokenizer"]["fingerprint"]: f for m, f in zip(manifests, folders, strict=True)}
+    if len(prints) > 1:
+        raise ConfigError(
+            f"data.train: the corpora {', '.join(map(str, prints.values()))} were encoded by "
+            "different tokenizers; encode them by one (分词器不一致)"
+        )
+    tokenizer = corpus_tokenizer.load(folders[0] / "tokenizer")
+    if tokenizer.vocab_size > vocab:
+        raise ConfigError(
+            f"model.vocab: is {vocab}, the tokenizer of {folders[0]} has {tokenizer.vocab_size} "
+            "tokens; model.vocab must be at least that (词表过小)"
+        )
+    for folder, manifest in zip(folders, manifests, strict=True):
+        _check_content(folder, manifest)
+
+    def rows(split: str) -> tuple[CausalRows, ...]:
+        return tuple(_rows(folder / split, data, objective, tokenizer) for folder in folders)
+
+    train = rows("train")
+    keys = [dataset_key(m["splits"]["train"]["fingerprint"]) for m in manifests]
+    datasets = [
+        Dataset(len(r), share.weight, key)
+        for r, share, key in zip(train, data.train, keys, strict=True)
+    ]
+    record = [
+        {
+            "corpus": str(folder),
+            "weight": share.weight,
+            "fingerprint": manifest["splits"]["train"]["fingerprint"],
+            "rows": len(r),
+        }
+        for folder, share, manifest, r in zip(folders, data.train, manifests, train, strict=True)
+    ]
+    order = Order(seed, [(0, datasets)])
+    return Corpora(train, rows("valid"), order, tokenizer, folders[0] / "tokenizer", record)
+
+
+def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
+    """What differs between the corpora that a run was started on and those that it finds."""
+    if len(before) != len(now):
+        return [f"data.train: names {len(now)} corpora, the run was started on {len(before)}"]
+    found = []
+    for old, new in zip(before, now, strict=True):
+        if old["fingerprint"] != new["fingerprint"]:
+            found.append(
+                f"data.train: the corpus {new['corpus']} has changed since the run started "
+                f"({old['fingerprint']} then, {new['fingerprint']} now); restore it, or start a "
+                "new run.out with init.from (语料已改变)"
+            )
+        elif (old["rows"], old["weight"]) != (new["rows"], new["weight"]):
+            found.append(
+                f"data.train: {new['corpus']} gives {new['rows']} rows with weight "
+                f"{new['weight']}, the run was started with {old['rows']} and {old['weight']}; "
+                "restore data.seq_len and the weights"
+            )
+    return found
+
+
+def _rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any) -> CausalRows:
+    try:
+        return CausalRows(
+            corpus_index.Index(prefix),
+            data.seq_len,
+            tokenizer.eod_id,
+            tokenizer.pad_id,
+            objective.document_boundaries,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{prefix}: {error}") from None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        for split in ("train", "valid"):
+            manifest["splits"][split]["fingerprint"]
+        manifest["tokenizer"]["fingerprint"]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"data.train: {folder} is no corpus, it has no manifest.json; build it with "
+            "`python -m launch corpus CONFIG` (语料不存在)"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: cannot be read as a corpus manifest (清单已损坏)") from None
+    return dict(manifest)
+
+
+def _check_content(folder: Path, manifest: dict[str, Any]) -> None:
+    paths = [folder / f"{s}{end}" for s in ("train", "valid") for end in (".bin", ".idx")]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(f"data.train: {', '.join(missing)} is missing (文件缺失)")
+    for split in ("train", "valid"):
+        tokens = corpus_index.Index(folder / split).tokens
+        if tokens != manifest["splits"][split]["tokens"]:
+            raise ConfigError(
+                f"{folder / split}.bin/.idx: holds {tokens} tokens, the manifest says "
+                f"{manifest['splits'][split]['tokens']}; build the corpus again (语料与清单不符)"
+            )
+    if sum(path.stat().st_size for path in paths) > CONTENT_BYTES:
+        return
+    for split in ("train", "valid"):
+        want = manifest["splits"][split]["fingerprint"]
+        have = corpus_index.fingerprint(folder / split)
+        if have != want:
+            raise ConfigError(
+                f"{folder / split}.bin/.idx: the content has the fingerprint {have}, the manifest "
+                f"says {want}; build the corpus again (语料内容与清单不符)"
+            )

@@ -1,0 +1,178 @@
+"""How well a checkpoint predicts text, beside counts that need no network.
+
+    python -m launch evaluate CHECKPOINT --task bits --data CORPUS
+
+`bits` measures bits per character on rows of a corpus' valid split: the checkpoint's, a unigram's
+and an interpolated bigram's, the two counted on the train split and asked about the same targets.
+Bits per character compare across tokenizers: the loss in nats / ln 2 / characters of the targets.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.run import CorpusShare, Data, Objective
+from pretrain.corpora import Corpora, open_corpora
+
+Ints = NDArray[np.int64]
+CHUNK = 1 << 24
+"""Tokens counted at a time."""
+BUCKETS = 24
+"""Contexts share an interpolation weight by the power of two of their count."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a stretch of tokens says about single tokens and pairs."""
+
+    single_V: Ints
+    pairs: Ints
+    """Sorted codes previous * vocab + next."""
+    times: Ints
+    """How often each pair stands there."""
+
+
+def count(tokens: Any, stop: int, vocab: int) -> Counts:
+    """Count tokens [0, stop) of an index; memory grows with the distinct pairs."""
+    single_V = np.zeros(vocab, np.int64)
+    pairs, times = np.empty(0, np.int64), np.empty(0, np.int64)
+    for begin in range(0, stop, CHUNK):
+        part = tokens.slice(begin, min(begin + CHUNK + 1, stop)).astype(np.int64)
+        single_V += np.bincount(part[:CHUNK], minlength=vocab)
+        found, often = np.unique(part[:-1] * vocab + part[1:], return_counts=True)
+        pairs, where = np.unique(np.concatenate([pairs, found]), return_inverse=True)
+        merged = np.zeros(len(pairs), np.int64)
+        np.add.at(merged, where, np.concatenate([times, often]))
+        times = merged
+    return Counts(single_V, pairs, times)
+
+
+def unigram(counts: Counts, targets_N: Ints) -> NDArray[np.float64]:
+    """Probability [N] of each target alone, every token counted once more than it was seen."""
+    single_V = counts.single_V + 1
+    return single_V[targets_N] / single_V.sum()
+
+
+def bigram(counts: Counts, context_N: Ints, targets_N: Ints) -> NDArray[np.float64]:
+    """Relative frequency [N] of each target behind its context; 0 where the pair was never seen."""
+    vocab = len(counts.single_V)
+    codes = context_N * vocab + targets_N
+    at = np.minimum(np.searchsorted(counts.pairs, codes), len(counts.pairs) - 1)
+    seen = np.where(counts.pairs[at] == codes, counts.times[at], 0)
+    return seen / np.maximum(counts.single_V[context_N], 1)
+
+
+def fit_weights(counts: Counts, context_N: Ints, targets_N: Ints) -> NDArray[np.float64]:
+    """Interpolation weight of the bigram for each bucket of context counts, by EM on held-out text.
+
+    Jelinek and Mercer 1980: the share of the bigram in explaining text that was not counted.
+    """
+    bucket_N = _bucket(counts, context_N)
+    both = bigram(counts, context_N, targets_N)
+    alone = unigram(counts, targets_N)
+    weights = np.full(BUCKETS, 0.5)
+    for _ in range(30):
+        mine = weights[bucket_N]
+        share = mine * both / (mine * both + (1 - mine) * alone)
+        sums = np.bincount(bucket_N, share, BUCKETS)
+        number = np.bincount(bucket_N, minlength=BUCKETS)
+        weights = np.where(number > 0, sums / np.maximum(number, 1), weights)
+    return weights
+
+
+def _bucket(counts: Counts, context_N: Ints) -> Ints:
+    often = counts.single_V[context_N]
+    return np.minimum(np.log2(often + 1).astype(np.int64), BUCKETS - 1)
+
+
+def baselines(corpora: Corpora, samples: int) -> dict[str, float]:
+    """Nats of the measured targets under the unigram and the interpolated bigram.
+
+    Counted on the train split of the first corpus; the bigram's weights are fitted on its last
+    twentieth with counts of the rest, and used with counts of all of it.
+    """
+    tokens = corpora.train[0].index
+    vocab = corpora.tokenizer.vocab_size
+    total = int(tokens.tokens)
+    cut = total - max(total // 20, 2)
+    held = tokens.slice(cut, min(total, cut + CHUNK)).astype(np.int64)
+    weights = fit_weights(count(tokens, cut, vocab), held[:-1], held[1:])
+    counts = count(tokens, total, vocab)
+    dataset, rows = corpora.measured(samples)
+    nats = {"unigram": 0.0, "bigram": 0.0}
+    for number, row in zip(dataset.tolist(), rows.tolist(), strict=True):
+        batch = corpora.valid[number].batch(np.asarray([row], np.int64))
+        mask = batch.loss_mask_BT
+        context, targets = batch.tokens_BT[mask].numpy(), batch.targets_BT[mask].numpy()
+        alone, both = unigram(counts, targets), bigram(counts, context, targets)
+        weight = weights[_bucket(counts, context)]
+        nats["unigram"] -= float(np.log(alone).sum())
+        nats["bigram"] -= float(np.log(weight * both + (1 - weight) * alone).sum())
+    return nats
+
+
+def bits(
+    checkpoint: str | Path, corpus: str | Path, samples: int = 256, seq_len: int | None = None
+) -> dict[str, Any]:
+    """Bits per character of a checkpoint, a unigram and a bigram on a corpus' valid split."""
+    import torch
+
+    from pretrain.checkpoint import read, resolve
+    from pretrain.generate import load_model
+    from pretrain.objectives import objective
+    from pretrain.parallel import make_mesh, token_losses
+
+    state = read(resolve(checkpoint))
+    length = seq_len or state.record.get("config", {}).get("data", {}).get("seq_len")
+    length = length or state.record["model"]["positions"]
+    section = Objective()
+    data = Data((CorpusShare(str(corpus)),), int(length))
+    corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
+    model, task, losses = load_model(state), objective(section), token_losses(make_mesh())
+    nats, predicted = 0.0, 0
+    with torch.no_grad():
+        for batch in corpora.validation(samples, 0, 1, 4):
+            loss_sum, number = task.loss(model, batch, losses)
+            nats, predicted = nats + float(loss_sum), predicted + int(number)
+    characters = corpora.measured_characters(samples)
+    scale = math.log(2) * max(characters, 1)
+    table = {"model": nats} | baselines(corpora, samples)
+    return {
+        "checkpoint": str(checkpoint),
+        "corpus": str(corpus),
+        "rows": len(corpora.measured(samples)[0]),
+        "tokens": predicted,
+        "characters": characters,
+        "bits_per_character": {name: value / scale for name, value in table.items()},
+        "nats_per_token": {name: value / max(predicted, 1) for name, value in table.items()},
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `python -m launch evaluate`."""
+    parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint or a run folder (its newest)")
+    parser.add_argument("--task", choices=["bits"], default="bits", help="what is measured")
+    parser.add_argument("--data", required=True, help="a corpus folder")
+    parser.add_argument("--samples", type=int, default=256, help="rows of the valid split")
+    parser.add_argument("--seq-len", type=int, help="tokens of a row; default: as trained")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    words = parser.parse_args(argv)
+    result = bits(words.checkpoint, words.data, words.samples, words.seq_len)
+    if words.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return 0
+    print(
+        f"{result['rows']} rows, {result['tokens']:,} tokens, {result['characters']:,} characters"
+    )
+    print(f"{'':10}{'bits/character':>16}{'nats/token':>12}")
+    for name, value in result["bits_per_character"].items():
+        print(f"{name:10}{value:16.4f}{result['nats_per_token'][name]:12.4f}")
+    return 0

@@ -1,0 +1,244 @@
+"""What a run shows: metrics.jsonl, TensorBoard, one progress line; library chatter goes to files.
+
+    StepResult (tensors, no sync) --record()--> pending --flush() every log_every_steps-->
+        RUN/metrics.jsonl    one JSON object a step; lines past a checkpoint are cut on resume
+        RUN/tensorboard/     the same as curves, and the generated samples as text
+        terminal             step, loss, tokens/s, MFU with the peak it assumes, time left
+
+Reading a loss from the device makes the host wait for it, so steps are handed over as tensors and
+read together.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+MARK = "\x1eBAJIE "
+"""Opens a line for the user when `launch train` reads our output; all else goes to its log."""
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What turns tokens a second into model FLOPs utilisation."""
+
+    flops_per_token: float
+    """Forward and backward, attention counted in full: 6 N + 12 L H Q T."""
+    peak_flops: float
+    """Peak of all devices together, FLOP/s."""
+    peak_note: str
+    """Where the peak comes from, e.g. "H200 989 TFLOP/s"."""
+
+
+@dataclass
+class Terminal:
+    """Where a person looks: a stream, prefixed when a launcher sorts our lines from chatter."""
+
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+    errors: TextIO = field(default_factory=lambda: sys.stderr)
+    enabled: bool = True
+
+    def say(self, text: str, passing: bool = False) -> None:
+        """Show a line; a `passing` one is replaced by the next where the stream is a terminal."""
+        if not self.enabled:
+            return
+        if launched():
+            text = _marked(text, "\r" if passing else "")
+        elif self.stream.isatty():
+            text = f"\r\x1b[2K{text}" + ("" if passing else "\n")
+        else:
+            text += "\n"
+        self.stream.write(text)
+        self.stream.flush()
+
+    def complain(self, text: str) -> None:
+        """Show what a person must act on, whichever rank says it."""
+        self.errors.write(_marked(text, "") if launched() else f"{text}\n")
+        self.errors.flush()
+
+
+def launched() -> bool:
+    """Whether `launch train` reads our output."""
+    return os.environ.get("BAJIE_LAUNCHED") == "1"
+
+
+def _marked(text: str, passing: str) -> str:
+    return "".join(f"{MARK}{passing}{line}\n" for line in text.splitlines() or [""])
+
+
+def terminal(run: Path, rank: int) -> Terminal:
+    """Send everything that this process and its libraries print to RUN/logs, keep a way out.
+
+    File descriptors are redirected, so that C++ libraries are caught too. Only rank 0 speaks.
+    """
+    logs = run / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    way_out, errors = (
+        os.fdopen(os.dup(n), "w", encoding="utf-8", errors="replace") for n in (1, 2)
+    )
+    log = os.open(logs / f"rank-{rank:04d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return Terminal(way_out, errors, enabled=rank == 0)
+
+
+def first_to_speak(run: Path) -> bool:
+    """Whether this rank is the first of its launch to report a failure; the others stay silent."""
+    try:
+        os.close(os.open(run / "logs" / f".said-{os.getppid()}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+class Monitor:
+    """The eyes of a run; only rank 0 writes, the others keep the same calls."""
+
+    def __init__(
+        self, run: Path, out: Terminal, *, writes: bool, total_steps: int, speed: Speed
+    ) -> None:
+        self.run, self.out, self.writes = run, out, writes
+        self.total_steps, self.speed = total_steps, speed
+        self._pending: list[tuple[dict[str, Any], Any]] = []
+        self._notes: dict[int, dict[str, Any]] = {}
+        self._clock, self._rate = time.monotonic(), 0.0
+        self._board: Any = None
+
+    def begin(self, step: int) -> None:
+        """Start after `step` steps: cut what an interrupted run wrote past it."""
+        if not self.writes:
+            return
+        self.run.mkdir(parents=True, exist_ok=True)
+        cut_metrics(self.run / "metrics.jsonl", step)
+        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, 1 s
+
+        folder = str(self.run / "tensorboard")
+        self._board = SummaryWriter(folder, purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._clock = time.monotonic()
+
+    def record(self, values: dict[str, Any], result: Any) -> None:
+        """Keep a step's values and its StepResult (tensors) until the next flush()."""
+        self._pending.append((values, result))
+
+    def note(self, step: int, **values: Any) -> None:
+        """Add values (a validation, a sample) to the line of a step that is still pending."""
+        self._notes.setdefault(step, {}).update(values)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent here (validation, saving) is not training time."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._clock += time.monotonic() - began
+
+    def flush(self) -> None:
+        """Read the pending steps, write them, show the last. NotFinite if one of them is sick."""
+        if not self._pending:
+            return
+        rows = [(values, *_numbers(result)) for values, result in self._pending]
+        elapsed = max(time.monotonic() - self._clock, 1e-9)
+        trained = sum(values["step_tokens"] for values, *_ in rows)
+        self._rate = trained / elapsed
+        mfu = self._rate * self.speed.flops_per_token / self.speed.peak_flops
+        lines = []
+        for values, loss, grad_norm, skipped in rows:
+            line = {
+                "step": values["step"],
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "lr": values["lr"],
+                "tokens": values["tokens"],
+                "samples": values["samples"],
+                "tokens_per_s": round(self._rate, 1),
+                "mfu": round(mfu, 4),
+                "stage": values["stage"],
+            }
+            if skipped:
+                line["skipped"] = True
+            lines.append(line | self._notes.pop(values["step"], {}))
+        self._pending.clear()
+        if self.writes:
+            with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            self._curves(lines)
+            self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
+        self._clock = time.monotonic()
+        for line in lines:
+            if not math.isfinite(line["loss"]):
+                raise NotFinite(
+                    f"step {line['step']}: the loss is {line['loss']}; the run ends here, its "
+                    "last checkpoint is good. Lower optimizer.lr, or look at the data of this step "
+                    f"(samples up to {line['samples']}) (损失非有限值)"
+                )
+
+    def _progress(self, line: dict[str, Any], step_s: float) -> str:
+        left = (self.total_steps - line["step"]) * step_s
+        return (
+            f"step {line['step']}/{self.total_steps}  loss {line['loss']:.4f}  "
+            f"{line['tokens_per_s']:,.0f} tokens/s  MFU {100 * line['mfu']:.1f} % of "
+            f"{self.speed.peak_note}  lr {line['lr']:.2e}  {clock(left)} left"
+        )
+
+    def _curves(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            for name, value in line.items():
+                if name == "sample":
+                    self._board.add_text("sample", value, line["step"])
+                elif name != "step" and isinstance(value, int | float):
+                    group = "valid" if name.startswith("valid_") else "train"
+                    self._board.add_scalar(f"{group}/{name}", value, line["step"])
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write what is pending and close the files."""
+        self.flush()
+        if self._board is not None:
+            self._board.close()
+
+
+def _numbers(result: Any) -> tuple[float, float, bool]:
+    """(mean loss, gradient norm, skipped) of a StepResult; the one place that waits."""
+    count = max(int(result.count), 1)
+    norm = result.grad_norm
+    norm = norm.item() if isinstance(norm, torch.Tensor) else norm
+    return float(result.loss_sum) / count, float(norm or 0.0), bool(result.skipped)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl past `step`, and a last line that was cut by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(kept), "utf-8")
+    os.replace(aside, path)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    hours, rest = divmod(int(max(seconds, 0)), 3600)
+    minutes, seconds_left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"

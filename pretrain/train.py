@@ -1,0 +1,463 @@
+"""The story of a run: `deepspeed pretrain/train.py CONFIG [key=value ...]`.
+
+    mesh -> corpora -> state (newest good checkpoint | init.from | fresh weights)
+    for each stage: grow the state if the stage has a larger model
+                    model on the meta device -> recompute -> shard -> engine -> load
+                    for each step: batches -> train_step -> metrics; at times validate, save
+                    checkpoint at the border
+
+Run again, it goes on where the newest checkpoint that verifies stands, on whatever number of
+devices. The only state of the data is the number of samples consumed.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the launcher put pretrain/ first: the root takes its place
+    sys.path[0] = ROOT
+
+import os  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from itertools import accumulate  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from configs.load import ConfigError, dump, load, to_dict  # noqa: E402
+from configs.run import (  # noqa: E402
+    RunConfig,
+    stage_model,
+    stages,
+    step_samples,
+    total_steps,
+    with_threads,
+    world_problems,
+)
+
+if TYPE_CHECKING:
+    from pretrain.batches import Batch
+    from pretrain.corpora import Corpora
+    from pretrain.engine import Engine
+    from pretrain.monitor import Monitor, Terminal
+    from pretrain.parallel import Mesh
+    from pretrain.state import State
+
+SIZES_ASIDE = ("dropout", "attention_dropout", "init_std")
+"""Model keys that may change between save and load."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all chapters of a run share."""
+
+    config: RunConfig
+    run: Path
+    mesh: "Mesh"
+    corpora: "Corpora"
+    monitor: "Monitor"
+    interrupted: Callable[[], bool]
+
+
+def train(
+    config: RunConfig,
+    out: "Terminal | None" = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Train, or resume, the run that `config` describes; every process of the job calls this.
+
+    `interrupted` is asked at each step border: once any process says yes, all save and return.
+    Returns {"step", "stage", "loss" (of the last step), "checkpoint", "stopped"}. Raises
+    ConfigError, CheckpointError and NotFinite with a sentence for the user.
+    """
+    import torch
+
+    from pretrain import parallel
+    from pretrain.corpora import open_corpora
+    from pretrain.monitor import Terminal
+
+    mesh = parallel.make_mesh(config.parallel.tensor)
+    if problems := world_problems(config, mesh.world):
+        raise ConfigError("\n".join(problems))
+    config = with_threads(config, config.run.threads or _threads())
+    torch.set_num_threads(config.run.threads)
+    run = Path(config.run.out)
+    out = out or Terminal(enabled=mesh.rank == 0)
+    corpora = open_corpora(config.data, config.objective, config.run.seed, config.model.vocab)
+    state = _start(config, run, corpora, mesh, out)
+    monitor = _monitor(config, run, mesh, out)
+    monitor.begin(int(state.record["step"]))
+    job = Job(config, run, mesh, corpora, monitor, interrupted)
+    summary: dict[str, Any] = {}
+    while summary.get("stopped") is None:
+        state = _enter_stage(job, state)
+        engine = _engine(job, state)
+        try:
+            engine.load(state)
+            summary = _run_stage(job, engine, state)
+        finally:
+            engine.destroy()
+        if summary["stopped"] is None:
+            state = _read(summary["checkpoint"])
+    monitor.close()
+    return summary
+
+
+def _start(
+    config: RunConfig, run: Path, corpora: "Corpora", mesh: "Mesh", out: "Terminal"
+) -> "State":
+    """The state to go on from: the run's newest good checkpoint, init.from, or fresh weights."""
+    from pretrain import checkpoint
+    from pretrain.state import State, fresh
+
+    path, damaged = checkpoint.newest(run)
+    for sentence in damaged:
+        out.say(f"damaged, passed over: {sentence}")
+    if path is None and damaged:
+        raise checkpoint.CheckpointError(
+            f"{run}: no checkpoint is whole; restore one or choose another run.out "
+            "(没有完好的检查点)"
+        )
+    ends = list(accumulate(stage.steps for stage in stages(config)))
+    begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
+    begin |= {"seed": config.run.seed, "data": corpora.record, "scaler": None, "growth": []}
+    if path is not None:
+        state = checkpoint.read(path)
+        _check_resume(config, state, path, corpora)
+        out.say(f"resuming from {path} (step {state.record['step']}, 从检查点继续)")
+    elif config.init is not None:
+        source = checkpoint.resolve(config.init.from_)
+        state = checkpoint.read(source)
+        if config.init.what == "weights":
+            state = State(state.weights_only().entries, begin | {"model": state.record["model"]})
+        else:
+            step = int(state.record["step"])
+            stage = next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)
+            state = State(state.entries, state.record | {"stage": stage})
+        _check_resume(config, state, source, corpora)
+        out.say(f"starting from {source} ({config.init.what})")
+    else:
+        first = fresh(stage_model(config, 0), config.run.seed)
+        state = State(first.entries, begin | first.record)
+    if mesh.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(dump(config), "utf-8")
+    return state
+
+
+def _check_resume(config: RunConfig, state: "State", path: Path, corpora: "Corpora") -> None:
+    """A checkpoint of another model or other data ends here, with every difference named."""
+    from pretrain.corpora import changes
+
+    record = state.record
+    found = []
+    if record["stage"] >= len(stages(config)):
+        found.append(f"stages: {path} stands in stage {record['stage']}, the config has fewer")
+    else:
+        have, want = record["model"], to_dict(stage_model(config, record["stage"]))
+        found = [
+            f"model.{key}: is {want.get(key)}, the checkpoint {path} has {have.get(key)}"
+            for key in sorted(have | want)
+            if have.get(key) != want.get(key) and key not in SIZES_ASIDE
+        ]
+    found += changes(record["data"], corpora.record)
+    if record["seed"] != config.run.seed:
+        found.append(f"run.seed: is {config.run.seed}, the run was started with {record['seed']}")
+    if found:
+        raise ConfigError("\n".join([*found, "choose another run.out, or restore these keys"]))
+
+
+def _enter_stage(job: Job, state: "State") -> "State":
+    """Move on to the next stage if this one is done; grow the state if the stage says so."""
+    ends = list(accumulate(stage.steps for stage in stages(job.config)))
+    number, step = int(state.record["stage"]), int(state.record["step"])
+    if step < ends[number] or number + 1 == len(ends):
+        return state
+    from pretrain.state import State
+
+    target = stage_model(job.config, number + 1)
+    if to_dict(target) == state.record["model"]:
+        return State(state.entries, state.record | {"stage": number + 1})
+    return _grow(job, state, number + 1)
+
+
+def _grow(job: Job, state: "State", number: int) -> "State":
+    """The state enlarged to the model of stage `number`, proven and kept as a second checkpoint."""
+    from pretrain import checkpoint, proof
+    from pretrain.growth import grow
+    from pretrain.state import State
+
+    target = stage_model(job.config, number)
+    grown = grow(state, target, job.config.run.seed)
+    grown = State(grown.entries, grown.record | {"stage": number, "border": True})
+    path = job.run / "checkpoints" / checkpoint.checkpoint_name(number, int(state.record["step"]))
+    checkpoint.write_state(path, grown, job.corpora.tokenizer_folder)
+    verdict: dict[str, Any] = {}
+    if job.mesh.rank == 0:
+        probes = proof.probes(job.corpora.tokenizer_folder, target)
+        verdict = proof.prove(state, checkpoint.read(path), probes)
+        proof.write_proof(path, verdict)
+    verdict = checkpoint.gather(verdict)[0]
+    job.monitor.out.say(proof.sentence(verdict))
+    if not verdict["kept"]:
+        raise checkpoint.CheckpointError(
+            f"{path}: the growth does not keep the function, see proof.json; the checkpoint before "
+            "it is whole (生长未保持函数)"
+        )
+    return checkpoint.read(path)
+
+
+def _engine(job: Job, state: "State") -> "Engine":
+    """A model of this stage, cut and laid out over the devices, with room for the state."""
+    import torch
+
+    from pretrain import parallel, recompute
+    from pretrain.engine import Engine
+    from pretrain.models import build
+    from pretrain.objectives import objective
+
+    config = job.config
+    model_config = stage_model(config, int(state.record["stage"]))
+    with torch.device("meta"):
+        model = build(model_config, job.mesh.device)
+    recompute.apply(model, config.recompute)
+    parallel.shard(model, model_config, job.mesh)
+    return Engine(
+        model,
+        model_config,
+        job.mesh,
+        objective=objective(config.objective),
+        optimizer=config.optimizer,
+        precision=config.precision,
+        zero=config.parallel.zero,
+        micro_rows=config.batch.micro,
+        seed=config.run.seed,
+        born=state.record["born"],
+    )
+
+
+def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
+    """The loop: steps of one stage, from where the state stands to the stage's border."""
+    import dataclasses
+
+    from pretrain.batches import Prefetcher
+    from pretrain.optimizer import schedule
+
+    config, run = job.config, job.config.run
+    stage = int(state.record["stage"])
+    last = list(accumulate(s.steps for s in stages(config)))[stage]
+    step, samples = int(state.record["step"]), int(state.record["samples"])
+    count = step_samples(config)
+    rates = dataclasses.replace(config.schedule, steps=config.schedule.steps or total_steps(config))
+    path, loss, stopped = _checkpoint_path(job, stage, step), None, None
+    with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
+        for batches, firsts in prefetched:
+            lr = schedule(step, config.optimizer.lr, rates)
+            batches = [batch.to(job.mesh.device) for batch in batches]
+            result = engine.train_step(batches, lr=lr, step=step, first_samples=firsts)
+            step, samples = step + 1, samples + count
+            progress = {
+                "step": step,
+                "stage": stage,
+                "samples": samples,
+                "tokens": samples * config.data.seq_len,
+            }
+            extra = {"lr": lr, "step_tokens": count * config.data.seq_len}
+            job.monitor.record(progress | extra, result)
+            stopped = _stop(job, step)
+            border = step == last
+            if border or stopped or _due(step, run.validate_every_steps):
+                with job.monitor.aside():
+                    _validate(job, engine, step)
+            if border or stopped or _due(step, run.log_every_steps):
+                job.monitor.flush()
+            if border or stopped or _due(step, run.save_every_steps):
+                job.monitor.flush()  # a checkpoint's steps are on record before it is
+                with job.monitor.aside():
+                    path = _save(job, engine, state, progress, border)
+            loss = result
+            if stopped:
+                break
+    finished = step == total_steps(config)
+    return {
+        "step": step,
+        "stage": stage,
+        "loss": float(loss.loss_sum) / max(int(loss.count), 1) if loss is not None else None,
+        "checkpoint": str(path),
+        "stopped": "finished" if finished else stopped,
+    }
+
+
+def _steps(
+    job: Job, samples: int, count: int, steps: int
+) -> Iterator[tuple[list["Batch"], list[int]]]:
+    """The batches of each step to come, made ahead in the prefetcher's thread."""
+    mesh, micro = job.mesh, job.config.batch.micro
+    for number in range(steps):
+        first = samples + number * count
+        yield job.corpora.step(first, count, mesh.data_rank, mesh.data, micro)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _stop(job: Job, step: int) -> str | None:
+    """Why all processes end after this step; a signal that reached one of them counts for all."""
+    if step == job.config.run.stop_at_step:
+        return "run.stop_at_step"
+    if job.mesh.device.type != "cpu" and step % job.config.run.log_every_steps:
+        return None  # asking waits for the device
+    if job.mesh.world == 1:
+        return "signal" if job.interrupted() else None
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor(int(job.interrupted()), device=job.mesh.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return "signal" if int(flag) else None
+
+
+def _checkpoint_path(job: Job, stage: int, step: int) -> Path:
+    from pretrain.checkpoint import checkpoint_name
+
+    return job.run / "checkpoints" / checkpoint_name(stage, step)
+
+
+def _save(
+    job: Job, engine: "Engine", state: "State", progress: dict[str, Any], border: bool
+) -> Path:
+    """Write a checkpoint of the engine's state with all ranks; drop the ones that are too old."""
+    from pretrain import checkpoint
+
+    record = state.record | progress | engine.progress()
+    record |= {
+        "border": border,
+        "data": job.corpora.record,
+        "tokenizer": job.corpora.tokenizer.fingerprint,
+        "config": to_dict(job.config),
+        "processes": job.mesh.world,
+    }
+    path = _checkpoint_path(job, progress["stage"], progress["step"])
+    checkpoint.save(path, engine.entries(), engine.pieces(), record, job.corpora.tokenizer_folder)
+    if job.mesh.rank == 0:
+        checkpoint.rotate(job.run, job.config.run.keep_checkpoints)
+    return path
+
+
+def _read(path: str) -> "State":
+    from pretrain.checkpoint import read
+
+    return read(path)
+
+
+def _validate(job: Job, engine: "Engine", step: int) -> None:
+    """Loss and bits per character on the measured rows, and a passage the model writes."""
+    import math
+
+    mesh, run = job.mesh, job.config.run
+    rows = job.corpora.validation(
+        run.validate_samples, mesh.data_rank, mesh.data, job.config.batch.micro
+    )
+    loss_sum, count = engine.evaluate([batch.to(mesh.device) for batch in rows])
+    characters = job.corpora.measured_characters(run.validate_samples)
+    bits = float(loss_sum) / math.log(2) / max(characters, 1)
+    loss = float(loss_sum) / max(int(count), 1)
+    sample = _sample(job, engine)
+    job.monitor.note(step, valid_loss=loss, valid_bits_per_character=round(bits, 6), sample=sample)
+    job.monitor.out.say(
+        f"step {step}  valid loss {loss:.4f} ({bits:.4f} bits/character, 比特/字)  {sample!r}"
+    )
+
+
+def _sample(job: Job, engine: "Engine") -> str:
+    """The prompt and what the model continues it with, greedily."""
+    from pretrain.generate import generate
+
+    tokenizer = job.corpora.tokenizer
+    prompt = job.config.run.prompt
+    if not prompt:
+        first = job.corpora.valid[0]
+        prompt = tokenizer.decode(first.index.slice(0, 8))
+    with engine.inference() as model:
+        text = generate(model, tokenizer, [prompt], max_new_tokens=32, greedy=True)[0]
+    return prompt + text
+
+
+def _monitor(config: RunConfig, run: Path, mesh: "Mesh", out: "Terminal") -> "Monitor":
+    from pretrain.monitor import Monitor, Speed
+    from pretrain.plan import flops_per_token
+
+    last = stage_model(config, len(stages(config)) - 1)
+    peak, note = _peak(mesh, config.precision)
+    full, _ = flops_per_token(last, config.data.seq_len)
+    speed = Speed(full, peak * mesh.world, f"{note} x {mesh.world}")
+    return Monitor(run, out, writes=mesh.rank == 0, total_steps=total_steps(config), speed=speed)
+
+
+def _peak(mesh: "Mesh", precision: str) -> tuple[float, str]:
+    """Peak FLOP/s of one device and its name; a CPU's is measured by a matrix product."""
+    import time
+
+    import torch
+
+    if mesh.device.type == "cuda":
+        from pretrain.plan import device_peak
+
+        return device_peak(torch.cuda.get_device_name(mesh.device), precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(768, 768, dtype=torch.float32).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    peak = 2 * 768**3 / best
+    return peak, f"{peak / 1e9:,.0f} GFLOP/s (CPU, measured)"
+
+
+def _threads() -> int:
+    """CPU threads of this process: the cores it may use, shared with its neighbours."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // here)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; the exit code is 0, or 2 where a sentence says what to change."""
+    import signal
+
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    rank = int(os.environ.get("RANK", "0"))
+    flag = {"raised": False}
+
+    def raise_flag(number: int, frame: object) -> None:
+        flag["raised"] = True
+
+    try:
+        if not words:
+            raise ConfigError("usage: deepspeed pretrain/train.py CONFIG [key=value ...]")
+        config = load(words[0], RunConfig, words[1:])
+    except ConfigError as error:
+        if rank == 0:
+            print(f"bajie: {error}", file=sys.stderr)
+        return 2
+    from pretrain.monitor import first_to_speak, terminal
+
+    out = terminal(Path(config.run.out), rank)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, raise_flag)
+    try:
+        train(config, out, lambda: flag["raised"])
+    except (ValueError, OSError) as error:
+        if os.environ.get("BAJIE_TRACEBACK") == "1":
+            raise
+        import traceback
+
+        traceback.print_exc()  # to RUN/logs
+        if first_to_speak(Path(config.run.out)):
+            out.complain(f"bajie: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
