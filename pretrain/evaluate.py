@@ -124,9 +124,9 @@ def bits(
     """Bits per character of a checkpoint, a unigram and a bigram on a corpus' valid split."""
     import torch
 
+    from pretrain import objectives
     from pretrain.checkpoint import read, resolve
     from pretrain.generate import load_model
-    from pretrain.objectives import objective
     from pretrain.parallel import make_mesh, token_losses
 
     state = read(resolve(checkpoint))
@@ -135,7 +135,7 @@ def bits(
     section = Objective()
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
-    model, task, losses = load_model(state), objective(section), token_losses(make_mesh())
+    model, task, losses = load_model(state), objectives.build(section), token_losses(make_mesh())
     nats, predicted = 0.0, 0
     with torch.no_grad():
         for batch in corpora.validation(samples, 0, 1, 4):

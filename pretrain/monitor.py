@@ -1,7 +1,8 @@
 """What a run shows: metrics.jsonl, TensorBoard, one progress line; library chatter goes to files.
 
     StepResult (tensors, no sync) --record()--> pending --flush() every log_every_steps-->
-        RUN/metrics.jsonl    one JSON object a step; lines past a checkpoint are cut on resume
+        RUN/metrics.jsonl    one JSON object a step (step 0: fresh weights, validated before any
+                             training); lines past a checkpoint are cut on resume
         RUN/tensorboard/     the same as curves, and the generated samples as text
         terminal             step, loss, tokens/s, MFU with the peak it assumes, time left
 
@@ -157,7 +158,9 @@ class Monitor:
         trained = sum(values["step_tokens"] for values, *_ in rows)
         self._rate = trained / elapsed
         mfu = self._rate * self.speed.flops_per_token / self.speed.peak_flops
-        lines = []
+        lines = [
+            {"step": step, **self._notes.pop(step)} for step in sorted(self._notes) if step == 0
+        ]
         for values, loss, grad_norm, skipped in rows:
             line = {
                 "step": values["step"],
@@ -181,7 +184,7 @@ class Monitor:
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
         for line in lines:
-            if not math.isfinite(line["loss"]):
+            if not math.isfinite(line.get("loss", 0.0)):
                 raise NotFinite(
                     f"step {line['step']}: the loss is {line['loss']}; the run ends here, its "
                     "last checkpoint is good. Lower optimizer.lr, or look at the data of this step "

@@ -210,22 +210,20 @@ def _engine(job: Job, state: "State") -> "Engine":
     """A model of this stage, cut and laid out over the devices, with room for the state."""
     import torch
 
-    from pretrain import parallel, recompute
+    from pretrain import models, objectives, parallel, recompute
     from pretrain.engine import Engine
-    from pretrain.models import build
-    from pretrain.objectives import objective
 
     config = job.config
     model_config = stage_model(config, int(state.record["stage"]))
     with torch.device("meta"):
-        model = build(model_config, job.mesh.device)
+        model = models.build(model_config)
     recompute.apply(model, config.recompute)
     parallel.shard(model, model_config, job.mesh)
     return Engine(
         model,
         model_config,
         job.mesh,
-        objective=objective(config.objective),
+        objective=objectives.build(config.objective),
         optimizer=config.optimizer,
         precision=config.precision,
         zero=config.parallel.zero,
@@ -249,6 +247,9 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     count = step_samples(config)
     rates = dataclasses.replace(config.schedule, steps=config.schedule.steps or total_steps(config))
     path, loss, stopped = _checkpoint_path(job, stage, step), None, None
+    if step == 0 and run.validate_every_steps:
+        with job.monitor.aside():
+            _validate(job, engine, step)
     with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
         for batches, firsts in prefetched:
             lr = schedule(step, config.optimizer.lr, rates)
