@@ -230,8 +230,8 @@ class Mixture:
     def _before(self, blocks: Ints) -> Ints:
         """Samples of each dataset [blocks, datasets] in all blocks before the given ones."""
         period, inside = np.divmod(blocks, BLOCK)
-        spare = self._extra[inside]
-        return period[:, None] * self.units + inside[:, None] * self._floor + spare
+        due = period[:, None] * self.units + inside[:, None] * self._floor
+        return due.astype(np.int64) + self._extra[inside]
 
 
 def _apportion(units: Ints) -> tuple[Ints, Ints]:
@@ -242,7 +242,8 @@ def _apportion(units: Ints) -> tuple[Ints, Ints]:
     moved by a turn, and the dataset under a tooth has one sample more. Whole samples a block, the
     exact sum in every block, and after BLOCK turns every dataset exactly its units.
     """
-    floor, fraction = units // BLOCK, units % BLOCK
+    floor: Ints = units // BLOCK
+    fraction = units % BLOCK
     ends = np.cumsum(fraction)
     turn = np.arange(BLOCK, dtype=np.int64)[:, None] * _STRIDE % BLOCK
     # Teeth at turn, turn + BLOCK, ... below `ends`, counted at both ends of a dataset's stretch.

@@ -1,0 +1,124 @@
+"""CPM: the GPT-2 decoder of CPM-1, 109 M to 2.6 B parameters.
+
+    tokens + positions -> dropout -> blocks -> final LN -> hidden -> tied head x scale -> logits
+    block: LN -> self-attention -> dropout -> + -> LN -> FFN (tanh GELU) -> dropout -> +
+
+Learned positions, biases everywhere, dropout on embeddings, attention probabilities and what each
+sub-layer adds. Sources: Zhang et al. 2020, "CPM: A Large-scale Generative Chinese Pre-trained
+Language Model"; Radford et al. 2019 (GPT-2). Its tensors: configs/model.py.
+
+Legend: B rows, T tokens, D hidden, N positions to predict, V vocabulary.
+"""
+
+from torch import Tensor, nn
+
+from configs.model import CPMConfig
+from pretrain.models.layers import (
+    Attention,
+    Dropout,
+    FeedForward,
+    KeyValueCache,
+    SelfAttention,
+    TokenEmbedding,
+    Visibility,
+    attention_by_device,
+    gelu_tanh,
+    see,
+)
+
+
+class Block(nn.Module):
+    """LN -> self-attention -> dropout -> + -> LN -> FFN -> dropout -> +"""
+
+    def __init__(self, config: CPMConfig, layer: int, attention: Attention) -> None:
+        super().__init__()
+        scale = config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+        self.layer = layer
+        self.self_norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.self = SelfAttention(
+            config.hidden,
+            config.heads,
+            config.head_dim,
+            True,
+            scale,
+            config.attention_dropout,
+            attention,
+        )
+        self.ffn_norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.ffn = FeedForward(config.hidden, config.ffn, True, gelu_tanh)
+        self.dropout = Dropout(config.dropout)
+
+    def self_sublayer(
+        self, x_BTD: Tensor, see: Visibility, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """x + self-attention(LN(x))"""
+        return x_BTD + self.dropout(self.self(self.self_norm(x_BTD), see, cache, self.layer))
+
+    def ffn_sublayer(self, x_BTD: Tensor) -> Tensor:
+        """x + FFN(LN(x))"""
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+    def forward(self, x_BTD: Tensor, see: Visibility, cache: KeyValueCache | None = None) -> Tensor:
+        """x_BTD -> x_BTD"""
+        return self.ffn_sublayer(self.self_sublayer(x_BTD, see, cache))
+
+
+class Embeddings(nn.Module):
+    """The tables of tokens and positions."""
+
+    def __init__(self, config: CPMConfig) -> None:
+        super().__init__()
+        self.tokens = TokenEmbedding(config.vocab, config.hidden)
+        self.positions = nn.Embedding(config.positions, config.hidden)
+
+
+class Decoder(nn.Module):
+    """The blocks and the norm behind them."""
+
+    def __init__(self, config: CPMConfig, attention: Attention) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+
+
+class CPM(nn.Module):
+    """The language model; parameters are named as in configs/model.py and come from a State."""
+
+    def __init__(self, config: CPMConfig, attention: Attention = attention_by_device) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embeddings(config)
+        self.dropout = Dropout(config.dropout)
+        self.decoder = Decoder(config, attention)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] behind the final norm.
+
+        A token sees itself and what is before it in its own document (None: a row is one document).
+        With a cache the tokens continue those that it holds, whose document ids it holds too.
+        """
+        x_BTD = self.dropout(self.embed.tokens(tokens_BT) + self.embed.positions(positions_BT))
+        T = tokens_BT.shape[1]
+        past, keys_BS = 0, document_ids_BT
+        if cache is not None:
+            past = cache.length
+            if document_ids_BT is not None:
+                keys_BS = cache.extend_documents(document_ids_BT)
+        seen = see(T, past + T, True, document_ids_BT, keys_BS, tokens_BT.device)
+        for block in self.decoder.layers:
+            x_BTD = block(x_BTD, seen, cache)
+        if cache is not None:
+            cache.length += T
+        return self.decoder.final_norm(x_BTD)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V] (this rank's part of V, where it is cut)."""
+        logits_NV = self.embed.tokens(hidden_ND, project=True)
+        scale = self.config.logit_scale
+        return logits_NV if scale == 1.0 else logits_NV * scale
