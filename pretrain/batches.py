@@ -121,7 +121,7 @@ def _batch(
     documents_BT: Ints | None,
 ) -> Batch:
     def tensor(values: NDArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(values, tokens_BT.shape)))
+        return torch.from_numpy(np.array(np.broadcast_to(values, tokens_BT.shape)))
 
     return Batch(
         tokens_BT=tensor(tokens_BT),
