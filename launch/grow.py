@@ -1,0 +1,116 @@
+"""python -m launch grow RUN_OR_CHECKPOINT --to MODEL_YAML --out DIR: a larger model, the same function.
+
+    checkpoint --read--> state --growth.grow--> larger state --write--> DIR --read back--> proof.json
+
+The tensors are computed and written one at a time. The proof reads what was written, not what was
+meant. `init: {from: DIR, what: all}` in a run's config then trains on, moments and progress included.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.load import from_dict, load, read_yaml
+from configs.model import ModelConfig, parameter_count
+from configs.run import RunConfig
+
+
+@dataclass(frozen=True)
+class _ModelPage:
+    model: ModelConfig
+
+
+def main(argv: list[str]) -> int:
+    """Grow a checkpoint; 0 if the proof holds, 1 if it does not, 2 for what the user got wrong."""
+    parser = argparse.ArgumentParser(prog="python -m launch grow", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", help="a checkpoint, or a run (its newest good checkpoint)")
+    parser.add_argument("--to", required=True, help="a config whose `model:` is the larger one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a size of it"
+    )
+    parser.add_argument("--out", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
+    parser.add_argument("--json", action="store_true", help="print the proof as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        proof = grow(
+            Path(arguments.source),
+            target(arguments.to, arguments.set),
+            Path(arguments.out),
+            arguments.seed,
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
+    if not proof["kept"]:
+        print(
+            f"{arguments.out}: the function was NOT kept, see proof.json; nothing was removed, "
+            "do not train on from it (函数未保持，请勿继续训练)",
+            file=sys.stderr,
+        )
+    return 0 if proof["kept"] else 1
+
+
+def target(path: str, overrides: list[str]) -> ModelConfig:
+    """The `model:` of a size or of a whole run; overrides are written with or without `model.`."""
+    overrides = [o if o.startswith("model.") else f"model.{o}" for o in overrides]
+    page: Any = _ModelPage if set(read_yaml(path)) <= {"model"} else RunConfig
+    model: ModelConfig = load(path, page, overrides).model
+    return model
+
+
+def grow(origin: Path, to: ModelConfig, out: Path, seed: int) -> dict[str, Any]:
+    """Read, grow, write, prove; returns the proof. ValueError for what cannot be done."""
+    from pretrain import checkpoint, growth, proof
+
+    if out.exists():
+        raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
+    folder = checkpoint.resolve(origin)
+    before = checkpoint.read(folder)
+    words = folder / "tokenizer"
+    tokenizer = words if words.is_dir() else None
+    probes = proof.probes(tokenizer, growth.model_config(before))
+    checkpoint.write_state(out, growth.grow(before, to, seed), tokenizer)
+    after = checkpoint.read(out)
+    found = {
+        "verb": "grow",
+        "source": str(folder),
+        "operators": after.record["growth"][-1]["operators"],
+        "seed": seed,
+        "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
+        **proof.prove(before, after, probes),
+    }
+    proof.write_proof(out, found)
+    return {**found, "out": str(out)}
+
+
+def _table(proof: dict[str, Any]) -> str:
+    def size(model: dict[str, Any]) -> str:
+        config = _typed(model)
+        sizes = ", ".join(f"{k} {model[k]}" for k in ("layers", "hidden", "ffn"))
+        return f"{sizes}: {parameter_count(config):,} parameters"
+
+    def compared(part: dict[str, Any]) -> str:
+        relation = "<=" if part["within"] else "ABOVE"
+        return f"{part['max_difference']:.2e} {relation} {part['tolerance']:.2e}"
+
+    lines = [
+        ("from", f"{proof['source']} ({size(proof['from'])})"),
+        ("to", f"{proof['out']} ({size(proof['to'])})"),
+        ("operators", "; ".join(proof["operators"]) or "none, the sizes are the same"),
+        ("logits, float64", compared(proof["float64"])),
+        ("logits, float32", compared(proof["float32"])),
+        ("loss on probes", f"{proof['loss']['before']:.6f} -> {proof['loss']['after']:.6f}"),
+        ("function", "kept" if proof["kept"] else f"CHANGED, first at {proof['differs_at']}"),
+        ("proof", f"{proof['out']}/proof.json"),
+    ]
+    return "\n".join(f"{name:<16} {value}" for name, value in lines)
+
+
+def _typed(model: dict[str, Any]) -> ModelConfig:
+    return from_dict(_ModelPage, {"model": model}).model

@@ -1,0 +1,278 @@
+"""Proof that a changed state still computes the same function: probes through both, outputs compared.
+
+    probes (fixed Chinese sentences) --> model(before) --> logits, streams \\
+                                     \\-> model(after)  --> logits, streams  > compared in float64 and
+                                                                            /  float32 -> proof.json
+    if they differ: the first place where the residual stream differs names the layer at fault
+
+A state is brought to its model one module at a time: the model stands on the meta device, a module's
+tensors are read just before it runs and dropped just after, so that the proof of a model of any size
+needs the memory of its largest matrix and of its activations.
+
+Tolerances: float64, 1e-12 x the standard deviation of the logits (rounding of another summation order
+reaches 1e-14); float32, 3 x the error that the model before has against its own float64 logits.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.model import ModelConfig, tensors
+from pretrain.growth import model_config
+from pretrain.growth.depth import source
+from pretrain.models.cpm import CPM
+from pretrain.state import State, seed_of
+
+FAMILIES: dict[str, Callable[[Any], nn.Module]] = {"cpm": CPM}
+"""Config family -> its model."""
+FLOAT64_TOLERANCE = 1e-12
+FLOAT32_TOLERANCE = 3.0
+PROBE_ROWS, PROBE_TOKENS = 4, 64
+SENTENCES = (
+    "北京是中华人民共和国的首都，也是全国的政治中心和文化中心。",
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+    "机器学习研究的是怎样让计算机从数据中学到规律，而不必逐条写出规则。",
+    "今天下午三点，我们在图书馆二楼的会议室开会，请大家准时参加。",
+    "长江全长约6300公里，发源于青藏高原，最后注入东海。",
+    "他说：“明天要是下雨，比赛就改到星期六。”大家都点头同意。",
+    "水在标准大气压下，加热到100摄氏度就会沸腾，变成水蒸气。",
+    "这家公司去年的营业收入同比增长了12.5%，净利润却略有下降。",
+    "把大象装进冰箱需要几步？第一步，打开冰箱门。",
+    "春节是中国最重要的传统节日，家家户户贴春联、包饺子、放鞭炮。",
+    "如果一个三角形的三条边相等，那么它的三个角也相等。",
+    "患者三天前开始发热，伴有咳嗽，体温最高达到39.2℃。",
+    "自然语言处理的预训练模型在阅读理解、摘要和翻译上都有很好的表现。",
+    "小明有五个苹果，给了妹妹两个，又从妈妈那里得到四个，现在有七个。",
+    "The quick brown fox jumps over the lazy dog，这句话包含全部英文字母。",
+    "海上生明月，天涯共此时。情人怨遥夜，竟夕起相思。",
+)
+
+
+class ProofError(ValueError):
+    """A proof cannot be run on these probes; the message says why."""
+
+
+def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any]:
+    """Compare the outputs of two states on probes; dropout off.
+
+    tokens_BT: int64 token ids. Returns plain data: the largest absolute difference of logits in
+    float64 and float32 with their tolerances, the standard deviation of the logits, the loss (nats a
+    token, next token, float64) before and after, `kept` (the verdict), and if it is False `differs_at`,
+    the first place where the residual stream differs.
+    """
+    started = time.monotonic()
+    exact_BTV = logits(before, tokens_BT, torch.float64)
+    rounded_BTV = logits(before, tokens_BT, torch.float32)
+    own_error = _distance(rounded_BTV, exact_BTV)
+    grown_BTV = logits(after, tokens_BT, torch.float64)
+    std = float(exact_BTV.std())
+    found = {
+        "float64": _verdict(_distance(grown_BTV, exact_BTV), FLOAT64_TOLERANCE * std),
+        "float32": _verdict(
+            _distance(logits(after, tokens_BT, torch.float32), rounded_BTV),
+            FLOAT32_TOLERANCE * own_error,
+        ),
+    }
+    kept = all(part["within"] for part in found.values())
+    return {
+        "kept": kept,
+        **found,
+        "logits_std": std,
+        "loss": {
+            "before": _loss(exact_BTV, tokens_BT),
+            "after": _loss(grown_BTV, tokens_BT),
+        },
+        "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
+        "differs_at": None if kept else differs_at(before, after, tokens_BT),
+        "from": before.record["model"],
+        "to": after.record["model"],
+        "torch": torch.__version__,
+        "elapsed_s": round(time.monotonic() - started, 2),
+    }
+
+
+def write_proof(folder: Path, proof: dict[str, Any]) -> Path:
+    """Write proof.json into `folder`; returns its path."""
+    path = folder / "proof.json"
+    path.write_text(json.dumps(proof, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return path
+
+
+def probes(tokenizer: Path | None, config: ModelConfig, seed: int = 0) -> torch.Tensor:
+    """Probe tokens_BT: the fixed sentences in the checkpoint's own tokens, or seeded random ids.
+
+    Raises ProofError if the tokenizer has tokens that the model has no row for.
+    """
+    length = min(PROBE_TOKENS, getattr(config, "positions", PROBE_TOKENS))
+    wanted = PROBE_ROWS * length
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed_of(seed, "probes"))
+        ids = torch.randint(config.vocab, (wanted,), generator=generator)
+        return ids.view(PROBE_ROWS, length)
+    from data_pipeline.tokenizer import load
+
+    words = load(tokenizer)
+    if words.vocab_size > config.vocab:
+        raise ProofError(
+            f"{tokenizer}: has {words.vocab_size} tokens, model.vocab is {config.vocab}; this "
+            "tokenizer does not belong to the model (分词器与模型不符)"
+        )
+    stream: list[int] = []
+    for encoded in words.encode_batch(list(SENTENCES)):
+        stream += [*(int(i) for i in encoded), words.eod_id]
+    ids = torch.tensor((stream * (wanted // len(stream) + 1))[:wanted])
+    return ids.view(PROBE_ROWS, length)
+
+
+def sentence(proof: dict[str, Any]) -> str:
+    """The verdict in one line."""
+    sizes = f"{proof['from']['layers']} -> {proof['to']['layers']} layers"
+    loss = f"loss on probes {proof['loss']['before']:.4f} -> {proof['loss']['after']:.4f}"
+    far = f"logits differ by {proof['float64']['max_difference']:.1e} in float64"
+    verdict = "function kept" if proof["kept"] else f"FUNCTION CHANGED at {proof['differs_at']}"
+    return f"growth: {sizes}: {verdict}; {far}, {loss}"
+
+
+def logits(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The logits_BTV of a state's model in `dtype`, dropout off."""
+    with _model(state, dtype) as model:
+        return _run(model, tokens_BT)
+
+
+def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
+    """The first place where the residual stream of two states differs, in words.
+
+    Looked at: what enters each norm that reads the stream (float64), old places mapped to new ones.
+    """
+    old, old_BTV, scale = _streams(before, tokens_BT)
+    new, new_BTV, _ = _streams(after, tokens_BT)
+    was, now = model_config(before), model_config(after)
+    earlier = "the embeddings"
+    for name, stream_BTD in new.items():
+        expected = _counterpart(name, was, now)
+        if expected not in old or old[expected].shape != stream_BTD.shape:
+            return f"{earlier} (the stream that enters {name} has no counterpart before)"
+        far = _distance(stream_BTD, old[expected])
+        if not far <= FLOAT64_TOLERANCE * scale:
+            return f"{earlier} (the stream that enters {name} differs by {far:.2e})"
+        earlier = _inside(name, was, now)
+    far = _distance(new_BTV, old_BTV)
+    return f"{earlier} or the head (the logits differ by {far:.2e})"
+
+
+def _counterpart(name: str, was: ModelConfig, now: ModelConfig) -> str:
+    """The norm of the smaller model that must see the same stream as norm `name` of the larger."""
+    head, found, rest = name.partition(".layers.")
+    if not found:
+        return name
+    number, _, inner = rest.partition(".")
+    old, is_copy = source(int(number), was.layers, now.layers)
+    if not is_copy:
+        return f"{head}.layers.{old}.{inner}"
+    if old + 1 == was.layers:  # a copy of the last layer sees what leaves the stack
+        return f"{head}.final_norm"
+    return f"{head}.layers.{old + 1}.{_norms(was, head)[0]}"
+
+
+def _inside(name: str, was: ModelConfig, now: ModelConfig) -> str:
+    """What follows norm `name`, for people: which sub-layer, and where its layer comes from."""
+    head, found, rest = name.partition(".layers.")
+    if not found:
+        return f"{name} or what follows it"
+    number, _, inner = rest.partition(".")
+    old, is_copy = source(int(number), was.layers, now.layers)
+    what = "new, a copy of" if is_copy else "was"
+    part = inner.removesuffix("_norm")
+    return f"{head}.layers.{number}.{part} ({what} layer {old})"
+
+
+def _norms(config: ModelConfig, head: str) -> list[str]:
+    """Names of a layer's norms, in order, from the table."""
+    start = f"{head}.layers.0."
+    names = [t.name for t in tensors(config) if t.op == "norm" and t.name.startswith(start)]
+    return [n.removeprefix(start).removesuffix(".weight") for n in names if n.endswith(".weight")]
+
+
+def _streams(
+    state: State, tokens_BT: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
+    """What enters each norm that reads the stream, the logits, and the largest stream's deviation."""
+    seen: dict[str, torch.Tensor] = {}
+    config = model_config(state)
+    readers = {t.name.rpartition(".")[0] for t in tensors(config) if t.op == "norm" and t.reads}
+    with _model(state, torch.float64) as model:
+        for name, module in model.named_modules():
+            if name in readers:
+                module.register_forward_pre_hook(_keeper(seen, name))
+        logits_BTV = _run(model, tokens_BT)
+    return seen, logits_BTV, max(float(x.std()) for x in seen.values())
+
+
+def _keeper(seen: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen[name] = arguments[0].clone()
+
+    return keep
+
+
+@contextmanager
+def _model(state: State, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """The model of a state, in `dtype`, its tensors read as its modules run."""
+    config = model_config(state)
+    with torch.device("meta"):
+        model = FAMILIES[config.family](config)
+    model.to(dtype).eval()
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(_fetcher(state, name, dtype))
+            module.register_forward_hook(_dropper)
+    with torch.inference_mode():
+        yield model
+
+
+def _fetcher(state: State, at: str, dtype: torch.dtype) -> Callable[..., None]:
+    def fetch(module: nn.Module, arguments: Any) -> None:
+        for name in module._parameters:
+            whole = state.read(f"weights/{at}.{name}").to(dtype)
+            module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+
+    return fetch
+
+
+def _dropper(module: nn.Module, arguments: Any, output: Any) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _run(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    rows, length = tokens_BT.shape
+    positions_BT = torch.arange(length).expand(rows, length)
+    hidden_BTD = model(tokens_BT, positions_BT, None)
+    logits_NV: torch.Tensor = model.logits(hidden_BTD.flatten(0, 1))  # type: ignore[operator]
+    return logits_NV.view(rows, length, -1)
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest absolute difference; a NaN anywhere is a NaN."""
+    return float((one.double() - other.double()).abs().max())
+
+
+def _verdict(difference: float, tolerance: float) -> dict[str, Any]:
+    return {
+        "max_difference": difference,
+        "tolerance": tolerance,
+        "within": difference <= tolerance,  # a NaN is not
+    }
+
+
+def _loss(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> float:
+    predicted = logits_BTV[:, :-1].flatten(0, 1)
+    return float(nn.functional.cross_entropy(predicted, tokens_BT[:, 1:].flatten()))

@@ -1,0 +1,104 @@
+"""`python -m launch grow`: a checkpoint in, a larger checkpoint and its proof out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from growing import TINY, trained
+
+from configs.load import dump
+from launch.grow import main
+from pretrain import checkpoint
+from pretrain.growth import depth
+from pretrain.state import Entry
+
+
+def _count(size: tuple[int, ...]) -> int:
+    return int(torch.Size(size).numel())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with one checkpoint, and the page of its model."""
+    checkpoint.write_state(tmp_path / "run/checkpoints/stage-00-step-00000009", trained())
+    (tmp_path / "tiny.yaml").write_text(
+        "model:\n" + "".join(f"  {line}\n" for line in dump(TINY).splitlines()), "utf-8"
+    )
+    return tmp_path / "run"
+
+
+def call(run: Path, *words: str) -> int:
+    return main([str(run), "--to", str(run.parent / "tiny.yaml"), *words])
+
+
+def test_a_run_is_grown_and_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.parent / "grown"
+    assert call(run, "--set", "layers=5", "--set", "model.ffn=96", "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    assert "function         kept" in said and "layers 3 -> 5; ffn 64 -> 96" in said
+    assert checkpoint.damage(out) == []
+    grown = checkpoint.read(checkpoint.resolve(out))
+    assert grown.record["model"]["layers"] == 5 and grown.record["updates"] == 7
+    assert grown.entries["optim/exp_avg_sq/decoder.layers.4.ffn.up.weight"].shape == (96, 32)
+    proof = json.loads((out / "proof.json").read_text("utf-8"))
+    assert proof["kept"] and proof["float64"]["within"] and proof["float32"]["within"]
+    assert proof["operators"] == ["layers 3 -> 5", "ffn 64 -> 96"]
+
+
+def test_json_is_the_proof(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(run, "--set", "layers=4", "--out", str(run.parent / "grown"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kept"] is True
+
+
+def test_a_proof_that_fails_ends_in_an_error_and_removes_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loud(size: tuple[int, ...]) -> Entry:
+        return Entry(size, "float32", lambda: torch.arange(_count(size)).sin().view(size))
+
+    monkeypatch.setattr(depth, "zeros", loud)
+    out = run.parent / "grown"
+    assert call(run, "--set", "layers=4", "--out", str(out)) == 1
+    said = capsys.readouterr()
+    assert "CHANGED, first at decoder.layers.3.self (new, a copy of layer 2)" in said.out
+    assert "nothing was removed" in said.err
+    assert json.loads((out / "proof.json").read_text("utf-8"))["kept"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "hidden=64"], "hidden is 32 and the target has 64"),
+        (["--set", "layrs=4"], "did you mean 'layers'"),
+        (["--set", "layers=0"], "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    run: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run.parent / "grown"
+    assert call(run, *words, "--out", str(out)) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_nothing_is_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(run, "--set", "layers=4", "--out", str(run)) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_grown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint.found_in(run)[0]
+    path = next(folder.glob("weights-*.safetensors"))
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert call(run, "--set", "layers=4", "--out", str(run.parent / "grown")) == 2
+    assert "weights-00000.safetensors" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text("model: {family: cpm}", "utf-8")
+    assert call(tmp_path / "nowhere", "--out", str(tmp_path / "grown")) == 2
+    assert capsys.readouterr().err.strip()
