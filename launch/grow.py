@@ -1,9 +1,10 @@
-"""python -m launch grow RUN_OR_CHECKPOINT --to MODEL_YAML --out DIR: a larger model, the same function.
+"""A larger model, the same function: `grow RUN_OR_CHECKPOINT --to MODEL_YAML --out DIR`.
 
-    checkpoint --read--> state --growth.grow--> larger state --write--> DIR --read back--> proof.json
+    checkpoint --read--> state --growth.grow--> larger --write--> DIR --read back--> proof.json
 
 The tensors are computed and written one at a time. The proof reads what was written, not what was
-meant. `init: {from: DIR, what: all}` in a run's config then trains on, moments and progress included.
+meant. `init: {from: DIR, what: all}` in a run's config then trains on, moments and progress
+included.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Proof that a changed state still computes the same function: probes through both, outputs compared.
+"""Proof that a changed state computes the same function: probes through both, outputs compared.
 
-    probes (fixed Chinese sentences) --> model(before) --> logits, streams \\
-                                     \\-> model(after)  --> logits, streams  > compared in float64 and
-                                                                            /  float32 -> proof.json
+    fixed Chinese sentences --> model(before) --> logits, streams --> compared in float64
+                            --> model(after)  --> logits, streams --> and float32 -> proof.json
     if they differ: the first place where the residual stream differs names the layer at fault
 
-A state is brought to its model one module at a time: the model stands on the meta device, a module's
-tensors are read just before it runs and dropped just after, so that the proof of a model of any size
-needs the memory of its largest matrix and of its activations.
+A state is brought to its model one module at a time: the model stands on the meta device, a
+module's tensors are read just before it runs and dropped just after, so that the proof of a model
+of any size needs the memory of its largest matrix and of its activations.
 
-Tolerances: float64, 1e-12 x the standard deviation of the logits (rounding of another summation order
-reaches 1e-14); float32, 3 x the error that the model before has against its own float64 logits.
+Tolerances: float64, 1e-12 x the standard deviation of the logits (rounding of another summation
+order reaches 1e-14); float32, 3 x the error that the model before has against its own float64
+logits.
 """
 
 import json
@@ -62,9 +62,9 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
     """Compare the outputs of two states on probes; dropout off.
 
     tokens_BT: int64 token ids. Returns plain data: the largest absolute difference of logits in
-    float64 and float32 with their tolerances, the standard deviation of the logits, the loss (nats a
-    token, next token, float64) before and after, `kept` (the verdict), and if it is False `differs_at`,
-    the first place where the residual stream differs.
+    float64 and float32 with their tolerances, the standard deviation of the logits, the loss
+    (nats a token, next token, float64) before and after, `kept` (the verdict), and if it is False
+    `differs_at`, the first place where the residual stream differs.
     """
     started = time.monotonic()
     exact_BTV = logits(before, tokens_BT, torch.float64)
@@ -202,7 +202,7 @@ def _norms(config: ModelConfig, head: str) -> list[str]:
 def _streams(
     state: State, tokens_BT: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
-    """What enters each norm that reads the stream, the logits, and the largest stream's deviation."""
+    """What enters each norm that reads the stream, the logits, the largest stream's deviation."""
     seen: dict[str, torch.Tensor] = {}
     config = model_config(state)
     readers = {t.name.rpartition(".")[0] for t in tensors(config) if t.op == "norm" and t.reads}

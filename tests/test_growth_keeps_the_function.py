@@ -1,4 +1,4 @@
-"""Growth keeps the function: logits before and after are equal, and a wrong operator is found out."""
+"""Growth keeps the function: logits stay equal, and a wrong operator is found out."""
 
 import dataclasses
 import weakref
@@ -41,7 +41,7 @@ def test_logits_are_the_same(targets: list[ModelConfig]) -> None:
     for target in targets:
         grown = grow(grown, target, seed=1)
     found = proof.prove(before, grown, PROBES)
-    # rounding of a longer sum in float64 is about 1e-15 of a logit; 1e-12 leaves no room for a mistake
+    # a longer float64 sum rounds by about 1e-15 of a logit; 1e-12 leaves no room for a mistake
     assert found["float64"]["max_difference"] <= 1e-12 * found["logits_std"]
     # the small model's own rounding, three times (GROWTH of record); measured, not assumed
     assert found["float32"]["max_difference"] <= found["float32"]["tolerance"]

@@ -1,12 +1,12 @@
 """Growth: a trained state in, a larger state that computes the same function out.
 
     state (4 layers, ffn 1024) --depth--> (6, 1024) --width--> (6, 1536)
-          entries: name -> how to read it              entries: name -> how to compute it from the old
+          entries: name -> how to read it         entries: name -> how to compute it
 
 An operator is a function from one logical state to another. It is driven by the table of tensors
-(configs/model.py): which tensors belong to a layer, which write the residual stream, which axes they
-have. Nothing is read or computed until an entry of the result is read, so that growing holds one
-tensor at a time, whatever the model's size; operators compose.
+(configs/model.py): which tensors belong to a layer, which write the residual stream, which axes
+they have. Nothing is read or computed until an entry of the result is read, so that growing holds
+one tensor at a time, whatever the model's size; operators compose.
 
 Today: deeper by zero-output layers (depth.py) and a wider feed-forward layer by zero columns
 (width.py), for pre-norm CPM; moments.py says how Adam's moments begin. Sources: LEMON (Wang et al.,
@@ -35,10 +35,11 @@ class GrowthError(ValueError):
 def grow(state: State, to: ModelConfig, seed: int) -> State:
     """The state enlarged to the config `to`; logits are the same in exact arithmetic, dropout off.
 
-    Entries are computed when read. Old tensors keep their moments and their `born`; new tensors get
-    moments of zero and are born at the present update, so that their Adam step starts at 0; new
-    entries inside old tensors follow moments.py. `seed` decides the new random rows. The record gets
-    the new config and one more line in `growth`. Raises GrowthError for a target out of reach.
+    Entries are computed when read. Old tensors keep their moments and their `born`; new tensors
+    get moments of zero and are born at the present update, so that their Adam step starts at 0;
+    new entries inside old tensors follow moments.py. `seed` decides the new random rows. The
+    record gets the new config and one more line in `growth`. Raises GrowthError for a target out
+    of reach.
     """
     now = model_config(state)
     refused = refusal(now, to)
@@ -69,7 +70,7 @@ def model_config(state: State) -> ModelConfig:
 
 
 def refusal(now: ModelConfig, to: ModelConfig) -> str | None:
-    """Why `to` cannot be reached from `now`, in one sentence with the nearest size that can; or None."""
+    """Why `to` cannot be reached from `now`, in one sentence with the nearest sizes; or None."""
     if not isinstance(now, CPMConfig) or not isinstance(to, CPMConfig):
         return (
             f"family: a {now.family} cannot be grown to a {to.family}; "

@@ -1,13 +1,14 @@
-"""Deeper: copies of layers that add nothing yet, so that the function is kept to the last bit.
+r"""Deeper: copies of layers that add nothing yet, so that the function is kept to the last bit.
 
     3 layers      0   1       2            old layer i of L goes to place i * L' // L;
                   |   | \     | \          the places after it, up to the next, are its copies
     5 layers      0   1   1'  2   2'
 
-A pre-norm layer adds f(norm(x)) to the stream x. In a copy every tensor is the source layer's, except
-that those which WRITE the stream (the table's `writes`: attention and feed-forward outputs and their
-biases) are zero: the copy adds 0, and its outputs receive a gradient from the first step on, the rest
-from the second. Post-norm layers need more (a gain shift) and are not handled here.
+A pre-norm layer adds f(norm(x)) to the stream x. In a copy every tensor is the source layer's,
+except that those which WRITE the stream (the table's `writes`: attention and feed-forward outputs
+and their biases) are zero: the copy adds 0, and its outputs receive a gradient from the first
+step on, the rest from the second. Post-norm layers need more (a gain shift) and are not handled
+here.
 """
 
 from configs.model import ModelConfig, Tensor, shape, tensors
@@ -27,7 +28,7 @@ def source(layer: int, old_layers: int, new_layers: int) -> tuple[int, bool]:
 
 
 def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
-    """`state` with to.layers layers. Nothing is random here; `seed` is every operator's argument."""
+    """`state` with to.layers layers. Nothing is random; `seed` is every operator's argument."""
     updates = state.record.get("updates", 0)
     old_born = state.record.get("born", {})
     entries, born = {}, {}

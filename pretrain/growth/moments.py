@@ -1,11 +1,11 @@
 """How Adam's moments begin for what growth has added.
 
-A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first updates are up to 6.6
-times the learning rate. Hence
+A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first updates are up to
+6.6 times the learning rate. Hence
 
-    a new tensor               m = 0, v = 0, and its own step count (its `born` is the present update)
-    new entries in an old one  m = 0, v = the mean of the old v along the grown axis, because the
-                               tensor has one step count: row r of new columns takes the mean of row r
+    a new tensor               m = 0, v = 0, and its own step count: it is `born` now
+    new entries in an old one  m = 0, v = the mean of the old v along the grown axis, because
+                               the tensor has one step count: a row's new columns take its mean
 """
 
 import torch

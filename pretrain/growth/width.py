@@ -5,11 +5,11 @@
     up   bias [ffn]     b  /  r            the same
     down [embed, ffn]   W  |  0            new columns: zero, so the output is unchanged
 
-The table says which tensors have the axis: where it is an OUTPUT axis the new entries are random (a
-unit that computes something), where it is an INPUT axis they are zero (nobody listens yet). The zero
-columns receive a gradient from the first step on, the random rows from the second. Zero on both sides
-would never wake up. Under Net2Net's other form the units are copied and their columns split; that is
-an option of a later operator.
+The table says which tensors have the axis: where it is an OUTPUT axis the new entries are random
+(a unit that computes something), where it is an INPUT axis they are zero (nobody listens yet).
+The zero columns receive a gradient from the first step on, the random rows from the second. Zero
+on both sides would never wake up. Under Net2Net's other form the units are copied and their
+columns split; that is an option of a later operator.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ AXIS = "ffn"
 
 
 def wider(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
-    """`state` with to.ffn feed-forward units; new rows are drawn from (seed, name, old and new size).
+    """`state` with to.ffn feed-forward units; new rows are drawn from (seed, name, both sizes).
 
-    The sizes belong to the draw so that a model which is widened twice with one seed does not get the
-    same units twice.
+    The sizes belong to the draw so that a model which is widened twice with one seed does not get
+    the same units twice.
     """
     entries = dict(state.entries)
     for tensor in tensors(to):
