@@ -1,0 +1,243 @@
+"""Chinese text made even, and judged.
+
+    text --normalise--> Page(text, kinds of its characters, what was changed) --judge--> True
+                                                                                  or (False, reason)
+
+Normalisation is narrow, for text that a model will write again. NFC, never NFKC (which would make
+ASCII and plain digits of "，：（）①㈠℃"); full-width letters and digits become ASCII, a wide
+space one space, every line end "\\n". Private-use code points, control characters, zero-width and
+direction marks and U+FFFD are removed and counted. Ideographic indentation and trailing blanks go,
+three and more line breaks become two. Applied twice it changes nothing more.
+
+It is fast because every character is looked up once, in a table of kinds (numpy), and only text
+that has something to change is touched again.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from configs.corpus import Cleaning
+
+# Kinds of characters. Up to DIGIT they make words; from WIDE on normalisation has work to do.
+HAN, LETTER, DIGIT, PUNCTUATION, SYMBOL, BLANK, WIDE, RETURN, LOST, PRIVATE, CONTROL, INVISIBLE = (
+    range(12)
+)
+KINDS = 12
+REMOVED = {
+    LOST: "lost",
+    PRIVATE: "private_use",
+    CONTROL: "control",
+    INVISIBLE: "zero_width",
+}
+
+_HAN = (
+    (0x2E80, 0x2FDF),  # radicals
+    (0x3005, 0x3007),  # 々〆〇
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),  # compatibility ideographs; NFC replaces most of them
+    (0x20000, 0x3FFFF),
+)
+_WIDE_ASCII = ((0xFF10, 0xFF19), (0xFF21, 0xFF3A), (0xFF41, 0xFF5A))
+_WIDE_BLANKS = (0x00A0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)
+_LINE_ENDS = (0x000B, 0x000C, 0x0085, 0x2028, 0x2029)
+_PRIVATE = ((0xE000, 0xF8FF), (0xF0000, 0x10FFFF))
+_INVISIBLE = (
+    (0x00AD, 0x00AD),  # soft hyphen
+    (0x061C, 0x061C),
+    (0x180E, 0x180E),
+    (0x200B, 0x200F),  # zero-width space and joiners, direction marks
+    (0x202A, 0x202E),
+    (0x2060, 0x206F),
+    (0xFEFF, 0xFEFF),  # byte order mark
+    (0xFFF9, 0xFFFB),
+    (0xE0000, 0xE007F),  # tags
+)
+_CONTROL = ((0x00, 0x08), (0x0E, 0x1F), (0x7F, 0x84), (0x86, 0x9F), (0xD800, 0xDFFF))
+_INDENTATION = re.compile(r"^[ \t\u00a0]*\u3000[ \t\u00a0\u3000]*", re.MULTILINE)
+_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+_GAPS = re.compile(r"\n{3,}")
+
+
+class Page(NamedTuple):
+    """A normalised document."""
+
+    text: str
+    kinds: "np.ndarray"
+    """The kind of every character, uint8 [characters]."""
+    counts: list[int]
+    """Characters of each kind, [KINDS]."""
+    changed: Counter[str]
+    """Characters removed (lost, private_use, control, zero_width) or folded (width)."""
+
+    @property
+    def solid(self) -> int:
+        """Characters that are not blank."""
+        return len(self.text) - self.counts[BLANK]
+
+
+@cache
+def _tables() -> "tuple[np.ndarray, np.ndarray]":
+    """The kind of every code point, and what each becomes."""
+    kinds = np.full(0x110000, SYMBOL, dtype=np.uint8)
+    becomes = np.arange(0x110000, dtype=np.uint32)
+    named = {"L": LETTER, "M": LETTER, "N": DIGIT, "P": PUNCTUATION, "S": SYMBOL}
+    for code in range(0x20000):
+        kinds[code] = named.get(unicodedata.category(chr(code))[0], SYMBOL)
+    kinds[0xE0100:0xE01F0] = LETTER  # variation selectors of ideographs
+    for kind, ranges in (
+        (HAN, _HAN),
+        (PRIVATE, _PRIVATE),
+        (INVISIBLE, _INVISIBLE),
+        (CONTROL, _CONTROL),
+        (WIDE, _WIDE_ASCII),
+    ):
+        for first, last in ranges:
+            kinds[first : last + 1] = kind
+    kinds[0xFDD0:0xFDF0] = CONTROL  # no characters, by definition
+    kinds[0xFFFE::0x10000] = kinds[0xFFFF::0x10000] = CONTROL
+    for first, last in _WIDE_ASCII:
+        becomes[first : last + 1] -= 0xFEE0
+    for codes, plain in ((_WIDE_BLANKS, " "), (_LINE_ENDS, "\n")):
+        kinds[list(codes)] = WIDE
+        becomes[list(codes)] = ord(plain)
+    kinds[[ord(" "), ord("\t"), ord("\n")]] = BLANK
+    kinds[ord("\r")] = RETURN
+    kinds[0xFFFD] = LOST
+    return kinds, becomes
+
+
+def _look(text: str) -> "tuple[np.ndarray, np.ndarray, list[int]]":
+    """Code points, their kinds, and how many there are of each kind."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    kinds = _tables()[0][codes]
+    return codes, kinds, np.bincount(kinds, minlength=KINDS).tolist()
+
+
+def normalise(text: str) -> Page:
+    """Even out a document; see the head of this file for what that means and what it leaves."""
+    codes, kinds, counts = _look(text)
+    changed: Counter[str] = Counter()
+    before = text
+    if any(counts[WIDE:]):
+        for kind, name in REMOVED.items():
+            if counts[kind]:
+                changed[name] = counts[kind]
+        if counts[WIDE]:
+            changed["width"] = counts[WIDE]
+        text = _even(text, codes, kinds, counts)
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    if " \n" in text or "\t\n" in text:
+        text = _TRAILING.sub("", text)
+    if "\n\n\n" in text:
+        text = _GAPS.sub("\n\n", text)
+    text = text.strip(" \t\n")
+    if text is not before and text != before:
+        _, kinds, counts = _look(text)
+    return Page(text, kinds, counts, changed)
+
+
+def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]) -> str:
+    """What normalise() does where a character has to go or to change."""
+    if any(counts[LOST:]):
+        text = _text(codes[kinds < LOST])
+    if counts[RETURN]:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if counts[WIDE]:
+        text = _INDENTATION.sub("", text)
+        text = _text(_tables()[1][np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)])
+    return text
+
+
+def _text(codes: "np.ndarray") -> str:
+    return codes.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def digest(page: Page) -> bytes:
+    """16 bytes that are equal for documents with the same letters and digits, whatever stands
+    between them: xxh3-128 of their code points."""
+    codes = np.frombuffer(page.text.encode("utf-32-le"), dtype=np.uint32)
+    return xxhash.xxh3_128_digest(codes[page.kinds <= DIGIT].tobytes())
+
+
+# ---- filters: each answers True or (False, reason)
+
+Verdict = bool | tuple[bool, str]
+Filter = Callable[[Page, Cleaning], Verdict]
+
+
+def not_lost(page: Page, rules: Cleaning) -> Verdict:
+    """Few U+FFFD: the text was decoded with the right encoding."""
+    share = page.changed["lost"] / max(page.solid + page.changed["lost"], 1)
+    return share <= rules.max_lost_ratio or (False, "lost_characters")
+
+
+def not_private(page: Page, rules: Cleaning) -> Verdict:
+    """Few private-use code points: the text does not depend on one font."""
+    private = page.changed["private_use"]
+    return private <= rules.max_private_use_ratio * (page.solid + private) or (False, "private_use")
+
+
+def long_enough(page: Page, rules: Cleaning) -> Verdict:
+    """Not a fragment."""
+    return page.solid >= rules.min_characters or (False, "too_short")
+
+
+def short_enough(page: Page, rules: Cleaning) -> Verdict:
+    """Not a dump."""
+    return page.solid <= rules.max_characters or (False, "too_long")
+
+
+def chinese(page: Page, rules: Cleaning) -> Verdict:
+    """Chinese characters make up enough of it."""
+    return page.counts[HAN] >= rules.min_han_ratio * page.solid or (False, "few_han")
+
+
+def no_table(page: Page, rules: Cleaning) -> Verdict:
+    """Not mainly numbers."""
+    return page.counts[DIGIT] <= rules.max_digit_ratio * page.solid or (False, "many_digits")
+
+
+def no_drawing(page: Page, rules: Cleaning) -> Verdict:
+    """Not mainly symbols."""
+    return page.counts[SYMBOL] <= rules.max_symbol_ratio * page.solid or (False, "many_symbols")
+
+
+def no_echo(page: Page, rules: Cleaning) -> Verdict:
+    """Lines seldom stand a second time."""
+    lines = [line for line in page.text.split("\n") if line]
+    distinct = set(lines)
+    if len(distinct) == len(lines):
+        return True
+    repeated = sum(map(len, lines)) - sum(map(len, distinct))
+    limit = rules.max_repeated_line_ratio * sum(map(len, lines))
+    return repeated <= limit or (False, "repeated_lines")
+
+
+FILTERS: tuple[Filter, ...] = (
+    not_lost,
+    not_private,
+    long_enough,
+    short_enough,
+    chinese,
+    no_table,
+    no_drawing,
+    no_echo,
+)
+
+
+def judge(page: Page, rules: Cleaning) -> Verdict:
+    """True, or (False, the reason of the first filter that refuses)."""
+    for accepts in FILTERS:
+        verdict = accepts(page, rules)
+        if verdict is not True:
+            return verdict
+    return True

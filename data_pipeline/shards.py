@@ -1,0 +1,116 @@
+"""What lies between two blocks of a build: shards of documents, tables of their hashes.
+
+    add({"id": ..., "source": ..., "text": ...})  --zstd 3-->  00042.jsonl.zst.PID.partial
+                                                     fsync, rename  -->  00042.jsonl.zst
+
+Whatever a build writes is written aside and renamed when it is whole (`aside`), so that a build
+killed at any moment leaves whole files and rubbish that is recognised by its name.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+import zstandard
+
+Record = dict[str, Any]
+
+COMPRESSION_LEVEL = 3
+ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u4")])
+"""A document of a shard: the halves of its hash, its place in the shard."""
+
+
+class CorpusError(ValueError):
+    """A corpus cannot be built as asked; one sentence that names the file or the key to change."""
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed build left half written."""
+    for path in folder.rglob("*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def shard(path: Path) -> Iterator[Callable[[Record], None]]:
+    """A shard to write: the function it gives adds one document."""
+    packer = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+    with aside(path) as file, packer.stream_writer(file, closefd=False) as stream:
+
+        def add(record: Record) -> None:
+            stream.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+        yield add
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The documents of a shard, in order. CorpusError if the file is damaged."""
+    line = b""
+    try:
+        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            while chunk := stream.read(1 << 20):
+                head, *rest = chunk.split(b"\n")
+                line += head
+                for following in rest:
+                    yield orjson.loads(line)
+                    line = following
+    except (zstandard.ZstdError, orjson.JSONDecodeError) as error:
+        raise CorpusError(
+            f"{path} is damaged ({error}); remove its folder and build again (文件损坏，删后重建)"
+        ) from None
+    if line:
+        raise CorpusError(f"{path} ends within a document; remove its folder and build again")
+
+
+def save_table(path: Path, digests: Sequence[bytes]) -> None:
+    """Write a shard's hashes, sorted, each with its row."""
+    halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+    table = np.empty(len(halves), dtype=ROW)
+    table["high"], table["low"] = halves[:, 0], halves[:, 1]
+    table["row"] = np.arange(len(halves))
+    table.sort(order=("high", "low", "row"))
+    save(path, table)
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    """Write an array aside, then give it its name."""
+    with aside(path) as file:
+        np.save(file, array)
+
+
+def open_table(path: Path) -> np.ndarray:
+    """A shard's hashes, left on the disk."""
+    return np.load(path, mmap_mode="r")
