@@ -25,7 +25,7 @@ class _ModelPage:
 
 
 def main(argv: list[str]) -> int:
-    """Grow a checkpoint; 0 if the proof holds, 1 if it does not, 2 for what the user got wrong."""
+    """Grow a checkpoint; 0 if the proof holds, 1 if not; ValueError for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m launch grow", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", help="a checkpoint, or a run (its newest good checkpoint)")
@@ -37,16 +37,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        proof = grow(
-            Path(arguments.source),
-            target(arguments.to, arguments.set),
-            Path(arguments.out),
-            arguments.seed,
-        )
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    larger = target(arguments.to, arguments.set)
+    proof = grow(Path(arguments.source), larger, Path(arguments.out), arguments.seed)
     print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
     if not proof["kept"]:
         print(

@@ -26,11 +26,9 @@ from torch import nn
 from configs.model import ModelConfig, tensors
 from pretrain.growth import model_config
 from pretrain.growth.depth import source
-from pretrain.models.cpm import CPM
+from pretrain.models import build
 from pretrain.state import State, seed_of
 
-FAMILIES: dict[str, Callable[[Any], nn.Module]] = {"cpm": CPM}
-"""Config family -> its model."""
 FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 3.0
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -226,7 +224,7 @@ def _model(state: State, dtype: torch.dtype) -> Iterator[nn.Module]:
     """The model of a state, in `dtype`, its tensors read as its modules run."""
     config = model_config(state)
     with torch.device("meta"):
-        model = FAMILIES[config.family](config)
+        model = build(config)
     model.to(dtype).eval()
     model.requires_grad_(False)
     for name, module in model.named_modules():

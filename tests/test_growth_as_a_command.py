@@ -8,7 +8,7 @@ import torch
 from growing import TINY, trained
 
 from configs.load import dump
-from launch.grow import main
+from launch.cli import main
 from pretrain import checkpoint
 from pretrain.growth import depth
 from pretrain.state import Entry
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def call(run: Path, *words: str) -> int:
-    return main([str(run), "--to", str(run.parent / "tiny.yaml"), *words])
+    return main(["grow", str(run), "--to", str(run.parent / "tiny.yaml"), *words])
 
 
 def test_a_run_is_grown_and_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
