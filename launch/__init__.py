@@ -1,1 +1,1 @@
-"""Who starts it: the verbs of `python -m launch`. It imports the other rooms; no room imports it."""
+"""Who starts it: the verbs of `python -m launch`. It imports the other rooms, none imports it."""

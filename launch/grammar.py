@@ -43,8 +43,8 @@ class Section:
 
 
 def fields(kind: str) -> list[dict[str, Any]]:
-    """Every key of a page ("run", "corpus" or "sizes"), in order: {key, type, default (None: must be
-    given), doc, depth}; a row without a key opens one of several model families."""
+    """Every key of a page ("run", "corpus" or "sizes"), in order: {key, type, default (None: must
+    be given), doc, depth}; a row without a key opens one of several model families."""
     top, modules = PAGES[kind]
     sections, unions = _source(modules)
     rows: list[dict[str, Any]] = []
@@ -100,7 +100,8 @@ def _row(key: str, kind: str, default: str | None, doc: str, depth: int) -> dict
 
 def _names(annotation: str) -> list[str]:
     tree = ast.parse(annotation, mode="eval")
-    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [node.id for node in sorted(names, key=lambda node: node.col_offset)]
 
 
 def _source(modules: tuple[str, ...]) -> tuple[dict[str, Section], dict[str, list[str]]]:

@@ -1,0 +1,340 @@
+"""python -m launch train CONFIG --devices N [key=value ...]: start the job, watch it, end it well.
+
+    this process --own session--> deepspeed --> its launch.py --> rank 0, rank 1 ...
+         |   ^                                                        |
+         |   +---- one pipe: marked lines -> terminal, all -> RUN/logs/launcher.log
+         +-- SIGTERM, Ctrl-C, hang-up: SIGTERM to the RANKS, which save at the step border and end
+
+DeepSpeed's launcher, told to stop, kills rank after rank with up to 30 s for each. So it is not
+told: the ranks are, all at once. Whoever is left after the grace is killed with everything that
+belongs to the job, also when a rank has failed and its peers wait for it, or when the launcher
+itself has died. If this process is killed, a keeper (its fork, which waits for nothing else) does
+the same in its place.
+"""
+
+import argparse
+import os
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from configs.load import ConfigError, load
+from configs.run import RunConfig, world_problems
+from launch.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "\x1eBAJIE "
+"""What opens a line for the user; the same as pretrain/monitor.py's, which imports torch."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FAILED_PEER_GRACE_S = 15.0
+"""Once a rank has failed its peers wait in a collective for ever; this is for their last words."""
+EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
+RETURN_CODE = re.compile(r"exits with return code = (-?\d+)")
+
+
+def main(argv: list[str]) -> int:
+    """The verb; the exit code is the job's own, 137 where it had to be killed."""
+    parser = argparse.ArgumentParser("python -m launch train", description=__doc__.split("\n")[0])
+    parser.add_argument("config", help="a page like configs/runs/cpm-small-1gpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. run.steps=100")
+    parser.add_argument("--devices", type=int, default=1, help="processes on this machine")
+    parser.add_argument(
+        "--hostfile", help="DeepSpeed's hostfile: --devices on each of its machines"
+    )
+    parser.add_argument("--gpu", action="store_true", help="GPUs; without it the CPU is used")
+    parser.add_argument("--grace-s", type=float, default=60.0, help="for saving, when stopped")
+    parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
+    args = parser.parse_intermixed_args(argv)
+    config = load(args.config, RunConfig, args.overrides)
+    if args.devices < 1:
+        raise UserError(f"--devices is {args.devices}, must be at least 1 (设备数至少为 1)")
+    if not args.hostfile and (problems := world_problems(config, args.devices)):
+        raise ConfigError("\n".join(problems))
+    gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
+    words = [args.config, *args.overrides]
+    command = deepspeed_line(words, args.devices, gpu=gpu, hostfile=args.hostfile)
+    print("$ " + shlex.join(["deepspeed", *command[1:]]), flush=True)
+    if args.dry_run:
+        return 0
+    log = Path(config.run.out, "logs", "launcher.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    ranks = None if args.hostfile else args.devices
+    with open(log, "ab") as stream:
+        job = Job(command, environment(gpu), stream, ranks=ranks, grace_s=args.grace_s)
+        code = job.run()
+    if code and not job.complained:
+        why = job.last_error or "no rank said why"
+        print(
+            f"bajie: the job ended with code {code}: {why}; see {log} (任务失败)", file=sys.stderr
+        )
+    return code
+
+
+def deepspeed_line(words: list[str], devices: int, *, gpu: bool, hostfile: str | None) -> list[str]:
+    """The command that runs pretrain/train.py on `devices` processes and on a port that is free."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    program = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if program is None:
+        raise UserError(f"no `deepspeed` beside {sys.executable}; run ./launch/setup.sh (缺少安装)")
+    line = [program, "--num_gpus" if gpu else "--num_accelerators", str(devices)]
+    if hostfile:
+        line += ["--hostfile", hostfile]
+    return [*line, "--master_port", str(free_port()), str(ROOT / "pretrain" / "train.py"), *words]
+
+
+def free_port() -> int:
+    """A TCP port that nobody holds now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(gpu: bool) -> dict[str, str]:
+    """What the job inherits: marked lines asked for, our Python first, the CPU unless `gpu`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = {**os.environ, "BAJIE_LAUNCHED": "1", "PATH": path}
+    return env if gpu else {**env, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass
+class Job:
+    """A launcher and its ranks, from start to the last of them gone."""
+
+    command: list[str]
+    env: dict[str, str]
+    log: IO[bytes]
+    """Everything that launcher and ranks print."""
+    ranks: int | None = None
+    """How many must report a good end; None: not known (several machines)."""
+    grace_s: float = 60.0
+    """From the first signal to the kill."""
+    complained: bool = False
+    """Whether a rank has said what is wrong."""
+    last_error: str = ""
+    """The last line that looks like an exception."""
+    _process: "subprocess.Popen[bytes] | None" = None
+    _signals: list[int] = field(default_factory=list)
+    _deadline: float | None = None
+    _failed: bool = False
+    _killed: bool = False
+    _good_ends: int = 0
+    _rest: bytes = b""
+    _passing: bool = False
+
+    def run(self) -> int:
+        """Start, forward signals, show marked lines; returns the exit code of the job."""
+        before = {number: signal.signal(number, self._note) for number in STOPS}
+        self._process = subprocess.Popen(
+            self.command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        keeper, leash = self._start_keeper()
+        try:
+            self._watch(self._process)
+        finally:
+            self._kill_all()  # whatever happened above, nothing of the job stays behind
+            os.write(leash, b"done")
+            os.close(leash)
+            os.waitpid(keeper, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._finish_line()
+        return self._code(self._process.wait())
+
+    def _start_keeper(self) -> tuple[int, int]:
+        """Fork the keeper; returns its pid and the leash, a pipe that ends unsaid if we die."""
+        held, leash = os.pipe()
+        keeper = os.fork()
+        if keeper:
+            os.close(held)
+            return keeper, leash
+        try:
+            os.setsid()  # what is sent to our group, Ctrl-C too, is ours alone
+            os.close(leash)
+            if not os.read(held, 4):
+                self._end_as_keeper()
+        finally:
+            os._exit(0)
+
+    def _end_as_keeper(self) -> None:
+        """In the keeper, our process dead: let the ranks save, keep their pipe empty, then kill."""
+        assert self._process is not None and self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        deadline = time.monotonic() + self.grace_s
+        for process in self._rank_processes():
+            _signal(process, signal.SIGTERM)
+        while self._family() and time.monotonic() < deadline:
+            self.log.write(self._process.stdout.read(1 << 16) or b"")
+            time.sleep(0.1)
+        self.log.flush()
+        self._kill_all()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        told = 0
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while process.poll() is None:
+                if selector.select(0.2):
+                    self._read(process.stdout)
+                if len(self._signals) > told:
+                    told = len(self._signals)
+                    self._stop(again=told > 1)
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    self._killed = True
+                    return
+        self._kill_all()  # the launcher is gone; a rank that outlived it is an orphan
+        self._read(process.stdout)
+        self._line(self._rest.decode("utf-8", "replace"))
+
+    def _stop(self, again: bool) -> None:
+        """A signal came: the ranks are told at once; a second one means now."""
+        if again:
+            self._deadline = 0.0
+            return
+        self._say(
+            f"stopping: the ranks save and end, {self.grace_s:.0f} s at most (正在保存并停止)"
+        )
+        self._deadline = time.monotonic() + self.grace_s
+        for process in self._rank_processes():
+            _signal(process, signal.SIGTERM)
+
+    def _family(self) -> list[psutil.Process]:
+        """Every process of the job: descendants, and who shares its session after a parent died."""
+        assert self._process is not None
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self._process.pid:
+                    found[process.pid] = process
+            except (OSError, psutil.Error):
+                continue
+        try:
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            found |= {child.pid: child for child in children}
+        except psutil.Error:
+            pass
+        return list(found.values())
+
+    def _rank_processes(self) -> list[psutil.Process]:
+        """The ranks proper, not workers that they forked; the launcher if there are none yet."""
+        ranks: dict[int, psutil.Process] = {}
+        for process in self._family():
+            try:
+                if any(word.startswith("--local_rank") for word in process.cmdline()):
+                    ranks[process.pid] = process
+            except psutil.Error:
+                continue
+        proper = [p for p in ranks.values() if _parent(p) not in ranks]
+        if not proper and self._process is not None:
+            proper = [psutil.Process(self._process.pid)]
+        return proper
+
+    def _kill_all(self) -> None:
+        for _ in range(3):  # a process may fork while we look
+            family = [process for process in self._family() if process.is_running()]
+            for process in family:
+                _signal(process, signal.SIGKILL)
+            if not psutil.wait_procs(family, timeout=2)[1]:
+                return
+
+    def _code(self, code: int) -> int:
+        if self._killed:
+            return 1 if self._failed else 128 + signal.SIGKILL
+        if code < 0:
+            return 128 - code
+        if code == 0 and self.ranks is not None and self._good_ends < self.ranks:
+            # deepspeed answers 0 when its own launch.py is killed: count the good ends instead.
+            self.last_error = f"{self._good_ends} of {self.ranks} processes ended well"
+            return 1
+        return code
+
+    # ---- what is printed ------------------------------------------------------------------
+
+    def _read(self, stream: IO[bytes]) -> None:
+        while chunk := stream.read(1 << 16):
+            self.log.write(chunk)
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            for line in lines:
+                self._line(line.decode("utf-8", "replace"))
+        self.log.flush()
+
+    def _line(self, line: str) -> None:
+        chatter, mark, text = line.partition(MARK)
+        if mark:
+            self._show(text)
+        if "exits successfully" in chatter:
+            self._good_ends += 1
+        elif "Killing subprocess" in chatter and self._deadline is None:
+            self._failed = True
+            self._deadline = time.monotonic() + FAILED_PEER_GRACE_S
+        elif chatter.startswith("bajie: "):
+            self._show(chatter)  # said before the run folder was known
+        elif found := EXCEPTION.match(chatter):
+            self.last_error = found[1][:300]
+        elif found := RETURN_CODE.search(chatter):
+            self.last_error = self.last_error or f"a process ended with code {found[1]}"
+
+    def _show(self, text: str) -> None:
+        if text.startswith("bajie: "):
+            self.complained = True
+            self._finish_line()
+            print(text, file=sys.stderr, flush=True)
+        elif text.startswith("\r"):
+            if sys.stdout.isatty():  # a line that the next one replaces; elsewhere nobody misses it
+                width = shutil.get_terminal_size().columns - 1
+                self._write("\r\x1b[2K" + text[1 : width + 1])
+                self._passing = True
+        else:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._write(("\r\x1b[2K" if self._passing else "") + text + "\n")
+        self._passing = False
+
+    def _finish_line(self) -> None:
+        if self._passing:
+            self._write("\n")
+            self._passing = False
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has left (| head). The job goes on, its words are in the log.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return 0
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except (psutil.Error, OSError):
+        pass  # it has just ended by itself
