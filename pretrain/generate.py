@@ -1,0 +1,346 @@
+"""Letting a model write: greedy, top-k, top-p, temperature, in batches, with a cache.
+
+    prompts -> token ids, padded on the left -> one forward over all of them
+        -> logits of the last position -> temperature -> top-k -> top-p (the end kept) -> token
+        -> a forward of one token a row on the cache of keys and values -> ... -> text
+
+Padding is a document of its own and positions begin behind it, so a row of a batch is what it would
+be alone. Random numbers belong to (seed, prompt): neither the batch around a prompt nor the device
+count changes what it draws, and the generator of training (dropout) is left alone.
+
+An incomplete decoding (top-k, top-p) can put the end of a document at probability 0 for ever (Su,
+kexue.fm/archives/7500; Welleck et al. 2020): the end token stays in every truncated set.
+
+Legend: B rows, T tokens of the longest prompt, V vocabulary.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configs.load import from_dict
+from configs.model import ModelConfig
+from pretrain import checkpoint, models
+from pretrain.models.layers import KeyValueCache
+from pretrain.state import State
+
+PADDING = -1
+"""Document id of padding, as in pretrain/batches.py."""
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer (data_pipeline.tokenizer.Tokenizer)."""
+
+    vocab_size: int
+    eod_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> Any:
+        """Token ids of a text, without an end of document."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """The text of token ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Tokens written at most, the end included; the model's last position ends it as well."""
+    min_new_tokens: int = 0
+    """Tokens written before the end may come."""
+    greedy: bool = False
+    """The most probable token; the rest below does not matter."""
+    temperature: float = 1.0
+    """Logits are divided by this."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most probable tokens that together reach p (the one that crosses it included)."""
+    seed: int = 0
+    """Of the random numbers."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            sentence
+            for bad, sentence in (
+                (
+                    self.max_new_tokens < 1,
+                    f"max_new_tokens: is {self.max_new_tokens}, must be 1 up",
+                ),
+                (
+                    self.min_new_tokens < 0,
+                    f"min_new_tokens: is {self.min_new_tokens}, must be 0 up",
+                ),
+                (not self.temperature > 0, f"temperature: is {self.temperature}, must be above 0"),
+                (self.top_k < 0, f"top_k: is {self.top_k}, must be 0 (keep all) or more"),
+                (not 0 < self.top_p <= 1, f"top_p: is {self.top_p}, must be in (0, 1]"),
+            )
+            if bad
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong) + " (解码参数不合法)")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote behind one prompt."""
+
+    ids: list[int]
+    """New tokens, without the end of document."""
+    ended: bool
+    """Whether the end of document came."""
+
+
+def load_model(
+    state: State, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model of a state, in eval mode; read one tensor at a time."""
+    config = from_dict(cast(Any, ModelConfig), state.record["model"], "model")
+    with torch.device("meta"):
+        model = models.build(config)
+    for name, parameter in list(model.named_parameters()):
+        value = state.read(f"weights/{name}")
+        assert value.shape == parameter.shape, f"{name}: {value.shape} for {parameter.shape}"
+        at, _, leaf = name.rpartition(".")
+        # A copy: the state's tensor may be mapped from a file that will be rotated away.
+        owned = value.to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(at), leaf, nn.Parameter(owned, requires_grad=False))
+    return model.eval()
+
+
+@torch.no_grad()
+def write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    eod_id: int,
+    pad_id: int,
+    vocab: int | None = None,
+    cache: bool = True,
+) -> list[Written]:
+    """Continue prompts of token ids; one `Written` each, in their order.
+
+    model: forward(tokens, positions, document_ids, cache) and logits(); its whole vocabulary here.
+    vocab: tokens that exist, where the model's table has more rows. Without `cache` every forward
+    runs over all tokens so far: slower, the same result.
+    """
+    device = next(model.parameters()).device
+    lengths, capacity = [len(prompt) for prompt in prompts], int(model.config.positions)
+    if min(lengths) == 0:
+        raise ValueError("prompt: is empty; give the model at least one token (提示不能为空)")
+    if max(lengths) > capacity:
+        raise ValueError(
+            f"prompt: has {max(lengths)} tokens, the model has {capacity} positions; it must not "
+            "be longer (提示过长)"
+        )
+    # The last token written is never read, so it needs no position.
+    rooms = [min(decoding.max_new_tokens, capacity - length + 1) for length in lengths]
+    steps = max(rooms)
+    tokens_BT, positions_BT, documents_BT = _padded(prompts, pad_id, device)
+    rooms_B = torch.tensor(rooms, device=device)
+    held = KeyValueCache(max(lengths) + steps) if cache else None
+    draws = None if decoding.greedy else _uniform(prompts, steps, decoding.seed).to(device)
+    written: list[Tensor] = []
+    ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    given = (tokens_BT, positions_BT, documents_BT)
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(steps):
+            hidden_BTD = model(*given, held)
+            logits_BV = model.logits(hidden_BTD[:, -1])[:, :vocab]
+            logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+            if step < decoding.min_new_tokens:
+                logits_BV[:, eod_id] = -torch.inf
+            next_B = choose(logits_BV, decoding, eod_id, None if draws is None else draws[:, step])
+            next_B = next_B.where(~ended_B, eod_id)  # a row that ended goes on unread
+            written.append(next_B)
+            ended_B = ended_B | (next_B == eod_id) | (rooms_B <= step + 1)
+            if ended_B.all():
+                break
+            given = _grown(given, next_B, capacity, cache)
+    finally:
+        model.train(was_training)
+    rows = torch.stack(written, 1).tolist()
+    return [_cut(row[:room], eod_id) for row, room in zip(rows, rooms, strict=True)]
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(tokens, positions, document ids) [B, T] of prompts padded on the left."""
+    T = max(map(len, prompts))
+    tokens_BT = np.full((len(prompts), T), pad_id, np.int64)
+    documents_BT = np.full((len(prompts), T), PADDING, np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, T - len(prompt) :] = prompt
+        documents_BT[row, T - len(prompt) :] = 0
+    pads_B = (documents_BT == PADDING).sum(1, keepdims=True)
+    positions_BT = np.maximum(np.arange(T) - pads_B, 0)
+    tensors = [torch.from_numpy(a).to(device) for a in (tokens_BT, positions_BT, documents_BT)]
+    # Prompts of one length need no documents, and attention no mask.
+    return tensors[0], tensors[1], tensors[2] if pads_B.any() else None
+
+
+def _grown(
+    given: tuple[Tensor, Tensor, Tensor | None], next_B: Tensor, capacity: int, cache: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the next forward is given: with a cache one token a row, without it all of them."""
+    tokens_BT, positions_BT, documents_BT = given
+    # A row out of positions has ended; what is still computed for it is not read.
+    new = (next_B[:, None], (positions_BT[:, -1:] + 1).clamp(max=capacity - 1))
+    real_B1 = None if documents_BT is None else torch.zeros_like(next_B[:, None])
+    if cache:
+        return (*new, real_B1)
+    return (
+        torch.cat([tokens_BT, new[0]], 1),
+        torch.cat([positions_BT, new[1]], 1),
+        None if real_B1 is None else torch.cat([cast(Tensor, documents_BT), real_B1], 1),
+    )
+
+
+def _cut(row: list[int], eod_id: int) -> Written:
+    ended = eod_id in row
+    return Written(row[: row.index(eod_id)] if ended else row, ended)
+
+
+def _uniform(prompts: Sequence[Sequence[int]], steps: int, seed: int) -> Tensor:
+    """Numbers in [0, 1), float64 [B, steps]: a stream for each (seed, prompt, copy of it)."""
+    copies: Counter[tuple[int, ...]] = Counter()
+    rows = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        generator = np.random.default_rng([seed % 2**63, copies[key], *key])
+        copies[key] += 1
+        rows.append(generator.random(steps))
+    return torch.from_numpy(np.stack(rows))
+
+
+def choose(
+    logits_BV: Tensor, decoding: Decoding, eod_id: int, draw_B: Tensor | None = None
+) -> Tensor:
+    """The next token of each row [B]; sampling turns a number in [0, 1) a row into a token."""
+    if decoding.greedy or draw_B is None:
+        return logits_BV.argmax(-1)
+    kept_BV = truncated(logits_BV / decoding.temperature, decoding.top_k, decoding.top_p, eod_id)
+    cumulative_BV = torch.softmax(kept_BV.double(), -1).cumsum(-1)
+    reached = draw_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
+    # The first token whose cumulative probability lies above the draw has a probability above 0.
+    return torch.searchsorted(cumulative_BV, reached, right=True)[:, 0].clamp(
+        max=logits_BV.shape[-1] - 1
+    )
+
+
+def truncated(logits_BV: Tensor, top_k: int, top_p: float, eod_id: int) -> Tensor:
+    """Logits with -inf outside the top k and then the top p; the end token always stays."""
+    kept_BV = logits_BV
+    if 0 < top_k < logits_BV.shape[-1]:
+        least = logits_BV.topk(top_k, -1).values[:, -1:]
+        kept_BV = kept_BV.masked_fill(logits_BV < least, -torch.inf)
+    if top_p < 1.0:
+        ordered_BV, at_BV = kept_BV.sort(-1, descending=True)
+        share_BV = torch.softmax(ordered_BV.float(), -1)
+        before_BV = share_BV.cumsum(-1) - share_BV
+        # Whatever stands behind tokens that already reach p goes.
+        gone_BV = torch.zeros_like(kept_BV, dtype=torch.bool)
+        gone_BV.scatter_(-1, at_BV, before_BV >= top_p)
+        kept_BV = kept_BV.masked_fill(gone_BV, -torch.inf)
+    if kept_BV is not logits_BV:
+        kept_BV[:, eod_id] = logits_BV[:, eod_id]
+    return kept_BV
+
+
+def generate(
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], **decoding: Any
+) -> list[str]:
+    """The continuations of prompts, one text each, without the prompt; see `Decoding`."""
+    ids = [[int(i) for i in tokenizer.encode(prompt)] for prompt in prompts]
+    written = write(
+        model,
+        ids,
+        Decoding(**decoding),
+        tokenizer.eod_id,
+        tokenizer.pad_id,
+        tokenizer.vocab_size,
+    )
+    return [tokenizer.decode(w.ids) for w in written]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `python -m launch generate`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch generate",
+        description="Let a checkpoint continue texts (续写文本)",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest)")
+    parser.add_argument("--prompt", action="append", required=True, help="again for a batch")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--min-new-tokens", type=int, default=0)
+    parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
+    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
+    parser.add_argument("--top-p", type=float, default=0.95, help="1 keeps all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gpu", action="store_true", help="on an NVIDIA GPU, in bf16")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    words = parser.parse_args(argv)
+    decoding = Decoding(
+        words.max_new_tokens,
+        words.min_new_tokens,
+        words.greedy,
+        words.temperature,
+        words.top_k,
+        words.top_p,
+        words.seed,
+    )
+    if words.gpu and not torch.cuda.is_available():
+        raise ValueError("--gpu: PyTorch finds no NVIDIA GPU here; leave it out (没有可用的 GPU)")
+
+    from data_pipeline import tokenizer as corpus_tokenizer
+
+    folder = checkpoint.resolve(words.checkpoint)
+    tokenizer = corpus_tokenizer.load(folder / "tokenizer")
+    place = ("cuda", torch.bfloat16) if words.gpu else ("cpu", torch.float32)
+    model = load_model(checkpoint.read(folder), *place)
+    prompts = [[int(i) for i in tokenizer.encode(prompt)] for prompt in words.prompt]
+    start = time.perf_counter()
+    written = write(
+        model, prompts, decoding, tokenizer.eod_id, tokenizer.pad_id, tokenizer.vocab_size
+    )
+    elapsed_s = time.perf_counter() - start
+    _show(words, str(folder), [tokenizer.decode(w.ids) for w in written], written, elapsed_s)
+    return 0
+
+
+def _show(
+    words: argparse.Namespace,
+    folder: str,
+    texts: list[str],
+    written: list[Written],
+    elapsed_s: float,
+) -> None:
+    if not words.json:
+        for prompt, text in zip(words.prompt, texts, strict=True):
+            print(prompt + text)
+        return
+    rows = [
+        {"prompt": prompt, "text": text, "tokens": len(w.ids), "ended": w.ended}
+        for prompt, text, w in zip(words.prompt, texts, written, strict=True)
+    ]
+    speed = sum(len(w.ids) + w.ended for w in written) / elapsed_s
+    found = {"checkpoint": folder, "generated": rows, "tokens_per_s": round(speed, 1)}
+    json.dump(found, sys.stdout, ensure_ascii=False)
+    print()
