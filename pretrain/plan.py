@@ -1,0 +1,403 @@
+"""What a run costs, before a GPU is asked for: parameters, FLOPs, memory, days, disk. No torch.
+
+    config + table of tensors --> parameters --> FLOPs per token --> step time, days
+                                      |
+                                      +--> bytes per device by ZeRO stage: weights, gradients,
+                                           masters, moments; activations by recompute, logits
+
+FLOPs per token are 6 N + 12 L H Q T: N the parameters that take part in a matrix product (a tied
+embedding once, learned positions not), L layers, H heads, Q head_dim, T seq_len; attention counted
+in full as nanoGPT and llm.c do, so that figures compare. The causal count, which leaves out what
+the mask throws away, stands beside it. Recomputed work is not counted.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import configs
+from configs.load import load, to_dict
+from configs.model import CPMConfig, ModelConfig, Tensor, local_shape, parameter_count, shape
+from configs.model import tensors as table_of
+from configs.run import RunConfig, stage_model, stages, step_samples, total_steps, world_problems
+
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an activation or of a working weight."""
+MFU = 0.40
+"""Assumed share of the peak; plain decoders on one node reach 0.35 to 0.52."""
+CONTEXT_BYTES = 1.5 * 2**30
+"""CUDA context, workspaces of the libraries, NCCL."""
+BUCKET_VALUES = 2 * 10**8
+"""Gradient values to a message, in float32 (pretrain/engine.py)."""
+LOGITS_AT_ONCE = 2**26
+"""Logits that exist at a time (pretrain/parallel.py)."""
+
+
+class PlanError(ValueError):
+    """Something that cannot be planned; the message says what must be."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: dense peaks in TFLOP/s, and its memory."""
+
+    fp32: float
+    """Without TF32."""
+    memory_gib: float
+    """What CUDA reports, in GiB."""
+    bandwidth_gb_s: float
+    """Memory bandwidth in GB/s."""
+    source: str
+    """Where the figures come from."""
+    bf16: float | None = None
+    """null where the card has none."""
+    fp16: float | None = None
+    """With float32 accumulation."""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """configs/gpus.yaml."""
+
+    cards: dict[str, Card]
+    """Key -> card; the words of the key are looked for in a device's name."""
+
+
+def card(gpu_name: str) -> tuple[str, Card]:
+    """(key, card) for a key of configs/gpus.yaml or for the name that CUDA gives a device."""
+    cards = load(Path(configs.__file__).parent / "gpus.yaml", Cards).cards
+    words = set(re.split(r"[^a-z0-9]+", gpu_name.lower().replace("rtx4090", "rtx 4090")))
+    fitting = [key for key in cards if set(key.split("-")) <= words]
+    if not fitting:
+        near = difflib.get_close_matches(gpu_name.lower(), cards, 1, cutoff=0.3)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise PlanError(
+            f"--gpu: '{gpu_name}' is not in configs/gpus.yaml, which knows "
+            f"{', '.join(cards)}{hint} (未知的显卡)"
+        )
+    key = max(fitting, key=lambda k: len(k.split("-")))
+    return key, cards[key]
+
+
+def peak_flops(gpu_name: str, precision: str) -> float:
+    """Dense peak of one device in FLOP/s. PlanError for an unknown card or a precision it lacks."""
+    return device_peak(gpu_name, precision)[0]
+
+
+def device_peak(gpu_name: str, precision: str) -> tuple[float, str]:
+    """(dense peak of one device in FLOP/s, words for it: "H200 989 TFLOP/s dense bf16")."""
+    key, found = card(gpu_name)
+    peak = getattr(found, precision)
+    if peak is None:
+        raise PlanError(f"precision: is {precision}, a {key} has none; use fp16 or fp32 (不支持)")
+    return peak * 1e12, f"{key.upper()} {peak:,.0f} TFLOP/s dense {precision}"
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> tuple[float, float]:
+    """FLOPs of forward and backward for one token: (attention in full, attention causal)."""
+    config = _planned(config)
+    looked_up = [t for t in table_of(config) if t.op in ("lookup", "table") and not t.tied_to]
+    in_products = parameter_count(config) - sum(prod(shape(config, t)) for t in looked_up)
+    attention = 12.0 * config.layers * config.heads * config.head_dim * seq_len
+    causal = attention * (seq_len + 1) / (2 * seq_len)
+    return 6.0 * in_products + attention, 6.0 * in_products + causal
+
+
+def _planned(config: ModelConfig) -> CPMConfig:
+    if not isinstance(config, CPMConfig):
+        raise PlanError(f"model.family: is {config.family}, plan counts cpm so far (暂只支持 cpm)")
+    return config
+
+
+def parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    """Parameters of each part of the model; they add up to parameter_count()."""
+    parts: dict[str, int] = {}
+    for tensor in table_of(config):
+        parts[_part(tensor)] = parts.get(_part(tensor), 0) + prod(shape(config, tensor))
+    assert sum(parts.values()) == parameter_count(config)
+    return parts
+
+
+def _part(tensor: Tensor) -> str:
+    if tensor.op == "norm":
+        return "norms"
+    if tensor.layer is None:
+        return tensor.name.removesuffix(".weight").removesuffix(".bias")
+    inner = tensor.name.split(".layers.")[1].split(".")[1]
+    return {"self": "attention", "cross": "cross-attention", "ffn": "feed-forward"}[inner]
+
+
+def activation_bytes(
+    config: ModelConfig,
+    seq_len: int,
+    rows: int,
+    precision: str,
+    recompute: str,
+    tensor: int = 1,
+    masked: bool = True,
+) -> float:
+    """Bytes kept on a GPU for the backward pass of a micro-batch of `rows` rows, without logits.
+
+    A pre-norm block keeps, a token: the stream twice, both norms' outputs and statistics, q, k, v,
+    the attention's output and its log-sums, the feed-forward layer before and after its activation,
+    and a byte for each value that dropout may have cut (Korthikanti et al. 2022: 34 s b h). With
+    document boundaries (`masked`) the fused attention of each layer keeps its mask too.
+    """
+    config, width = _planned(config), WIDTH[precision]
+    hidden, heads, ffn = config.hidden, config.heads // tensor, config.ffn // tensor
+    cut = hidden if config.dropout else 0
+    norm = 2 * width * hidden + 8
+    mask = width * seq_len if masked else 0
+    attention = norm + width * 4 * heads * config.head_dim + 4 * heads + cut + mask
+    feed_forward = norm + width * 2 * ffn + cut
+    a_layer, once = {
+        "none": (attention + feed_forward, 0),
+        "sublayer": (2 * width * hidden, max(attention, feed_forward)),
+        "full": (width * hidden, attention + feed_forward),
+    }[recompute]
+    outside = norm + cut + (seq_len if masked else 0)  # final norm, embeddings' dropout, mask
+    return float(rows * seq_len * (config.layers * a_layer + once + outside))
+
+
+def memory(
+    config: RunConfig, model: ModelConfig, zero: int, data: int, recompute: str = "", micro: int = 0
+) -> dict[str, float]:
+    """Bytes on one device by part, for `data` data-parallel ranks under ZeRO stage `zero`.
+
+    recompute and micro are the run's own unless given.
+    """
+    tensor, precision = config.parallel.tensor, config.precision
+    recompute, micro = recompute or config.recompute, micro or config.batch.micro
+    if zero == 0 and precision != "fp32":
+        zero = 1  # as the engine runs it
+    sizes = [prod(local_shape(model, t, tensor)) for t in table_of(model)]
+    values, width, seq_len = sum(sizes), WIDTH[precision], config.data.seq_len
+    logits = min(micro * seq_len * model.vocab / tensor, LOGITS_AT_ONCE)
+    masked = config.objective.document_boundaries
+    parts = {
+        # under ZeRO 3 the largest matrix is whole while it is used
+        "weights": width * (values / data + max(sizes) if zero == 3 else values),
+        "gradients (fp32)": 4 * values / (data if zero >= 2 else 1),
+        "masters (fp32)": 4 * values / data if zero else 0.0,
+        "moments (fp32)": 8 * values / (data if zero else 1),
+        "activations": activation_bytes(
+            model, seq_len, micro, precision, recompute, tensor, masked
+        ),
+        "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
+        "messages": 4.0 * min(BUCKET_VALUES, values),
+        "context": CONTEXT_BYTES,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, Any]:
+    """Everything about a run, as plain data. PlanError for what cannot run on `gpus` devices."""
+    if problems := world_problems(config, gpus):
+        raise PlanError("\n".join(problems))
+    key, found = card(gpu)
+    peak, peak_note = device_peak(gpu, config.precision)
+    models = [stage_model(config, number) for number in range(len(stages(config)))]
+    last, data = models[-1], gpus // config.parallel.tensor
+    samples, micro = step_samples(config), config.batch.micro
+    tokens, budget = samples * config.data.seq_len, found.memory_gib * 2**30
+    each = [
+        _stage(model, stage.steps, tokens, config.data.seq_len, gpus * peak * mfu)
+        for stage, model in zip(stages(config), models, strict=True)
+    ]
+    by_stage = [memory(config, last, zero, data) for zero in range(4)]
+    kept = config.run.keep_checkpoints + len(models) - 1  # those at stage borders stay
+    checkpoint = 12 * parameter_count(last)
+    return {
+        "model": to_dict(last),
+        "parameters": {"total": parameter_count(last), **parameters_by_part(last)},
+        "stages": each,
+        "batch": {
+            "samples": samples,
+            "tokens": tokens,
+            "data_parallel": data,
+            "tensor_parallel": config.parallel.tensor,
+            "samples_per_rank": ceil(samples / data),
+            "micro": micro,
+            "accumulation": ceil(ceil(samples / data) / micro),
+        },
+        "memory": {
+            "zero": config.parallel.zero,
+            "recompute": config.recompute,
+            "device_bytes": budget,
+            "by_zero_stage": [{**m, "fits": m["total"] <= budget} for m in by_stage],
+            "advice": _advice(config, last, data, budget),
+        },
+        "time": {
+            "gpus": gpus,
+            "gpu": key,
+            "peak": peak_note,
+            "peak_source": found.source,
+            "assumed_mfu": mfu,
+            "tokens_per_s": tokens / each[-1]["step_s"],
+            "days": sum(s["days"] for s in each),
+            "flops": sum(s["flops"] for s in each),
+        },
+        "disk": {
+            "checkpoint_bytes": checkpoint,
+            "checkpoints_kept": kept,
+            "run_bytes": checkpoint * (kept + 1),  # one more while the next is written
+        },
+        "data": [_share(config, number) for number in range(len(config.data.train))],
+    }
+
+
+def _stage(
+    model: ModelConfig, steps: int, tokens: int, seq_len: int, rate: float
+) -> dict[str, Any]:
+    """One stage at `rate` FLOP/s of all devices together."""
+    full, causal = flops_per_token(model, seq_len)
+    return {
+        "steps": steps,
+        "parameters": parameter_count(model),
+        "tokens": steps * tokens,
+        "flops_per_token": {"full": full, "causal": causal},
+        "flops": steps * tokens * full,
+        "step_s": tokens * full / rate,
+        "days": steps * tokens * full / rate / 86400,
+    }
+
+
+def _advice(config: RunConfig, model: ModelConfig, data: int, budget: float) -> str | None:
+    """The smallest change that fits, or None if the run fits as it is."""
+    zero, recompute, micro = config.parallel.zero, config.recompute, config.batch.micro
+    kinds = ("none", "sublayer", "full")
+    for rows in (micro >> halved for halved in range(micro.bit_length())):
+        for kind in kinds[kinds.index(recompute) :]:
+            for stage in range(zero, 4):
+                if memory(config, model, stage, data, kind, rows)["total"] > budget:
+                    continue
+                changes = [f"parallel.zero={stage}"] * (stage != zero)
+                changes += [f"recompute={kind}"] * (kind != recompute)
+                return " ".join(changes + [f"batch.micro={rows}"] * (rows != micro)) or None
+    return "more or larger devices, or a larger parallel.tensor"
+
+
+def _share(config: RunConfig, number: int) -> dict[str, Any]:
+    """One corpus of the mixture: its share of the run, and how often the run reads it."""
+    share = config.data.train[number]
+    weight = share.weight / sum(s.weight for s in config.data.train)
+    seen = weight * total_steps(config) * step_samples(config) * config.data.seq_len
+    found = {"corpus": share.corpus, "weight": weight, "tokens_seen": seen, "tokens": None}
+    try:
+        manifest = json.loads((Path(share.corpus) / "manifest.json").read_text("utf-8"))
+        train, vocab = manifest["splits"]["train"], manifest["tokenizer"]["vocab_size"]
+        found |= {"tokens": train["tokens"], "documents": train["documents"], "vocab": vocab}
+        found["epochs"] = seen / max(1, train["tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not built yet, or being built: the table says so
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """`python -m launch plan CONFIG [key=value ...] --gpus N --gpu NAME [--json]`."""
+    parser = argparse.ArgumentParser(prog="python -m launch plan", description="what a run costs")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpus", type=int, default=1, help="devices (1)")
+    parser.add_argument("--gpu", default="h200", help="a card of configs/gpus.yaml (h200)")
+    parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak ({MFU})")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    words = parser.parse_intermixed_args(argv)
+    if words.gpus < 1 or not 0 < words.mfu <= 1:
+        raise PlanError(f"--gpus, --mfu: are {words.gpus}, {words.mfu}; must be >= 1, in (0, 1]")
+    found = plan(load(words.config, RunConfig, words.overrides), words.gpus, words.gpu, words.mfu)
+    print(json.dumps(found, ensure_ascii=False, indent=1) if words.json else text(found))
+    return 0
+
+
+def text(found: dict[str, Any]) -> str:
+    """The plan for people: plain text, aligned, at most 110 columns."""
+    blocks = [_model_rows, _batch_rows, _memory_rows, _time_rows, _data_rows]
+    return "\n\n".join(table(*block(found)) for block in blocks)
+
+
+def table(title: str, rows: list[list[str]]) -> str:
+    """A title and rows of cells; the first column is aligned left, the others right."""
+    full = [row for row in rows if len(row) > 1]  # a sentence alone in its row widens no column
+    widths = [max(_columns(r[c]) for r in full if c < len(r)) for c in range(max(map(len, full)))]
+    lines = [title]
+    for row in rows:
+        spaces = [" " * (w - _columns(cell)) for w, cell in zip(widths, row, strict=False)]
+        cells = [s + cell for s, cell in zip(spaces, row, strict=True)]
+        cells[0] = row[0] + spaces[0]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _columns(cell: str) -> int:
+    """Terminal columns of a text: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in cell)
+
+
+def _model_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    total = found["parameters"]["total"]
+    rows = [
+        [name, f"{count:,}", f"{count / total:.1%}"] for name, count in found["parameters"].items()
+    ]
+    flops = found["stages"][-1]["flops_per_token"]
+    rows.append(["FLOPs per token, 6N+12LHQT", f"{flops['full'] / 1e6:,.1f} M"])
+    rows.append(["  the causal half counted", f"{flops['causal'] / 1e6:,.1f} M"])
+    return "parameters (参数)", rows
+
+
+def _batch_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    b = found["batch"]
+    return "batch (批次)", [
+        ["samples of a step", f"{b['samples']:,} = {b['tokens']:,} tokens"],
+        ["ranks", f"{b['data_parallel']} data x {b['tensor_parallel']} tensor"],
+        ["a rank's samples", f"{b['samples_per_rank']:,}, {b['micro']} at a time"],
+        ["accumulation", f"{b['accumulation']} micro-batches"],
+    ]
+
+
+def _memory_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    memory = found["memory"]
+    stages, chosen = memory["by_zero_stage"], memory["zero"]
+    head = [f"ZeRO {n}{' *' if n == chosen else ''}" for n in range(4)]
+    rows = [["GiB", *head]]
+    for part in (key for key in stages[0] if key != "fits"):
+        rows.append([part, *(f"{s[part] / 2**30:.2f}" for s in stages)])
+    rows.append(["fits (放得下)", *("yes" if s["fits"] else "NO" for s in stages)])
+    if memory["advice"]:
+        rows.append([f"this run does not fit; it would with: {memory['advice']}"])
+    device = f"{memory['device_bytes'] / 2**30:.1f} GiB"
+    title = f"memory of a device of {device}, recompute {memory['recompute']} (显存; * chosen)"
+    return title, rows
+
+
+def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    t, disk = found["time"], found["disk"]
+    rows = []
+    for number, s in enumerate(found["stages"]):
+        size, tokens = f"{s['parameters'] / 1e6:,.1f} M", f"{s['tokens'] / 1e9:,.2f} B tokens"
+        pace, days = f"{s['step_s']:.3g} s a step", f"{s['days']:.3g} days"
+        rows.append([f"stage {number}: {size}", f"{s['steps']:,} steps", tokens, pace, days])
+    rows.append(["all", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
+    rows.append(["checkpoint", f"{disk['checkpoint_bytes'] / 1e9:,.2f} GB"])
+    kept = f"{disk['checkpoints_kept']} kept, 1 being written"
+    rows.append(["run folder", f"{disk['run_bytes'] / 1e9:,.2f} GB", kept])
+    speed = f"{t['gpus']} x {t['peak']}, MFU {t['assumed_mfu']:.0%} ASSUMED"
+    return f"time and disk: {speed} (时间与磁盘)", rows
+
+
+def _data_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    rows = [["corpus", "weight", "tokens", "seen", "epochs"]]
+    for number, share in enumerate(found["data"]):
+        branch = "└─" if number + 1 == len(found["data"]) else "├─"
+        known = share["tokens"] is not None
+        tokens = f"{share['tokens'] / 1e6:,.2f} M" if known else "not built"
+        epochs = f"{share['epochs']:.2f}" if known else "?"
+        seen = f"{share['tokens_seen'] / 1e6:,.2f} M"
+        rows.append([f"{branch} {share['corpus']}", f"{share['weight']:.1%}", tokens, seen, epochs])
+    return "mixture (语料配比)", rows

@@ -1,0 +1,280 @@
+"""The plan: exact where it counts, close where it estimates, right words where it refuses."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.load import load
+from configs.model import CPMConfig, parameter_count
+from configs.run import RunConfig
+from launch import cli
+from pretrain import plan
+from pretrain.models.cpm import CPM
+from pretrain.models.layers import attention_sdpa
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = sorted(ROOT.glob("configs/runs/*.yaml"))
+SIZES = sorted(ROOT.glob("configs/sizes/*/*.yaml"))
+SMALL = ROOT / "configs/runs/cpm-small-1gpu.yaml"
+TOY = CPMConfig(
+    "cpm", vocab=500, hidden=128, layers=3, heads=4, head_dim=32, ffn=512, positions=256
+)
+
+
+def page(path: Path = SMALL, *overrides: str) -> RunConfig:
+    return load(path, RunConfig, overrides)
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+def test_parts_add_up_to_the_model(path: Path) -> None:
+    model = page(SMALL, *_model_of(path)).model
+    parts = plan.parameters_by_part(model)
+    assert sum(parts.values()) == parameter_count(model)
+    assert {"embed.tokens", "embed.positions", "attention", "feed-forward", "norms"} == set(parts)
+
+
+def _model_of(path: Path) -> list[str]:
+    from configs.load import read_yaml
+
+    return [f"model.{key}={value}" for key, value in read_yaml(path)["model"].items()]
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    config = dataclasses.replace(TOY, dropout=0.0, attention_dropout=0.0)
+    model = CPM(config)
+    tokens = torch.randint(config.vocab, (2, 256))
+    with FlopCounterMode(display=False) as counter:
+        positions = torch.arange(256).expand_as(tokens)
+        model.logits(model(tokens, positions)).sum().backward()
+    full, causal = plan.flops_per_token(config, 256)
+    # torch counts matrix products; 6 N counts biases and norms as well, less than 1 %
+    assert full * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert causal == full - 12 * 3 * 4 * 32 * 256 * (1 - 257 / 512)
+
+
+def test_flops_of_record() -> None:
+    """GPT-2's formula by hand for CPM Small: N without the 786,432 of the positions."""
+    full, _ = plan.flops_per_token(page().model, 1024)
+    assert full == 6 * (108_882_432 - 786_432) + 12 * 12 * 12 * 64 * 1024
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_that_autograd_keeps(precision: str, masked: bool) -> None:
+    """Without dropout, whose mask is a byte on a GPU and a float on a CPU."""
+    config = dataclasses.replace(TOY, dropout=0.0, attention_dropout=0.0)
+    model = CPM(config, attention_sdpa).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        kept[values.untyped_storage().data_ptr()] = values
+        return values
+
+    tokens = torch.randint(config.vocab, (2, 256))
+    positions = torch.arange(256).expand_as(tokens)
+    documents = torch.zeros_like(tokens) if masked else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
+        logits = model.logits(model(tokens, positions, documents))
+    assert logits.requires_grad
+    counted = sum(v.untyped_storage().nbytes() for at, v in kept.items() if at not in own)
+    estimate = plan.activation_bytes(config, 256, 2, precision, "none", masked=masked)
+    # small things (ids, statistics of norms) differ between devices
+    assert counted == pytest.approx(estimate, rel=0.03)
+
+
+def test_recompute_keeps_less() -> None:
+    config = page().model
+    none, sub, full = (
+        plan.activation_bytes(config, 1024, 16, "bf16", how) for how in ("none", "sublayer", "full")
+    )
+    assert full < sub < none and full < none / 3
+
+
+def test_zero_stages_divide_what_they_say() -> None:
+    config = page(SMALL, "precision=bf16")
+    n = parameter_count(config.model)
+    stages = [plan.memory(config, config.model, zero, 4) for zero in range(4)]
+    one, two, three = stages[1:]
+    assert one["weights"] == two["weights"] == 2 * n
+    assert one["gradients (fp32)"] == 4 * n and two["gradients (fp32)"] == n
+    assert one["masters (fp32)"] == n and one["moments (fp32)"] == 2 * n
+    assert three["weights"] == 2 * (n / 4 + 30000 * 768)
+    plain = plan.memory(page(SMALL, "precision=fp32"), config.model, 0, 4)
+    assert plain["weights"] == 4 * n and plain["masters (fp32)"] == 0
+    assert plain["moments (fp32)"] == 8 * n
+    assert all(s["total"] == sum(v for k, v in s.items() if k != "total") for s in stages)
+
+
+def test_tensor_parallelism_divides_the_matrices() -> None:
+    config = page(SMALL, "parallel.tensor=2")
+    whole = plan.memory(page(), config.model, 1, 1)
+    half = plan.memory(config, config.model, 1, 1)
+    # what is replicated (positions, norms, output biases) is 1 % of the model
+    assert half["weights"] == pytest.approx(whole["weights"] / 2, rel=0.02)
+
+
+def test_batch_arithmetic_is_derived() -> None:
+    found = plan.plan(
+        page(SMALL, "batch.tokens=null", "batch.samples=100", "batch.micro=8"), 6, "a800"
+    )
+    batch = found["batch"]
+    assert (batch["samples_per_rank"], batch["accumulation"]) == (17, 3)
+
+
+def test_time_is_flops_over_peak() -> None:
+    found = plan.plan(page(), 2, "h200", mfu=0.5)
+    full, _ = plan.flops_per_token(page().model, 1024)
+    assert found["stages"][0]["step_s"] == pytest.approx(524288 * full / (2 * 989e12 * 0.5))
+    assert found["time"]["flops"] == pytest.approx(20000 * 524288 * full)
+
+
+def test_a_run_that_grows_is_planned_stage_by_stage() -> None:
+    found = plan.plan(
+        page(
+            SMALL, "run.steps=null", "stages=[{steps: 15000}, {steps: 5000, model: {layers: 24}}]"
+        ),
+        1,
+        "h200",
+    )
+    first, second = found["stages"]
+    assert first["parameters"] == 108_882_432 and second["parameters"] == 193_936_896
+    assert found["parameters"]["total"] == second["parameters"]
+    assert found["disk"]["checkpoint_bytes"] == 12 * second["parameters"]
+    assert found["time"]["days"] == first["days"] + second["days"]
+
+
+# ---- cards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("h200", "bf16", 989e12),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA H20", "bf16", 148e12),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 PCIe", "fp16", 756.5e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A800-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA H800", "bf16", 989.4e12),
+        ("Tesla V100-SXM2-16GB", "fp16", 125e12),
+        ("Tesla V100-PCIE-32GB", "fp32", 14e12),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", 147.1e12),
+    ],
+)
+def test_peaks_are_dense_and_found_by_the_devices_name(
+    name: str, precision: str, peak: float
+) -> None:
+    assert plan.peak_flops(name, precision) == peak
+
+
+def test_every_card_has_a_source() -> None:
+    cards = load(ROOT / "configs/gpus.yaml", plan.Cards).cards
+    assert all(len(c.source) > 20 and c.memory_gib > 10 for c in cards.values())
+    # a sparse figure slipped in would be twice as high as any card of these has
+    assert all((c.bf16 or c.fp16 or 0) < 1000 for c in cards.values())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "says"),
+    [("h2000", "bf16", "did you mean 'h200'"), ("v100", "bf16", "use fp16 or fp32")],
+)
+def test_what_a_card_cannot_is_a_sentence(gpu: str, precision: str, says: str) -> None:
+    with pytest.raises(plan.PlanError, match=says):
+        plan.device_peak(gpu, precision)
+
+
+# ---- the verb ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_every_shipped_run_plans_and_fits_the_card_it_is_for(path: Path) -> None:
+    gpus = int(path.stem[-4]) if path.stem.endswith("gpu") else 2
+    found = plan.plan(page(path), gpus, "h200")
+    assert found["memory"]["advice"] is None
+    assert json.loads(json.dumps(found)) == found
+    assert "ASSUMED" in plan.text(found)
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+def test_every_shipped_size_plans(path: Path) -> None:
+    found = plan.plan(page(SMALL, *_model_of(path)), 1, "h200")
+    assert f"{found['parameters']['total']:,}" in plan.text(found)
+
+
+def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    large = str(ROOT / "configs/runs/cpm-large-8gpu.yaml")
+    assert cli.main(["plan", large, "--gpus", "8", "--gpu", "4090"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit; it would with: parallel.zero=2" in said
+    assert cli.main(["plan", large, "parallel.zero=2", "--gpus", "8", "--gpu", "4090"]) == 0
+    assert "does not fit" not in capsys.readouterr().out
+    assert cli.main(["plan", large, "--gpus", "1", "--gpu", "4090"]) == 0
+    assert "more or larger devices" in capsys.readouterr().out
+
+
+def test_the_table_is_aligned_where_chinese_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["甲乙", "1"], ["ab", "22"], ["one sentence that is long"]]
+    assert plan.table("t", rows).splitlines() == [
+        "t",
+        "  甲乙   1",
+        "  ab    22",
+        "  one sentence that is long",
+    ]
+    assert cli.main(["plan", str(SMALL)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_the_mixture_is_shown_with_its_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    manifest = {
+        "tokenizer": {"vocab_size": 30000},
+        "splits": {"train": {"tokens": 1_000_000, "documents": 10}},
+    }
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest), "utf-8")
+    mixture = (
+        f"data.train=[{{corpus: {tmp_path}/a, weight: 3}}, {{corpus: {tmp_path}/b, weight: 1}}]"
+    )
+    found = plan.plan(page(SMALL, mixture, "run.steps=8000"), 1, "h200")
+    built, missing = found["data"]
+    assert built["weight"] == 0.75 and missing["tokens"] is None
+    assert built["epochs"] == pytest.approx(0.75 * 8000 * 524288 / 1e6)
+    said = plan.text(found)
+    assert f"├─ {tmp_path}/a" in said and f"└─ {tmp_path}/b" in said and "not built" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpus", "3", "parallel.tensor=2"], "cannot be divided"),
+        (["--gpus", "0"], "must be >= 1"),
+        (["--mfu", "40"], "in (0, 1]"),
+        (["--gpu", "tpu"], "configs/gpus.yaml"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(SMALL), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_it_needs_no_torch() -> None:
+    code = (
+        "import sys; from launch.cli import main; "
+        f"assert main(['plan', {str(SMALL)!r}, '--json']) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"]["total"] == 108_882_432
