@@ -71,17 +71,17 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
     grown_BTV = logits(after, tokens_BT, torch.float64)
     std = float(exact_BTV.std())
     found = {
-        "float64": _verdict(_distance(grown_BTV, exact_BTV), FLOAT64_TOLERANCE * std),
+        "float64": _verdict(_distance(grown_BTV, exact_BTV), FLOAT64_TOLERANCE * std, std),
         "float32": _verdict(
             _distance(logits(after, tokens_BT, torch.float32), rounded_BTV),
             FLOAT32_TOLERANCE * own_error,
+            std,
         ),
     }
     kept = all(part["within"] for part in found.values())
     return {
         "kept": kept,
         **found,
-        "logits_std": std,
         "loss": {
             "before": _loss(exact_BTV, tokens_BT),
             "after": _loss(grown_BTV, tokens_BT),
@@ -263,10 +263,11 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.double() - other.double()).abs().max())
 
 
-def _verdict(difference: float, tolerance: float) -> dict[str, Any]:
+def _verdict(difference: float, tolerance: float, std: float) -> dict[str, Any]:
     return {
         "max_difference": difference,
         "tolerance": tolerance,
+        "std": std,
         "within": difference <= tolerance,  # a NaN is not
     }
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from growing import TINY, trained
 
 from configs.load import dump
 from launch.cli import main
 from pretrain import checkpoint
 from pretrain.growth import depth
 from pretrain.state import Entry
+from tests.growing import TINY, trained
 
 
 def _count(size: tuple[int, ...]) -> int:

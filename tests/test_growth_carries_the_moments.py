@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from growing import TINY, UPDATES, trained
 
 from configs.load import to_dict
 from pretrain.growth import grow
 from pretrain.state import State
+from tests.growing import TINY, UPDATES, trained
 
 # 3 -> 5 layers: old layer 0 stays, 1 is followed by a copy, 2 too
 OLD_TO_NEW = {0: 0, 1: 1, 2: 3}
