@@ -120,7 +120,10 @@ def save(
         _together(lambda: _make_files(aside, headers, sizes, tokenizer), aside)
     else:
         _together(lambda: None, aside)
-    _together(lambda: _write_pieces(aside, slots, pieces), aside)
+    written = _together(lambda: _write_pieces(aside, slots, pieces), aside)
+    for key, (size, _) in shapes.items():
+        values = sum(part.get(key, 0) for part in written)
+        assert values == prod(size), f"{key}: the ranks hold {values} of {prod(size)} values"
     mine = sorted(sizes)[rank::world]
     hashes = _together(lambda: {f: _describe(aside / f, sync=True) for f in mine}, aside)
     files = {name: entry for part in hashes for name, entry in part.items()}
@@ -160,8 +163,10 @@ def _make_files(
         shutil.copytree(tokenizer, aside / "tokenizer")
 
 
-def _write_pieces(aside: Path, slots: dict[str, Slot], pieces: Iterable[Piece]) -> None:
+def _write_pieces(aside: Path, slots: dict[str, Slot], pieces: Iterable[Piece]) -> dict[str, int]:
+    """Write what this rank holds; returns how many values of each key that was."""
     opened: dict[str, int] = {}
+    written: dict[str, int] = {}
     try:
         for key, values, runs in pieces:
             slot = slots[key]
@@ -170,6 +175,7 @@ def _write_pieces(aside: Path, slots: dict[str, Slot], pieces: Iterable[Piece]) 
             width = DTYPES[slot.dtype][1]
             raw = memoryview(values.detach().cpu().contiguous().numpy()).cast("B")
             for logical, local, length in runs:
+                written[key] = written.get(key, 0) + int(length)
                 _write_all(
                     opened[slot.file],
                     raw[local * width : (local + length) * width],
@@ -177,6 +183,7 @@ def _write_pieces(aside: Path, slots: dict[str, Slot], pieces: Iterable[Piece]) 
                 )
         for descriptor in opened.values():
             os.fsync(descriptor)
+        return written
     finally:
         for descriptor in opened.values():
             os.close(descriptor)

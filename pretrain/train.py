@@ -235,8 +235,6 @@ def _engine(job: Job, state: "State") -> "Engine":
 
 def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     """The loop: steps of one stage, from where the state stands to the stage's border."""
-    import dataclasses
-
     from pretrain.batches import Prefetcher
     from pretrain.optimizer import schedule
 
@@ -245,14 +243,14 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     last = list(accumulate(s.steps for s in stages(config)))[stage]
     step, samples = int(state.record["step"]), int(state.record["samples"])
     count = step_samples(config)
-    rates = dataclasses.replace(config.schedule, steps=config.schedule.steps or total_steps(config))
+    span = config.schedule.steps or total_steps(config)
     path, loss, stopped = _checkpoint_path(job, stage, step), None, None
     if step == 0 and run.validate_every_steps:
         with job.monitor.aside():
             _validate(job, engine, step)
     with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
         for batches, firsts in prefetched:
-            lr = schedule(step, config.optimizer.lr, rates)
+            lr = schedule(step, config.schedule, config.optimizer.lr, span)
             batches = [batch.to(job.mesh.device) for batch in batches]
             result = engine.train_step(batches, lr=lr, step=step, first_samples=firsts)
             step, samples = step + 1, samples + count

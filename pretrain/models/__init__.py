@@ -1,4 +1,4 @@
-"""The architectures, one family a file; plain single-device PyTorch, nothing distributed in here."""
+"""The architectures, one family a file; plain single-device PyTorch, nothing distributed here."""
 
 from torch import nn
 
