@@ -1,0 +1,243 @@
+"""A config becomes frozen, typed pages; every problem is said at once, with the nearest key."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.load import ConfigError, dump, from_dict, load, read_yaml, to_dict
+from configs.model import CPMConfig, parameter_count
+from configs.run import (
+    RunConfig,
+    stage_model,
+    stages,
+    step_samples,
+    total_steps,
+    with_threads,
+    world_problems,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = sorted(ROOT.glob("configs/runs/*.yaml"))
+SIZES = sorted(ROOT.glob("configs/sizes/*/*.yaml"))
+SMALL = ROOT / "configs/runs/cpm-small-1gpu.yaml"
+
+
+def said(path: Path | str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, RunConfig, overrides)
+    return str(caught.value).splitlines()
+
+
+# ---- what is shipped -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_every_shipped_run_loads_and_comes_back(path: Path) -> None:
+    config = load(path, RunConfig)
+    assert from_dict(RunConfig, to_dict(config)) == config
+    assert config.problems() == []
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+def test_every_shipped_size_is_the_published_one(path: Path) -> None:
+    published = {
+        "tiny": 11_101_696,
+        "small": 108_882_432,
+        "medium": 334_080_000,
+        "large": 2_597_073_920,
+    }
+    config = load(SMALL, RunConfig, [f"model.{k}={v}" for k, v in read_yaml(path)["model"].items()])
+    assert parameter_count(config.model) == published[path.stem]
+    first_line = path.read_text("utf-8").splitlines()[0]
+    if path.stem != "tiny":
+        assert f"{published[path.stem]:,}" in first_line
+
+
+def test_the_page_needs_no_torch() -> None:
+    code = (
+        "import sys, configs.load, configs.model, configs.run; "
+        f"configs.load.load({str(SMALL)!r}, configs.run.RunConfig); "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_the_dump_is_the_page(tmp_path: Path) -> None:
+    config = load(SMALL, RunConfig, ["stages=[{steps: 20000, model: {layers: 14}}]"])
+    (tmp_path / "config.yaml").write_text(dump(config), "utf-8")
+    assert load(tmp_path / "config.yaml", RunConfig) == config
+
+
+def test_later_files_and_overrides_win(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: {layers: 3, ffn: 5}\nrun: {steps: 7}\n", "utf-8")
+    (tmp_path / "b.yaml").write_text("model: {ffn: 6}\n", "utf-8")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/c.yaml").write_text(
+        "base: [../a.yaml, ../b.yaml]\nmodel: {layers: 4}\nstages: [{base: ../b.yaml}]\n",
+        "utf-8",
+    )
+    data = read_yaml(tmp_path / "sub/c.yaml")
+    assert data["model"] == {"layers": 4, "ffn": 6} and data["run"] == {"steps": 7}
+    assert data["stages"] == [{"model": {"ffn": 6}}]  # a stage may take its model from a size
+    config = load(SMALL, RunConfig, ["optimizer.lr=1e-4", "run.steps=1e5", "model.dropout=0"])
+    assert config.optimizer.lr == 1e-4 and config.run.steps == 100_000
+    assert config.model.dropout == 0.0 and isinstance(config.model.dropout, float)
+
+
+def test_a_list_is_reached_by_number() -> None:
+    config = load(SMALL, RunConfig, ["data.train.0.weight=2.5"])
+    assert config.data.train[0].weight == 2.5
+    assert "below 1" in said(SMALL, "data.train.3.weight=1")[0]
+
+
+def test_pages_are_frozen() -> None:
+    config = load(SMALL, RunConfig)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.steps = 3  # type: ignore[misc]
+    assert with_threads(config, 3).run.threads == 3 and config.run.threads == 0
+
+
+# ---- what is wrong -------------------------------------------------------------------------------
+
+
+def test_all_problems_are_said_at_once_each_with_its_key() -> None:
+    lines = said(
+        SMALL,
+        "model.layrs=3",
+        "optimizer.learning_rate=1",
+        "precision=bf61",
+        "batch.micro=many",
+        "data.seq_len=null",
+        "recompute=sub-layer",
+    )
+    text = "\n".join(lines)
+    for words in (
+        "model.layrs: unknown key",
+        "did you mean 'layers'",
+        "optimizer.learning_rate: unknown key",
+        "precision: is 'bf61'",
+        "did you mean 'bf16'",
+        "batch.micro: must be a whole number, is text 'many'",
+        "data.seq_len: must be a whole number",
+        "recompute: is 'sub-layer'",
+        "did you mean 'sublayer'",
+    ):
+        assert words in text
+    assert len(lines) == 6
+
+
+def test_what_sections_say_of_themselves_is_gathered_too() -> None:
+    text = "\n".join(
+        said(
+            SMALL,
+            "optimizer.lr=-1",
+            "optimizer.beta2=1",
+            "model.dropout=1.5",
+            "batch.samples=4",
+            "run.keep_checkpoints=0",
+            "schedule.warmup_steps=50000",
+            "data.train.0.weight=0",
+        )
+    )
+    for words in (
+        "optimizer.lr: is -1.0, must be above 0",
+        "optimizer.beta2: is 1.0, must lie in [0, 1)",
+        "model.dropout: is 1.5",
+        "batch.samples, tokens: give exactly one",
+        "run.keep_checkpoints: is 0",
+        "schedule: warm-up and decay take 54000 steps, it spans 20000",
+        "data.train.0.weight: is 0.0",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.family=gpt"], "model.family: is 'gpt', must be one of cpm, t5_pegasus, roformer"),
+        (["model.vocab=null"], "model.vocab"),
+        (["run.steps=null"], "run.steps: must be given"),
+        (["stages=[{steps: 3}]"], "run.steps: is 20000, the stages add up to 3"),
+        (["run.steps=null", "stages=[{steps: 0}]"], "stages.0.steps: is 0"),
+        (
+            ["run.steps=null", "stages=[{steps: 9000}, {steps: 1, model: {layrs: 9}}]"],
+            "stages.1.model.layrs: unknown key",
+        ),
+        (["run.steps=null", "stages=[{steps: 9000, model: {family: roformer}}]"], "cannot become"),
+        (["data.seq_len=2048"], "data.seq_len: is 2048, model.positions has 1024 rows"),
+        (["batch.tokens=1000"], "batch.tokens: is 1000, less than one row of 1024"),
+        (["parallel.tensor=5"], "model.heads: is 12, not divisible by parallel.tensor=5"),
+        (["parallel.zero=4"], "parallel.zero: is '4', must be one of 0, 1, 2, 3"),
+        (["parallel=3"], "parallel: must be a mapping"),
+        (["run.out.x=3"], "'out' is a text, it has no keys of its own"),
+        (["steps"], "an override is written key=value"),
+        (["run.steps=[3"], "run.steps: not valid YAML"),
+        (["data.train=[]"], "names no corpus"),
+    ],
+)
+def test_each_mistake_is_a_sentence_with_its_key(overrides: list[str], says: str) -> None:
+    assert says in "\n".join(said(SMALL, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: nowhere.yaml\n", "nowhere.yaml: no such config file"),
+        ("base: page.yaml\n", "in a circle"),
+        ("run: {steps: 1}\nrun: {steps: 2}\n", "the key 'run' stands twice"),
+        ("run: [1, 2\n", "not valid YAML"),
+        ("- 1\n- 2\n", "is a list"),
+        ("", "model: must be given"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "page.yaml").write_text(text, "utf-8")
+    lines = said(tmp_path / "page.yaml")
+    assert "page.yaml" in lines[0] or "nowhere.yaml" in lines[0]
+    assert says in "\n".join(lines)
+
+
+def test_not_even_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "page.yaml").write_bytes(b"\xff\xfe\x00run")
+    assert "page.yaml: cannot be read" in said(tmp_path / "page.yaml")[0]
+    assert "cannot be read" in said(tmp_path)[0]
+
+
+def test_nothing_can_be_run_from_yaml(tmp_path: Path) -> None:
+    (tmp_path / "page.yaml").write_text("run: !!python/object/apply:os.system [true]\n", "utf-8")
+    assert "not valid YAML" in said(tmp_path / "page.yaml")[0]
+
+
+# ---- stages and batch arithmetic -----------------------------------------------------------------
+
+
+def test_a_run_is_a_list_of_stages() -> None:
+    config = load(
+        SMALL,
+        RunConfig,
+        ["run.steps=null", "stages=[{steps: 9000}, {steps: 50, model: {layers: 14}}, {steps: 5}]"],
+    )
+    assert total_steps(config) == 9055 and len(stages(config)) == 3
+    models = [stage_model(config, number) for number in range(3)]
+    assert [m.layers for m in models] == [12, 14, 14]
+    assert all(isinstance(m, CPMConfig) and m.hidden == 768 for m in models)
+    one = load(SMALL, RunConfig)
+    assert [s.steps for s in stages(one)] == [20000]
+
+
+def test_samples_are_derived() -> None:
+    assert step_samples(load(SMALL, RunConfig)) == 512
+    assert step_samples(load(SMALL, RunConfig, ["batch.tokens=5000"])) == 4
+    assert step_samples(load(SMALL, RunConfig, ["batch.tokens=null", "batch.samples=7"])) == 7
+
+
+def test_a_world_must_hold_whole_tensor_groups() -> None:
+    config = load(SMALL, RunConfig, ["parallel.tensor=2"])
+    assert world_problems(config, 4) == []
+    assert "3 processes cannot be divided" in world_problems(config, 3)[0]
