@@ -1,0 +1,395 @@
+"""The DeepSpeed door: our sections -> its JSON; one step; the logical state out and in.
+
+    micro-batches --count all-reduced once--> loss_sum x ranks / count --backward--> fp32 gradients
+                                                                                      | ZeRO 0-3
+    State --load()--> [masters | moments | Adam steps | scaler] --refresh--> weights  v
+    pieces() <------- the same, as runs of logical tensors <---- clip, AdamW <--------+
+
+Every split of a step's samples over ranks and micro-batches gives the same gradient, because each
+micro-batch's summed loss is divided by the count of the whole step, known before the first
+backward. Gradients accumulate and travel in float32 in every precision. ZeRO 0 is DeepSpeed's plain
+data parallelism in fp32; with bf16 or fp16 it runs as ZeRO 1, which computes the same with less
+memory (with ZeRO 0 DeepSpeed does not scale the loss of fp16 and cannot accumulate bf16 in fp32).
+"""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.model import ModelConfig, local_shape, tensors
+from pretrain import optimizer as optimizers
+from pretrain import parallel
+from pretrain.parallel import Mesh
+from pretrain.partitions import Partitions
+from pretrain.state import State, seed_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUCKET = {"cpu": 2 * 10**7, "cuda": 2 * 10**8}
+"""Gradient values to a message."""
+
+_alive: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; tensors stay on the device until somebody reads them."""
+
+    loss_sum: Tensor
+    """Summed loss of all positions of all ranks, 0-d float64."""
+    count: Tensor
+    """Positions, 0-d int64."""
+    grad_norm: Tensor | float
+    """Global norm of the gradient before clipping; inf if the step was skipped."""
+    skipped: bool
+    """A gradient was not finite: nothing was updated."""
+
+
+class _Step(nn.Module):
+    """What DeepSpeed calls a model: from a batch to the summed loss."""
+
+    def __init__(self, model: nn.Module, objective: Any, losses: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.losses = losses
+        self.positions = 0
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        loss_sum, count = self.objective.loss(self.model, batch, self._losses)
+        return loss_sum, count
+
+    def _losses(
+        self, logits_fn: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor
+    ) -> Tensor:
+        return self.losses(logits_fn, hidden_ND, targets_N, positions=self.positions)
+
+
+class Engine:
+    """A model in DeepSpeed's hands.
+
+    Args:
+        model: on the meta device, already cut by parallel.shard().
+        config: its configuration, which names its tensors.
+        mesh: from parallel.make_mesh().
+        objective: loss(model, batch, token_losses) -> (loss_sum, count).
+        optimizer: section with name, lr, beta1, beta2, eps, weight_decay, clip_norm.
+        precision: fp32, bf16 or fp16 (fp32 masters and moments in each).
+        zero: the ZeRO stage, 0 to 3.
+        micro_rows: rows of the largest micro-batch.
+        seed: of dropout.
+        born: updates before a tensor came into being; 0 where it says nothing.
+
+    Raises ValueError for a precision that the device cannot compute. The weights are zero until
+    load().
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        objective: Any,
+        optimizer: Any,
+        precision: str,
+        zero: int,
+        micro_rows: int,
+        seed: int = 0,
+        born: Mapping[str, int] | None = None,
+    ) -> None:
+        import deepspeed
+
+        _check_precision(precision, mesh.device)
+        self.model, self.config, self.mesh = model, config, mesh
+        self.precision, self.zero, self.seed = precision, zero, seed
+        self.clip_norm = float(optimizer.clip_norm)
+        self.micro_rows, self.updates = micro_rows, 0
+        self.born = {t.name: (born or {}).get(t.name, 0) for t in tensors(config)}
+        self._zero_stage = 1 if zero == 0 and precision != "fp32" else zero
+        json = self._json()
+        materialise(model, json, mesh, DTYPES[precision])
+        parallel.mark(model, config, mesh)
+        parameters = dict(model.named_parameters())
+        self._objective = objective
+        self._step = _Step(model, objective, parallel.token_losses(mesh, config.vocab))
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=self._step,
+            optimizer=optimizers.build(optimizers.groups(config, self.born), parameters, optimizer),
+            mpu=parallel.Glue(mesh) if mesh.tensor > 1 else None,
+            config=json,
+            dist_init_required=False,
+        )
+        self._zero = self._deepspeed.optimizer
+        slots = optimizers.SLOTS[optimizer.name]
+        self._partitions = Partitions(self._zero, parameters, config, mesh, slots, self.born)
+        _alive.add(self)
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def train_step(
+        self, batches: Sequence[Any], *, lr: float, step: int, first_samples: Sequence[int]
+    ) -> StepResult:
+        """One update from this rank's micro-batches.
+
+        Args:
+            batches: the same number on every rank; a rank without samples hands in one that selects
+                no position.
+            lr: the learning rate of this update, before the groups' scales.
+            step: the step's number; with the run's seed and the first sample of a micro-batch it
+                seeds dropout.
+            first_samples: the number of each micro-batch's first sample.
+        """
+        device = self.mesh.device
+        batches = [batch.to(device) for batch in batches]
+        count = torch.stack([self._count(batch) for batch in batches]).sum()
+        self._reduce(count)
+        factor = self.mesh.data / count.clamp(min=1)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for i, (batch, first) in enumerate(zip(batches, first_samples, strict=True)):
+            self._deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            torch.manual_seed(seed_of(self.seed, step, int(first)))
+            part = self._forward(batch)
+            assert part.requires_grad, "the objective returned a constant: no gradient to share"
+            loss_sum += part.detach()
+            self._deepspeed.backward(part * factor, scale_wrt_gas=False)
+        self._reduce(loss_sum)
+        optimizers.set_lr(self._partitions.base, lr)
+        norm, skipped = self._update()
+        self.updates += not skipped
+        return StepResult(loss_sum, count, norm, skipped)
+
+    def _forward(self, batch: Any) -> Tensor:
+        self._step.positions = self.micro_rows * batch.tokens_BT.shape[1]
+        loss_sum: Tensor = self._deepspeed(batch)[0]
+        return loss_sum
+
+    def _count(self, batch: Any) -> Tensor:
+        """Positions of this rank's micro-batch, 0-d int64 on the device; no waiting for it."""
+        if counted := getattr(self._objective, "count", None):
+            return counted(batch).to(torch.int64)
+        if batch.counted is not None:
+            return torch.tensor(batch.counted, dtype=torch.int64).to(
+                self.mesh.device, non_blocking=True
+            )
+        return batch.loss_mask_BT.sum()
+
+    def _reduce(self, value: Tensor) -> None:
+        """Sum over the ranks that see different samples, in place."""
+        if self.mesh.data > 1:
+            dist.all_reduce(value, group=self.mesh.data_group)
+
+    def _update(self) -> tuple[Tensor | float, bool]:
+        if self._partitions.kind != "torch":
+            self._deepspeed.step()
+            return self._zero._global_grad_norm, bool(self._zero.overflow)
+        norm = self._norm()
+        if not torch.isfinite(norm):
+            self._deepspeed.zero_grad()
+            return float("inf"), True
+        if self.clip_norm:
+            scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(
+                [p.grad for p in self.model.parameters() if p.grad is not None], scale
+            )
+        self._deepspeed.step()
+        return norm, False
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient, each value once: what is cut is summed over the tensor group."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for p in self.model.parameters():
+            assert p.grad is not None, "a parameter got no gradient"
+            cut = int(p.tensor_model_parallel)  # type: ignore[attr-defined]
+            squares[cut] += torch.linalg.vector_norm(p.grad).double() ** 2
+        if self.mesh.tensor > 1:
+            dist.all_reduce(squares[1], group=self.mesh.tensor_group)
+        return squares.sum().sqrt().float()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """(summed loss, count) over the batches of all ranks, without dropout.
+
+        The same number of batches on every rank.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        with self.inference():
+            for batch in batches:
+                batch = batch.to(self.mesh.device)
+                loss_sum = self._forward(batch)
+                total += torch.stack([loss_sum.double(), self._count(batch).double()])
+        self._reduce(total)
+        return total[0], total[1].round().to(torch.int64)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The model for looking, not learning: no gradient, no dropout.
+
+        Under ZeRO 3 and tensor parallelism all ranks must make the same calls.
+        """
+        self._step.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self._step.train()
+            self._partitions.end_inference()
+
+    # -- the logical state ---------------------------------------------------------------------
+
+    def load(self, state: State) -> None:
+        """Take over a state: weights, buffers, moments, Adam's steps, loss scaler.
+
+        A state without any moment starts with none; a tensor as young as the run's last update may
+        lack its own. Each tensor is read once and this rank's ranges of it are kept. Raises
+        ValueError if tensors are missing, unknown or of another shape.
+        """
+        updates = int(state.record.get("updates", 0))
+        self._partitions.load(state, updates)
+        self.updates = updates
+        buffers = dict(self.model.named_buffers())
+        for name in state.names("buffers"):
+            if name not in buffers:
+                raise ValueError(
+                    f"buffers/{name}: is unknown to this model; change the model section to the "
+                    "one it was trained with (检查点与模型不符)"
+                )
+            buffers[name].copy_(state.read(f"buffers/{name}"))
+
+    def entries(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Key -> (logical shape, dtype) of all that pieces() covers; the same on every rank."""
+        return self._partitions.entries()
+
+    def pieces(self) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+        """(key, flat values, runs) of what this rank hands out.
+
+        runs: int64 [n, 3] rows (offset in the logical flat tensor, offset in the values, length).
+        Over all ranks every value of every key comes exactly once.
+        """
+        return self._partitions.pieces()
+
+    def progress(self) -> dict[str, Any]:
+        """What the state's record says of the optimizer."""
+        scaler = self._partitions.scaler()
+        return {"updates": self.updates, "born": dict(self.born), "scaler": scaler}
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Give the memory and DeepSpeed's global names back; the engine is of no use afterwards."""
+        from deepspeed.utils import groups
+
+        _alive.discard(self)
+        if self.__dict__.pop("_destroyed", False):
+            return
+        self._deepspeed.destroy()
+        groups.mpu = None
+        for p in self.model.parameters():
+            p.grad = None
+        self._partitions.base.state.clear()
+        self.__dict__["_destroyed"] = True
+
+    def _json(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        sizes = [
+            int(np.prod(local_shape(self.config, t, self.mesh.tensor)))
+            for t in tensors(self.config)
+        ]
+        most = BUCKET.get(self.mesh.device.type, BUCKET["cuda"])
+        bucket = min(most, max(sizes) if self._zero_stage == 3 else sum(sizes))
+        return {
+            # We scale the loss and set the boundaries of accumulation ourselves.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "steps_per_print": 2**31,
+            "gradient_clipping": 0.0 if self._plain() else self.clip_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self._zero_stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": 2 * ((most + 1) // 2),
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_param_persistence_threshold": 10 * self.config.hidden,
+                "memory_efficient_linear": False,  # it would replace F.linear for the whole process
+            },
+            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
+            "fp16": {
+                "enabled": self.precision == "fp16",
+                "loss_scale": 0,
+                "initial_scale_power": 16,
+                "loss_scale_window": 1000,
+                "hysteresis": 2,
+                "min_loss_scale": 1,
+            },
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device every step
+        }
+
+    def _plain(self) -> bool:
+        return self._zero_stage == 0
+
+
+def materialise(model: nn.Module, json: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
+    """Give a model on the meta device memory, module by module; zeros.
+
+    Under ZeRO 3 a parameter is partitioned before the next one exists, so that no rank ever holds
+    more than one whole.
+    """
+    scatter = None
+    if json["zero_optimization"]["stage"] == 3:
+        import deepspeed
+
+        scatter = deepspeed.zero.Init(
+            data_parallel_group=mesh.data_group,
+            config_dict_or_path=json,
+            mpu=parallel.Glue(mesh) if mesh.tensor > 1 else None,
+        )
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            real = nn.Parameter(
+                torch.zeros(parameter.shape, dtype=dtype, device=mesh.device),
+                requires_grad=parameter.requires_grad,
+            )
+            module.register_parameter(name, real)
+            if scatter is not None:
+                scatter._convert_to_zero_parameters([real])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, torch.zeros_like(buffer, device=mesh.device))
+            else:
+                module.register_buffer(name, buffer.to(mesh.device))
+
+
+def reset() -> None:
+    """Destroy the engines that are left in this process."""
+    for engine in list(_alive):
+        engine.destroy()
+
+
+def log_to(path: str | Path) -> None:
+    """Send what DeepSpeed and its guests say to a file instead of the terminal."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("DeepSpeed", "megatron", "torch.distributed"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    known = {"fp16": "is_fp16_supported", "bf16": "is_bf16_supported"}
+    if precision in known and not getattr(get_accelerator(), known[precision])():
+        raise ValueError(
+            f"precision: is {precision}, which this device ({device.type}) does not compute; "
+            f"take bf16 or fp32 (该设备不支持 {precision})"
+        )

@@ -1,0 +1,314 @@
+"""The Megatron door: who stands where, and how a plain model is cut over several devices.
+
+    8 ranks, tensor = 2
+       data 0: [0 1]      a matrix with heads, ffn or vocab is cut over a row of the mesh,
+       data 1: [2 3]      samples and ZeRO's partitions over a column
+       data 2: [4 5]
+       data 3: [6 7]      x --copy--> [column-cut q k v, up] -> [row-cut o, down] --sum--> y
+
+shard() swaps modules by the table of tensors: a matrix cut in its outputs becomes Megatron's
+ColumnParallelLinear, one cut in its inputs its RowParallelLinear, the token table its
+VocabParallelEmbedding; the swapped module is called like the plain one, y = module(x). The loss
+over a split vocabulary is Megatron's too. megatron-core costs 5 s to import, so it is imported only
+when parallel.tensor is above 1.
+
+Random numbers: the generators of a tensor group are seeded alike, so what is drawn on the residual
+stream is the same on all its ranks; what is drawn inside the cut region (dropout of the attention
+probabilities) differs, because split_dropout() draws it from a seed of its own.
+
+Legend: N positions whose loss counts, D hidden, V vocabulary (this rank's part where it is cut).
+"""
+
+import functools
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.model import ModelConfig, local_shape, split_dim, split_problems, tensors
+from pretrain.objectives.losses import token_losses_plain
+
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**30}
+"""Local logits that exist at a time; more are made in turns, and again in the backward pass."""
+
+LogitsFn = Callable[[Tensor], Tensor]
+TokenLosses = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    tensor: int
+    """Devices that share each matrix."""
+    tensor_rank: int
+    data: int
+    """Groups of such devices: each sees its own samples."""
+    data_rank: int
+    device: torch.device
+    tensor_group: Any = field(default=None, repr=False)
+    data_group: Any = field(default=None, repr=False)
+    """None where all ranks are one data group."""
+
+
+class Glue:
+    """What DeepSpeed asks a Megatron about; the names are DeepSpeed's."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        """Place among the devices that share a matrix."""
+        return self.mesh.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many share a matrix."""
+        return self.mesh.tensor
+
+    def get_model_parallel_group(self) -> Any:
+        """Those devices."""
+        return self.mesh.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Place among the devices that see different samples."""
+        return self.mesh.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many see different samples."""
+        return self.mesh.data
+
+    def get_data_parallel_group(self) -> Any:
+        """Those devices."""
+        return self.mesh.data_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def init_distributed() -> None:
+    """Join the process group: NCCL where there is a GPU, gloo on a CPU; alone without a launcher.
+
+    DeepSpeed would compile a shared-memory operation on every CPU start, for inference only: it is
+    switched off first, so that no compiler is needed (and no stale lock of one can hang the start).
+    """
+    if dist.is_initialized():
+        return
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def make_mesh(tensor: int = 1) -> Mesh:
+    """The mesh of this job with `tensor` devices to a matrix; joins the process group if need be.
+
+    Raises ValueError if the number of processes is not a multiple of `tensor`.
+    """
+    init_distributed()
+    from deepspeed.accelerator import get_accelerator
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+    if world % tensor:
+        raise ValueError(
+            f"parallel.tensor: is {tensor}, but the job has {world} processes, which must be a "
+            "multiple of it; change parallel.tensor or the number of devices "
+            "(进程数须为张量并行数的倍数)"
+        )
+    tensor_group = data_group = None
+    if tensor > 1:
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+        )
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        data_group = parallel_state.get_data_parallel_group()
+    return Mesh(
+        rank, world, tensor, rank % tensor, world // tensor, rank // tensor, device, tensor_group,
+        data_group,
+    )  # fmt: skip
+
+
+def reset() -> None:
+    """Forget Megatron's groups, so that another mesh can be made in this process."""
+    if "megatron.core.parallel_state" in sys.modules:
+        parallel_state = sys.modules["megatron.core.parallel_state"]
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+
+
+def shard(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+    """Cut a model that is still on the meta device for this rank, in place; nothing for tensor = 1.
+
+    Raises ValueError, a line for each of heads, ffn and vocab that parallel.tensor does not divide.
+    """
+    if mesh.tensor == 1:
+        return
+    if problems := split_problems(config, mesh.tensor):
+        raise ValueError("\n".join(problems))
+    cut: set[str] = set()
+    for tensor in tensors(config):
+        where, _, leaf = tensor.name.rpartition(".")
+        if split_dim(tensor) is None or where in cut:
+            continue
+        old = model.get_submodule(where)
+        assert all(p.is_meta for p in old.parameters()), f"{where} must be cut on the meta device"
+        if tensor.op == "linear" or tensor.tied_to == "head":
+            kind = "tokens" if tensor.op == "lookup" else ("column", "row")[split_dim(tensor) or 0]
+            parent, _, name = where.rpartition(".")
+            new = _layers()[kind](old)
+            new.train(old.training)
+            setattr(model.get_submodule(parent), name, new)
+            cut.add(where)
+        else:
+            whole = old.get_parameter(leaf)
+            local = torch.empty(local_shape(config, tensor, mesh.tensor), device="meta")
+            setattr(old, leaf, nn.Parameter(local.to(whole.dtype)))
+    for module in model.modules():
+        if callable(attention := vars(module).get("attention")):
+            vars(module)["attention"] = split_dropout(attention, mesh)
+    _check(model, config, mesh)
+
+
+def mark(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+    """Say on each parameter whether it is a cut one; DeepSpeed's gradient norm asks for it."""
+    parameters = dict(model.named_parameters())
+    for tensor in tensors(config):
+        is_cut = mesh.tensor > 1 and split_dim(tensor) is not None
+        parameters[tensor.name].tensor_model_parallel = is_cut  # type: ignore[attr-defined]
+
+
+def split_dropout(attention: Callable[..., Tensor], mesh: Mesh) -> Callable[..., Tensor]:
+    """attention(q, k, v, see, scale, dropout) whose dropout differs on the ranks of a tensor group.
+
+    Its seed is drawn from the common CPU generator, so that recomputation repeats it and the common
+    stream goes on alike on all ranks.
+    """
+
+    @functools.wraps(attention)
+    def attend(q: Tensor, k: Tensor, v: Tensor, see: Any, scale: float, dropout: float) -> Tensor:
+        if not dropout:
+            return attention(q, k, v, see, scale, dropout)
+        seed = int(torch.randint(0, 2**62, ())) + mesh.tensor_rank
+        on_gpu = mesh.device.type != "cpu"
+        devices = [mesh.device] if on_gpu else []
+        with torch.random.fork_rng(devices, device_type=mesh.device.type if on_gpu else "cuda"):
+            torch.manual_seed(seed)
+            return attention(q, k, v, see, scale, dropout)
+
+    return attend
+
+
+def token_losses(mesh: Mesh, vocab: int) -> TokenLosses:
+    """The function (logits_fn, hidden_ND, targets_N, positions=None) -> losses_N in float32.
+
+    logits_fn gives the local logits_NV of a part of hidden_ND. `positions` is the most that any
+    rank can have in this micro-batch: the number of turns follows from it and not from N, because
+    under ZeRO 3 every turn gathers the head's weight and all ranks must gather equally often.
+    """
+    part_losses = _split_cross_entropy if mesh.tensor > 1 else token_losses_plain
+    most = LOGITS_AT_ONCE["cpu" if mesh.device.type == "cpu" else "cuda"]
+
+    def losses(
+        logits_fn: LogitsFn, hidden_ND: Tensor, targets_N: Tensor, positions: int | None = None
+    ) -> Tensor:
+        turns = max(1, -(-(positions or len(targets_N)) * vocab // mesh.tensor // most))
+        if turns == 1:
+            return part_losses(logits_fn, hidden_ND, targets_N)
+        parts = zip(hidden_ND.tensor_split(turns), targets_N.tensor_split(turns), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([part_losses(logits_fn, h, t) for h, t in parts])
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(part_losses, logits_fn, h, t) for h, t in parts])
+
+    return losses
+
+
+def _split_cross_entropy(logits_fn: LogitsFn, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    losses_N: Tensor = vocab_parallel_cross_entropy(logits_fn(hidden_ND).float(), targets_N)
+    return losses_N
+
+
+def _check(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+    have = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    want = {t.name: local_shape(config, t, mesh.tensor) for t in tensors(config)}
+    wrong = {n: (have.get(n), want.get(n)) for n in have | want if have.get(n) != want.get(n)}
+    assert not wrong, f"after the cut, (have, table) differ: {wrong}"
+
+
+@functools.cache
+def _layers() -> dict[str, Callable[[Any], nn.Module]]:
+    """Constructors plain module -> Megatron's layer, called like the plain one."""
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        copy_to_tensor_model_parallel_region,
+    )
+
+    config = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)
+
+    def nothing(weight: Tensor) -> None:
+        """Values come from a state, never from here."""
+
+    class Column(ColumnParallelLinear):  # type: ignore[misc]
+        def __init__(self, plain: nn.Linear) -> None:
+            with torch.device("meta"):
+                super().__init__(
+                    plain.in_features, plain.out_features, config=config, init_method=nothing,
+                    bias=plain.bias is not None, gather_output=False,
+                )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    class Row(RowParallelLinear):  # type: ignore[misc]
+        def __init__(self, plain: nn.Linear) -> None:
+            with torch.device("meta"):
+                super().__init__(
+                    plain.in_features, plain.out_features, config=config, init_method=nothing,
+                    bias=plain.bias is not None, input_is_parallel=True, skip_bias_add=False,
+                )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    class Tokens(VocabParallelEmbedding):  # type: ignore[misc]
+        """Token ids -> hidden by the cut table, or hidden -> local logits by the same table."""
+
+        def __init__(self, plain: nn.Module) -> None:
+            vocab, hidden = plain.get_parameter("weight").shape
+            with torch.device("meta"):
+                super().__init__(vocab, hidden, init_method=nothing, config=config)
+
+        def forward(self, x: Tensor, project: bool = False) -> Tensor:
+            if project:
+                return F.linear(copy_to_tensor_model_parallel_region(x), self.weight)
+            return super().forward(x)
+
+    return {"column": Column, "row": Row, "tokens": Tokens}
