@@ -149,8 +149,11 @@ bajie_surroundings() { # what every process of ours inherits; needs bajie_venv
 # ---- the installation ---------------------------------------------------------------------------------------------
 
 bajie_broken_off() { # a signal came: pip goes too, and the missing stamp tells the next set-up
-    [[ -n $bajie_job ]] && kill "$bajie_job" 2>/dev/null && wait "$bajie_job" 2>/dev/null
-    printf '\n' >&2
+    trap '' INT TERM HUP
+    if [[ -n $bajie_job ]]; then
+        kill -- "-$bajie_job" 2>/dev/null || true
+        wait "$bajie_job" 2>/dev/null || true
+    fi
     bajie_say "set-up broken off; the next one starts it afresh (安装中断，下次会重新开始)"
     exit 130
 }
@@ -159,8 +162,10 @@ bajie_quietly() { # TEXT COMMAND...: the output goes to the log; a line counts t
     local text=$1 start=$SECONDS status=0
     shift
     printf '\n### %s\n+ %s\n' "$text" "$*" >>"$bajie_log"
-    "$@" >>"$bajie_log" 2>&1 &
+    set -m # a process group of its own, so that a signal to us can end all of it
+    "$@" >>"$bajie_log" 2>&1 </dev/null &
     bajie_job=$!
+    set +m
     if [[ -t 2 ]]; then
         while kill -0 "$bajie_job" 2>/dev/null; do
             printf '\rbajie: %s ... %d s' "$text" $((SECONDS - start)) >&2
@@ -176,9 +181,9 @@ bajie_quietly() { # TEXT COMMAND...: the output goes to the log; a line counts t
 
 bajie_pip() { "$bajie_venv/bin/python" -m pip "$@"; }
 
-bajie_failed() { # WHAT CHINESE: one sentence, with the last complaint of the log
+bajie_failed() { # WHAT CHINESE: one sentence, with the first complaint of the step that failed
     local complaint
-    complaint=$(grep -aE '^ *(ERROR|error|OSError)\b' "$bajie_log" | tail -n 1 | cut -c 1-300 || true)
+    complaint=$(awk '/^### / {said = ""} !said && /^ *(ERROR|error|OSError|[A-Za-z.]*Error:)/ {said = $0} END {print substr(said, 1, 300)}' "$bajie_log")
     bajie_stop "$1${complaint:+: $complaint}; the whole story: $bajie_log" "$2，详见日志"
 }
 
@@ -247,7 +252,7 @@ bajie_install() { # KIND EXTRAS...
     shift
     mkdir -p -- "$bajie_venv/tmp"
     export TMPDIR=$bajie_venv/tmp # the disk that was looked at; /tmp may be small
-    bajie_quietly "setuptools" bajie_pip install -c "$constraints" setuptools || bajie_failed "pip does not work" "pip 无法安装"
+    bajie_quietly "setuptools" bajie_pip install -c "$constraints" setuptools || bajie_failed "pip could not install setuptools" "pip 无法安装 setuptools"
     bajie_install_torch "$kind"
     # deepspeed and jieba are built from source, pure Python both: with our setuptools and torch instead of pip's
     # isolated ones (which would bring a second torch), and with no op compiled.
@@ -297,7 +302,7 @@ bajie_make_venv() { # a folder with a Python that runs, either ours (made afresh
         python=$(bajie_find_python) || exit 1
         : >"$bajie_venv/bajie-made"
         : >"$bajie_venv/bajie-unfinished"
-        "$python" -m venv "$bajie_venv" >>"$bajie_log" 2>&1 || bajie_failed "no environment could be made in $bajie_venv" "无法创建 venv"
+        bajie_quietly "an environment for $("$python" -V)" "$python" -m venv "$bajie_venv" || bajie_failed "no environment could be made in $bajie_venv" "无法创建 venv"
     fi
     : >"$bajie_venv/bajie-unfinished"
 }

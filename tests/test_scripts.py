@@ -182,6 +182,24 @@ def test_an_unfinished_environment_is_thrown_away(tmp_path: Path) -> None:
     assert not (tmp_path / "half").exists()
 
 
+def test_a_signal_ends_what_is_being_installed(tmp_path: Path) -> None:
+    code = f"""
+        bajie_log='{tmp_path}/log'; trap bajie_broken_off INT TERM
+        (sleep 1; kill -TERM $$) &
+        bajie_quietly step bash -c 'echo $$ >{tmp_path}/pid; sleep 55 & wait'"""
+    done = bash(code)
+    assert done.returncode == 130
+    assert "broken off" in done.stderr
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip(), "exe").exists()
+
+
+def test_a_failed_step_is_one_sentence_with_its_own_complaint(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("### a\nERROR: of an earlier step\n### b\nERROR: no wheel\nERROR: see above\n")
+    done = bash(f"bajie_log='{log}'; bajie_failed 'torch did not install' '安装失败'")
+    one_sentence(done, "torch did not install: ERROR: no wheel;", str(log))
+
+
 # ---- the surroundings ----------------------------------------------------------------------------
 
 
