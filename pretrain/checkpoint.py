@@ -218,10 +218,18 @@ def _finish(aside: Path, folder: Path, files: dict[str, Any], record: dict[str, 
     _sync_folder(aside)
     replaced = folder.parent / f".{folder.name}.replaced"
     if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # a kill may have left one
         os.rename(folder, replaced)
-    os.rename(aside, folder)
-    _sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        os.rename(aside, folder)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, folder)  # the one that was there is good still
+        raise
+    try:
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:
