@@ -1,5 +1,6 @@
 """`python -m launch grow`: a checkpoint in, a larger checkpoint and its proof out."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from configs.load import dump
 from launch.cli import main
 from pretrain import checkpoint
-from pretrain.growth import depth
+from pretrain.growth import depth, grow
 from pretrain.state import Entry
 from tests.growing import TINY, trained
 
@@ -44,6 +45,15 @@ def test_a_run_is_grown_and_proven(run: Path, capsys: pytest.CaptureFixture[str]
     proof = json.loads((out / "proof.json").read_text("utf-8"))
     assert proof["kept"] and proof["float64"]["within"] and proof["float32"]["within"]
     assert proof["operators"] == ["layers 3 -> 5", "ffn 64 -> 96"]
+
+
+def test_the_bytes_do_not_depend_on_what_the_state_was_read_from(run: Path) -> None:
+    out, target = run.parent / "grown", dataclasses.replace(TINY, ffn=96)
+    assert call(run, "--set", "ffn=96", "--out", str(out), "--seed", "4") == 0
+    checkpoint.write_state(run.parent / "direct", grow(trained(), target, seed=4))
+    for path in out.iterdir():
+        if path.name != "proof.json":
+            assert path.read_bytes() == (run.parent / "direct" / path.name).read_bytes()
 
 
 def test_json_is_the_proof(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,9 @@ import dataclasses
 from typing import Any, cast
 
 from configs.load import from_dict, to_dict
-from configs.model import CPMConfig, ModelConfig
+from configs.model import CPMConfig, ModelConfig, tensors
 from pretrain.growth.depth import deeper
+from pretrain.growth.moments import slots
 from pretrain.growth.width import wider
 from pretrain.state import State
 
@@ -61,7 +62,11 @@ def grow(state: State, to: ModelConfig, seed: int) -> State:
         "seed": seed,
     }
     history = [*state.record.get("growth", []), line]
-    return State(grown.entries, {**grown.record, "model": to_dict(to), "growth": history})
+    # in the table's order, so that the files' bytes do not depend on the way that led here
+    keys = [f"{kind}/{t.name}" for kind in ("weights", *slots(grown)) for t in tensors(to)]
+    keys += [key for key in grown.entries if key.startswith("buffers/")]
+    entries = {key: grown.entries[key] for key in keys}
+    return State(entries, {**grown.record, "model": to_dict(to), "growth": history})
 
 
 def model_config(state: State) -> ModelConfig:
