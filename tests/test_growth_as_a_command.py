@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.load import dump
+from configs.load import dump, to_dict
+from data_pipeline.tokenizer import load as load_tokenizer
 from launch.cli import main
-from pretrain import checkpoint
+from pretrain import checkpoint, proof
 from pretrain.growth import depth, grow
 from pretrain.state import Entry
 from tests.growing import TINY, trained
@@ -23,9 +24,7 @@ def _count(size: tuple[int, ...]) -> int:
 def run(tmp_path: Path) -> Path:
     """A run folder with one checkpoint, and the page of its model."""
     checkpoint.write_state(tmp_path / "run/checkpoints/stage-00-step-00000009", trained())
-    (tmp_path / "tiny.yaml").write_text(
-        "model:\n" + "".join(f"  {line}\n" for line in dump(TINY).splitlines()), "utf-8"
-    )
+    (tmp_path / "tiny.yaml").write_text(dump({"model": to_dict(TINY)}), "utf-8")
     return tmp_path / "run"
 
 
@@ -112,3 +111,30 @@ def test_a_missing_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "tiny.yaml").write_text("model: {family: cpm}", "utf-8")
     assert call(tmp_path / "nowhere", "--out", str(tmp_path / "grown")) == 2
     assert capsys.readouterr().err.strip()
+
+
+def test_the_probes_are_sentences_where_there_is_a_tokenizer(tiny_corpus: Path) -> None:
+    config = dataclasses.replace(TINY, vocab=320)
+    probes = proof.probes(tiny_corpus / "tokenizer", config)
+    assert probes.shape == (4, 48) and int(probes.max()) < 320
+    tokenizer = load_tokenizer(tiny_corpus / "tokenizer")
+    assert tokenizer.decode(probes.flatten().numpy()).startswith(proof.SENTENCES[0][:8])
+    with pytest.raises(proof.ProofError, match=r"has 320 tokens, model.vocab is 97"):
+        proof.probes(tiny_corpus / "tokenizer", TINY)
+
+
+def test_the_tokenizer_is_carried_and_asked(
+    tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(TINY, vocab=320)
+    words, out = tiny_corpus / "tokenizer", tmp_path / "grown"
+    checkpoint.write_state(tmp_path / "small", trained(config), words)
+    (tmp_path / "large.yaml").write_text(
+        dump({"model": to_dict(dataclasses.replace(config, layers=4))}), "utf-8"
+    )
+    line = ["grow", str(tmp_path / "small"), "--to", str(tmp_path / "large.yaml")]
+    assert main([*line, "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["probes_from"] == "fixed sentences"
+    assert sorted(p.name for p in (out / "tokenizer").iterdir()) == sorted(
+        p.name for p in words.iterdir()
+    )
