@@ -34,9 +34,9 @@ class Source:
     def problems(self) -> list[str]:
         """A source without a name, without files or without a field."""
         found = [] if self.name.strip() else ["name: is empty, must be a name (须有名字)"]
-        if not all(self.paths):
+        if not self.paths or not all(self.paths):
             found.append("path: is empty, must name a file, folder, pattern or dataset (须有路径)")
-        if self.kind == "datasets" and len(self.paths) != 1:
+        if self.kind == "datasets" and len(self.paths) > 1:
             found.append(f"path: lists {len(self.paths)} datasets, a source is one (一个来源一个)")
         if not self.text_field:
             found.append("text_field: is empty, must name the field that holds the text")

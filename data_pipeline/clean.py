@@ -76,11 +76,8 @@ class Page(NamedTuple):
     """Characters of each kind, [KINDS]."""
     changed: Counter[str]
     """Characters removed (lost, private_use, control, zero_width) or folded (width)."""
-
-    @property
-    def solid(self) -> int:
-        """Characters that are not blank."""
-        return len(self.text) - self.counts[BLANK]
+    solid: int
+    """Characters that are not blank."""
 
 
 @cache
@@ -142,7 +139,7 @@ def normalise(text: str) -> Page:
     text = text.strip(" \t\n")
     if text is not before and text != before:
         _, kinds, counts = _look(text)
-    return Page(text, kinds, counts, changed)
+    return Page(text, kinds, counts, changed, len(text) - counts[BLANK])
 
 
 def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]) -> str:

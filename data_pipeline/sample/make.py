@@ -38,6 +38,7 @@ class Sections(HTMLParser):
         self.opens_section = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """A paragraph, a heading or a sidebar may begin."""
         classes = (dict(attrs).get("class") or "").split()
         paragraph = tag in PARAGRAPHS or (
             tag == "div" and not {"para", "section", "sidebar"}.isdisjoint(classes)
@@ -49,6 +50,7 @@ class Sections(HTMLParser):
             self.open.append((tag, paragraph, self.section if "sidebar" in classes else None))
 
     def handle_endtag(self, tag: str) -> None:
+        """It may end; tags left open inside it end with it."""
         while self.open:
             name, paragraph, section = self.open.pop()
             if paragraph or section is not None:
@@ -59,10 +61,12 @@ class Sections(HTMLParser):
                 return
 
     def handle_data(self, data: str) -> None:
+        """Text, unless it is a listing."""
         if not any(tag in SKIPPED for tag, *_ in self.open):
             self.text.append(data)
 
     def end_paragraph(self) -> None:
+        """Put the text so far into its section."""
         text = tidy("".join(self.text))
         self.text = []
         if not text:
@@ -131,6 +135,7 @@ def poems(path: Path) -> Iterator[dict[str, str]]:
 
 
 def main(unpacked: Path, out: Path) -> None:
+    """Write the sample."""
     documents = unpacked / "usr/share/doc"
     handbook = sorted((documents / "debian-handbook/html/zh-CN").glob("*.html"))
     debmake = sorted((documents / "debmake-doc/html").glob("*.zh-cn.html"))

@@ -1,0 +1,324 @@
+"""The story of a corpus: from raw text to tokens on the disk.
+
+    sources            jsonl, txt, datasets                                    ingest.py
+       |  read
+       v
+    documents --clean--> rejects/too_short, few_han ...                        clean.py
+       |
+       +--hash--> duplicates: of equal documents the first one stays           dedup.py
+       v
+    divide  --> rejects/duplicate
+       |  by a hash of the document
+       +--> valid
+       +--> train --sample--> tokenizer/                                       tokenizer.py
+               |                 |
+               +------ encode ---+   every shard on its own                    encode.py
+                         |
+                         v
+    OUT/ manifest.json  tokenizer/  train.bin .idx  valid.bin .idx             index.py
+         documents/  rejects/  stages/
+
+Each arrow is a stage on datatrove's executor (blocks.py) in a folder that is named by everything it
+depends on. A build that was killed goes on where it stood and makes the same bytes; a build that is
+complete is recognised and left alone; a changed config repeats what depends on the change. The old
+corpus stays until the new one is ready; there is no manifest while its files are being replaced.
+"""
+
+import fcntl
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from configs.corpus import CorpusConfig
+from data_pipeline import dedup, encode, index, ingest, report, tokenizer
+from data_pipeline.blocks import (
+    SPLITS,
+    Block,
+    Clean,
+    Read,
+    Stage,
+    Store,
+    code_of,
+    fingerprint_of,
+    run,
+)
+from data_pipeline.dedup import Divide, FindDuplicates
+from data_pipeline.encode import Encode, MakeTokenizer
+from data_pipeline.progress import Progress
+from data_pipeline.shards import CorpusError, aside, open_table, sweep
+
+FORMAT = "bajie-corpus-1"
+CODE = (
+    "blocks",
+    "build",
+    "clean",
+    "dedup",
+    "encode",
+    "index",
+    "ingest",
+    "segment",
+    "shards",
+    "tokenizer",
+)
+
+
+def build(config: CorpusConfig) -> dict[str, Any]:
+    """Build or finish the corpus in config.data.out; returns its manifest.
+
+    Raises CorpusError or another ValueError, one sentence: what cannot be read or written, which
+    key to change. What was done until then is kept.
+    """
+    out = Path(os.path.expandvars(config.data.out)).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with only_builder(out):
+            return _build(config, out)
+    except CorpusError as error:
+        raise error.with_traceback(None) from None
+    except OSError as error:
+        raise CorpusError(
+            f"reading or writing failed: {error.strerror} ({error.filename or out}); make room or "
+            "change data.out, then build again: what is done is kept (读写失败)"
+        ) from None
+
+
+def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
+    say = Progress()
+    workers = config.data.workers or len(os.sched_getaffinity(0))
+
+    # What is asked for: if it stands there already, nothing is done.
+    tasks, files = ingest.plan(config.data)
+    models = [
+        xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
+    ]
+    content = replace(config, data=replace(config.data, out="", workers=0))
+    asked = fingerprint_of([FORMAT, content, files, models, encode.versions(), code_of(CODE)])
+    if (manifest := finished(out, asked)) is not None:
+        say.line(f"{out}: complete, nothing to do (语料已建好)")
+        return manifest
+    sweep(out)
+
+    def stage(name: str, blocks: list[Block], tasks: int, inputs: list[Any], size: int) -> Stage:
+        return run(out, name, blocks, tasks, workers, inputs, say.watch(name, size))
+
+    # Read, normalise, filter; what is kept goes to shards, its hashes to tables.
+    size = sum(part.weight for task in tasks for part in task)
+    blocks = [Read(config.data.sources, tasks), Clean(config.clean), Store()]
+    cleaned = stage("clean", blocks, len(tasks), files, size)
+    something_left(cleaned.counts)
+
+    # Compare the hashes; divide what is distinct into train and valid.
+    tables = [cleaned.data / "hashes" / f"{rank:05d}.npy" for rank in range(len(tasks))]
+    buckets = dedup.buckets(cleaned.counts["documents"])
+    search = FindDuplicates(tables, config.split.seed, config.split.valid_documents or 0)
+    found = stage("duplicates", [search], buckets, [cleaned.key], 0)
+    again = sorted((found.data / "duplicates").glob("*.npy")) if config.dedup.exact else []
+    sizes = [len(open_table(table)) for table in tables]
+    below = limit_of_lots(config, found)
+    divide = Divide(cleaned.data, sizes, again, config.split.seed, below)
+    size = cleaned.counts["bytes"]
+    divided = stage("divide", [divide], len(tasks), [cleaned.key, found.key], size)
+    both_splits(config, divided.counts)
+
+    # A tokenizer, learnt from the train split alone or published; every shard through it.
+    documents = divided.data / "documents"
+    shards = sorted(documents.glob("train-*.jsonl.zst"))
+    learn = MakeTokenizer(config.tokenizer, shards, divided.counts["train_bytes"])
+    made = stage("tokenizer", [learn], 1, models or [divided.key], learn.train_bytes)
+    through = Encode(documents, made.data / "tokenizer")
+    size = divided.counts["train_bytes"] + divided.counts["valid_bytes"]
+    encoded = stage("encode", [through], len(tasks), [divided.key, made.key], size)
+
+    # One index a split, a manifest over all: the corpus.
+    stages = [cleaned, found, divided, made, encoded]
+    manifest = publish(config, out, stages)
+    remember(out, asked, stages[:-1])
+    say.line(report.flow(manifest))
+    say.line(report.speed({stage.name: stage.counts for stage in stages}))
+    return manifest
+
+
+# ---- what a build must not do
+
+
+@contextmanager
+def only_builder(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel frees it however this process ends."""
+    with (out / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CorpusError(
+                f"another build is at work in {out}; wait for it or change data.out "
+                "(另一个进程正在建此语料)"
+            ) from None
+        yield
+
+
+def something_left(counts: "Counter[str]") -> None:
+    """Refuse an empty corpus, with the reasons that emptied it."""
+    if counts["documents"]:
+        return
+    if not counts["read_documents"]:
+        raise CorpusError("the sources hold no document; correct data.sources (来源中没有文档)")
+    reasons = ", ".join(f"{n} {reason}" for reason, n in rejects(counts).items())
+    raise CorpusError(
+        f"no document is left of {counts['read_documents']}: {reasons}; loosen clean or correct "
+        "data.sources (过滤后没有文档)"
+    )
+
+
+def both_splits(config: CorpusConfig, counts: "Counter[str]") -> None:
+    """Refuse a split without documents."""
+    asked = config.split.valid_fraction or config.split.valid_documents
+    for split, needed in (("train", True), ("valid", bool(asked))):
+        if needed and not counts[f"{split}_documents"]:
+            others = sum(counts[f"{other}_documents"] for other in SPLITS)
+            raise CorpusError(
+                f"the {split} split is empty: all {others} documents fell on the other side; change"
+                " split.valid_fraction or split.valid_documents (划分为空)"
+            )
+
+
+def limit_of_lots(config: CorpusConfig, found: Stage) -> int:
+    """The lot below which a document is held out, in [0, 2^64]."""
+    wanted = config.split.valid_documents
+    if wanted is None:
+        return int((config.split.valid_fraction or 0.0) * (1 << 64))
+    distinct = found.counts["distinct_documents"]
+    if wanted >= distinct:
+        raise CorpusError(
+            f"split.valid_documents is {wanted}, but there are only {distinct} distinct documents; "
+            "hold out fewer (验证集过大)"
+        )
+    drawn = [np.load(path) for path in sorted((found.data / "lots").glob("*.npy"))]
+    return int(np.sort(np.concatenate(drawn))[wanted - 1]) + 1 if wanted else 0
+
+
+def rejects(counts: "Counter[str]", what: str = "rejected") -> dict[str, int]:
+    """Counts by reason, or by another family of keys such as changed/."""
+    return {key.partition("/")[2]: n for key, n in counts.items() if key.startswith(f"{what}/")}
+
+
+# ---- the corpus folder
+
+
+def publish(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Put the results in their places; the manifest goes first and comes last."""
+    cleaned, _, divided, made, encoded = stages
+    (out / "manifest.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        index.merge(
+            [encoded.data / f"{split}-{rank:05d}" for rank in range(encoded.tasks)], out / split
+        )
+    replace_folder([made.data / "tokenizer"], out / "tokenizer")
+    replace_folder([divided.data / "documents"], out / "documents")
+    replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
+    manifest = describe(config, out, stages)
+    with aside(out / "manifest.json") as file:
+        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    return manifest
+
+
+def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The manifest: what the corpus is, and fingerprints of its contents. It holds no date and no
+    path, so that the same text and config give the same bytes anywhere."""
+    cleaned, _, divided, _, encoded = (stage.counts for stage in stages)
+    words = tokenizer.load(out / "tokenizer")
+    splits = {
+        split: {
+            "documents": divided[f"{split}_documents"],
+            "tokens": encoded[f"{split}_tokens"],
+            "characters": divided[f"{split}_characters"],
+            "bytes": divided[f"{split}_bytes"],
+            "fingerprint": index.fingerprint(out / split),
+        }
+        for split in SPLITS
+    }
+    contents = [words.fingerprint, *(split["fingerprint"] for split in splits.values())]
+    refused = cleaned + divided
+    lost = rejects(refused, "rejected_characters")
+    return {
+        "format": FORMAT,
+        "fingerprint": f"xxh3-128:{xxhash.xxh3_128_hexdigest(orjson.dumps(contents))}",
+        "tokenizer": {
+            "kind": words.kind,
+            "fingerprint": words.fingerprint,
+            "vocab_size": words.vocab_size,
+            "eod_id": words.eod_id,
+        },
+        "splits": splits,
+        "sources": [
+            {"name": s.name, "kind": s.kind, "documents": cleaned[f"read/{s.name}"]}
+            for s in config.data.sources
+        ],
+        "read": {name: cleaned[f"read_{name}"] for name in ("documents", "characters", "bytes")},
+        "rejects": {
+            reason: {"documents": n, "characters": lost[reason]}
+            for reason, n in rejects(refused).items()
+        },
+        "changed": rejects(cleaned, "changed"),
+    }
+
+
+def replace_folder(sources: Sequence[Path], target: Path) -> None:
+    """Make `target` hold what the sources hold: by hard links, or copies where there are none."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for source in sources:
+        if source.exists():
+            shutil.copytree(source, partial, copy_function=_link, dirs_exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def finished(out: Path, asked: str) -> dict[str, Any] | None:
+    """The manifest, if the folder holds what is asked for, whole."""
+    try:
+        built = orjson.loads((out / "stages" / "built.json").read_bytes())
+        manifest = orjson.loads((out / "manifest.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return None
+    whole = built["asked"] == asked and built["sizes"] == sizes_of(out)
+    return manifest if whole else None
+
+
+def remember(out: Path, asked: str, kept: Sequence[Stage]) -> None:
+    """Note that this corpus is complete, then drop the folders that nothing needs: stages of older
+    configs, and the shards that were merged into the index."""
+    with aside(out / "stages" / "built.json") as file:
+        file.write(orjson.dumps({"asked": asked, "sizes": sizes_of(out)}))
+    names = {stage.folder.name for stage in kept}
+    for folder in (out / "stages").iterdir():
+        if folder.is_dir() and folder.name not in names:
+            shutil.rmtree(folder)
+
+
+def sizes_of(out: Path) -> dict[str, int]:
+    """Bytes of the files that make the corpus."""
+    files = [
+        out / "manifest.json",
+        *out.glob("*.bin"),
+        *out.glob("*.idx"),
+        *out.glob("tokenizer/*"),
+    ]
+    return {
+        str(file.relative_to(out)): file.stat().st_size for file in sorted(files) if file.exists()
+    }

@@ -1,0 +1,177 @@
+"""Equal documents: found by a 128-bit hash of their letters and digits, in bounded memory.
+
+    shard 0   (hash, row) sorted by hash --+   hashes are spread evenly, so a bucket, the hashes
+    shard 1   (hash, row) sorted by hash --+-> that begin alike, is one slice of every shard's table
+    ...                                    |
+                                           +-> bucket k: of equal hashes all but the first document
+                                               (by shard, then row) are duplicates
+
+Which copy stays depends on the order of the documents alone, never on which worker came first. The
+same hash, mixed with a seed, is the document's lot in the draw of the validation split: equal text
+falls on one side, and no document's side depends on the others.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_pipeline.blocks import Block, Documents, Rejects
+from data_pipeline.shards import open_table, records, save, shard
+
+DOCUMENTS_PER_BUCKET = 4_000_000  # about 0.4 GB while it is sorted
+U64 = np.uint64
+
+
+def buckets(documents: int) -> int:
+    """How many buckets (a power of two) keep each below DOCUMENTS_PER_BUCKET."""
+    return 1 << max(0, (documents - 1).bit_length() - (DOCUMENTS_PER_BUCKET - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a bucket holds; documents are numbered through all shards."""
+
+    duplicates: np.ndarray
+    """Numbers of the documents that stand before under the same hash, sorted, uint64."""
+    lots: np.ndarray
+    """The lowest lots among the distinct documents, sorted, uint64."""
+    distinct: int
+    """Distinct documents."""
+
+
+def search(tables: Sequence[Path], bucket: int, of: int, seed: int, lowest: int) -> Findings:
+    """Compare all documents of one bucket of `of`; also draw the `lowest` lots for validation."""
+    high, low, number = (
+        np.concatenate(columns) for columns in zip(*_slices(tables, bucket, of), strict=True)
+    )
+    order = np.lexsort((number, low, high))
+    high, low, number = high[order], low[order], number[order]
+    again = np.zeros(len(high), dtype=bool)
+    again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    first = lots(high[~again], low[~again], seed)
+    drawn = np.sort(np.partition(first, lowest - 1)[:lowest] if 0 < lowest < len(first) else first)
+    return Findings(np.sort(number[again]), drawn[:lowest], len(first))
+
+
+def _slices(
+    tables: Sequence[Path], bucket: int, of: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    width = (1 << 64) // of
+    base = 0
+    slices = [(np.empty(0, U64), np.empty(0, U64), np.empty(0, U64))]
+    for path in tables:
+        table = open_table(path)
+        if len(table):
+            borders = [
+                bisect_left(range(len(table)), edge * width, key=lambda row: int(table[row][0]))
+                for edge in (bucket, bucket + 1)
+            ]
+            rows = np.array(table[slice(*borders)])
+            slices.append((rows["high"], rows["low"], rows["row"].astype(U64) + U64(base)))
+        base += len(table)
+    return slices
+
+
+def lots(high: np.ndarray, low: np.ndarray, seed: int) -> np.ndarray:
+    """Each document's lot in [0, 2^64): its hash mixed with the seed (splitmix64's finaliser)."""
+    return _mix(high ^ _mix(low + _mix(np.array([seed], dtype=U64) + U64(0x9E3779B97F4A7C15))))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
+
+
+def shard_lots(table: np.ndarray, seed: int) -> np.ndarray:
+    """The lots of a shard's documents in the order of its rows, uint64."""
+    drawn = np.empty(len(table), dtype=U64)
+    drawn[table["row"]] = lots(np.array(table["high"]), np.array(table["low"]), seed)
+    return drawn
+
+
+def below(drawn: np.ndarray, limit: int) -> np.ndarray:
+    """Which lots lie below a limit in [0, 2^64]: those documents are held out, bool."""
+    return np.ones(len(drawn), dtype=bool) if limit >= 1 << 64 else drawn < U64(limit)
+
+
+def rows_within(duplicates: Sequence[Path], first: int, count: int) -> np.ndarray:
+    """Which of the `count` documents from number `first` on are duplicates, bool."""
+    marks = np.zeros(count, dtype=bool)
+    for path in duplicates:
+        numbers = np.load(path, mmap_mode="r")
+        start, stop = np.searchsorted(numbers, np.array([first, first + count], dtype=U64))
+        marks[numbers[start:stop] - U64(first)] = True
+    return marks
+
+
+# ---- blocks
+
+
+class FindDuplicates(Block):
+    """One bucket of hashes a task: which documents stood before, and the lowest lots."""
+
+    name = "duplicates"
+    modules: ClassVar = ("dedup",)
+
+    def __init__(self, tables: list[Path], seed: int, lowest: int) -> None:
+        super().__init__(seed=seed, lowest=lowest)
+        self.tables, self.seed, self.lowest = tables, seed, lowest
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write data/duplicates/ and data/lots/."""
+        found = search(self.tables, rank, world_size, self.seed, self.lowest)
+        save(self.folder / "data" / "duplicates" / f"{rank:05d}.npy", found.duplicates)
+        save(self.folder / "data" / "lots" / f"{rank:05d}.npy", found.lots)
+        self.counts["distinct_documents"] += found.distinct
+        self.counts["duplicate_documents"] += len(found.duplicates)
+        yield from ()
+
+
+class Divide(Block):
+    """A shard's documents into train and valid; duplicates go to rejects/duplicate/."""
+
+    name = "divide"
+    modules: ClassVar = ("dedup",)
+
+    def __init__(
+        self, cleaned: Path, sizes: list[int], duplicates: list[Path], seed: int, below: int
+    ) -> None:
+        super().__init__(exact=bool(duplicates), seed=seed, below=str(below))
+        self.cleaned, self.sizes, self.duplicates = cleaned, sizes, duplicates
+        self.seed, self.below = seed, below
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write data/documents/train-*.jsonl.zst and valid-*."""
+        first = sum(self.sizes[:rank])
+        again = rows_within(self.duplicates, first, self.sizes[rank])
+        table = open_table(self.cleaned / "hashes" / f"{rank:05d}.npy")
+        held_out = below(shard_lots(table, self.seed), self.below)
+        folder, file = self.folder / "data", f"{rank:05d}.jsonl.zst"
+        done = 0
+        with (
+            shard(folder / "documents" / f"train-{file}") as train,
+            shard(folder / "documents" / f"valid-{file}") as valid,
+            Rejects(folder / "rejects", rank) as rejects,
+        ):
+            for row, record in enumerate(records(self.cleaned / "documents" / file)):
+                size = len(record["text"].encode())
+                done += size
+                self.tick(done, rank)
+                if again[row]:
+                    rejects.add("duplicate", record)
+                    self.counts["rejected/duplicate"] += 1
+                    self.counts["rejected_characters/duplicate"] += len(record["text"])
+                    continue
+                split, add = ("valid", valid) if held_out[row] else ("train", train)
+                add(record)
+                self.counts[f"{split}_documents"] += 1
+                self.counts[f"{split}_characters"] += len(record["text"])
+                self.counts[f"{split}_bytes"] += size
+        self.counts["worked_bytes"] += done
+        self.tick(done, rank, final=True)
+        yield from ()

@@ -1,0 +1,166 @@
+"""Kept documents -> token ids; and the tokenizer that makes them, trained or published.
+
+    train documents --lines, spread evenly--> at most sample_bytes of text --> tokenizer/
+    documents --batches of a MB--> token ids + end of document --> index (.bin, .idx)
+
+Encoding is a step of its own, keyed by the tokenizer's files: another tokenizer costs no cleaning.
+"""
+
+import importlib.metadata
+import shutil
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from configs.corpus import Tokenizing
+from data_pipeline import tokenizer
+from data_pipeline.blocks import SPLITS, Block, Documents
+from data_pipeline.index import IndexWriter
+from data_pipeline.ingest import first_place
+from data_pipeline.shards import CorpusError, records, sync_folder
+
+BATCH_CHARACTERS = 500_000
+TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
+LARGEST_UINT16_VOCABULARY = 65_500
+
+_load = lru_cache(maxsize=1)(tokenizer.load)
+
+
+def versions() -> dict[str, str]:
+    """What a trained tokenizer depends on beside its text and our code."""
+    guests = {name: importlib.metadata.version(name) for name in ("sentencepiece", "rjieba")}
+    return guests | {"unicode": unicodedata.unidata_version}
+
+
+def model_files(config: Tokenizing) -> list[Path]:
+    """The files of a published tokenizer, whose contents key the build; none if it is trained."""
+    if config.model is None:
+        return []
+    path = first_place(config.model)
+    if path is None:
+        raise CorpusError(
+            f"tokenizer.model: there is no file or folder '{config.model}' (找不到分词模型)"
+        )
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def make_tokenizer(config: Tokenizing, texts: Iterable[str], out: Path) -> None:
+    """Train on a sample of the texts, or take the published model, into the folder `out`, which
+    appears when it is whole. ValueError if the text does not support the vocabulary."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if config.model is None:
+        assert config.vocab_size is not None
+        tokenizer.train(
+            config.kind, texts, partial, config.vocab_size, sample_bytes=config.sample_bytes
+        )
+    else:
+        path = first_place(config.model)
+        assert path is not None
+        if path.is_dir():
+            tokenizer.load(path).save(partial)
+        elif config.kind == "cpm":
+            tokenizer.from_cpm_model(path, partial)
+        else:
+            raise CorpusError(
+                f"tokenizer.model: '{config.model}' is a sentencepiece model of CPM, tokenizer.kind"
+                f" is {config.kind}; set it to cpm, or name a tokenizer/ folder (种类不符)"
+            )
+        made = tokenizer.load(partial)
+        if made.kind != config.kind:
+            raise CorpusError(
+                f"tokenizer.model: '{config.model}' is of kind {made.kind}, tokenizer.kind is "
+                f"{config.kind}; make them the same (种类不符)"
+            )
+    partial.rename(out)
+    sync_folder(out.parent)
+
+
+def encode(texts: Iterable[str], folder: Path, prefix: Path) -> Iterator[tuple[int, int]]:
+    """Write each text's token ids and the end-of-document id as one document of an index; yields
+    (tokens, bytes of text) batch by batch."""
+    words = _load(folder)
+    end = np.array([words.eod_id], dtype=np.int32)
+    dtype = np.uint16 if words.vocab_size < LARGEST_UINT16_VOCABULARY else np.int32
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with IndexWriter(prefix, dtype) as index:
+        for batch in _batches(texts):
+            tokens = 0
+            for ids in words.encode_batch(batch):
+                index.add_document(np.concatenate([ids, end]))
+                tokens += len(ids) + 1
+            yield tokens, sum(len(text.encode()) for text in batch)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- blocks
+
+
+class MakeTokenizer(Block):
+    """Train a tokenizer on a sample of the train split, or take a published one."""
+
+    name = "tokenizer"
+    modules: ClassVar = ("encode", "segment", "tokenizer")
+
+    def __init__(self, config: Tokenizing, shards: list[Path], train_bytes: int) -> None:
+        super().__init__(config=config, versions=versions())
+        self.config, self.shards, self.train_bytes = config, shards, train_bytes
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write data/tokenizer/."""
+        make_tokenizer(self.config, self._texts(rank), self.folder / "data" / "tokenizer")
+        self.tick(self.train_bytes, rank, final=True)
+        yield from ()
+
+    def _texts(self, rank: int) -> Iterator[str]:
+        every = max(1, self.train_bytes // (TEXT_PER_SAMPLE * self.config.sample_bytes))
+        done = 0
+        for path in self.shards[::every]:
+            for record in records(path):
+                yield record["text"]
+                done += len(record["text"].encode()) * every
+                self.tick(done, rank)
+
+
+class Encode(Block):
+    """A shard's train and valid documents as token ids, each in an index of its own."""
+
+    name = "encode"
+    modules: ClassVar = ("encode", "index", "segment", "tokenizer")
+
+    def __init__(self, documents: Path, tokenizer: Path) -> None:
+        super().__init__()
+        self.documents, self.tokenizer = documents, tokenizer
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write data/train-*.bin, .idx and valid-*."""
+        done = 0
+        for split in SPLITS:
+            path = self.documents / f"{split}-{rank:05d}.jsonl.zst"
+            prefix = self.folder / "data" / f"{split}-{rank:05d}"
+            texts = (record["text"] for record in records(path))
+            for tokens, size in encode(texts, self.tokenizer, prefix):
+                self.counts[f"{split}_tokens"] += tokens
+                self.counts["worked_bytes"] += size
+                done += size
+                self.tick(done, rank)
+        self.tick(done, rank, final=True)
+        yield from ()
