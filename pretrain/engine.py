@@ -107,6 +107,7 @@ class Engine:
         born: Mapping[str, int] | None = None,
     ) -> None:
         import deepspeed
+        from deepspeed.utils import groups
 
         _check_precision(precision, mesh.device)
         self.model, self.config, self.mesh = model, config, mesh
@@ -115,6 +116,7 @@ class Engine:
         self.micro_rows, self.updates = micro_rows, 0
         self.born = {t.name: (born or {}).get(t.name, 0) for t in tensors(config)}
         self._zero_stage = 1 if zero == 0 and precision != "fp32" else zero
+        groups.mpu = glue = parallel.Glue(mesh) if mesh.tensor > 1 else None
         json = self._json()
         materialise(model, json, mesh, DTYPES[precision])
         parallel.mark(model, config, mesh)
@@ -124,7 +126,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=self._step,
             optimizer=optimizers.build(optimizers.groups(config, self.born), parameters, optimizer),
-            mpu=parallel.Glue(mesh) if mesh.tensor > 1 else None,
+            mpu=glue,
             config=json,
             dist_init_required=False,
         )

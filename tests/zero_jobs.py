@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.model import CPMConfig, shape, tensors
-from pretrain import parallel
+from configs.model import CPMConfig, shape, split_dim, tensors
+from pretrain import parallel, recompute
 from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
 from pretrain.models.cpm import CPM
@@ -64,17 +65,27 @@ def micro_batches(
 
 def make(
     *, zero: int, tensor: int = 1, precision: str = "fp32", micro: int = SAMPLES,
-    config: CPMConfig = TINY, born: dict[str, int] | None = None, **section: Any,
+    config: CPMConfig = TINY, born: dict[str, int] | None = None, recomputed: str = "none",
+    objective: Any = None, **section: Any,
 ) -> Engine:  # fmt: skip
     """An engine with fresh memory; weights are zero until load()."""
     mesh = parallel.make_mesh(tensor)
     with torch.device("meta"):
         model = CPM(config)
+    recompute.apply(model, recomputed)
     parallel.shard(model, config, mesh)
     return Engine(
-        model, config, mesh, objective=Causal(), optimizer=Section(**section), zero=zero,
-        precision=precision, micro_rows=micro, seed=5, born=born,
-    )  # fmt: skip
+        model,
+        config,
+        mesh,
+        objective=objective or Causal(),
+        optimizer=Section(**section),
+        zero=zero,
+        precision=precision,
+        micro_rows=micro,
+        seed=5,
+        born=born,
+    )
 
 
 def run_steps(
@@ -122,16 +133,208 @@ def state_of(whole: dict[str, Tensor], record: dict[str, Any]) -> State:
 
 def train(
     *, steps: int, first: int = 0, samples: int = SAMPLES, micro: int = SAMPLES,
-    state: tuple[dict[str, Tensor], dict[str, Any]] | None = None, **layout: Any,
+    state: tuple[dict[str, Tensor], dict[str, Any]] | None = None, look: bool = False,
+    **layout: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Build, load (fresh or a state), run; losses, norms, pieces and progress of this rank."""
+    """Build, load (fresh or a state), run; losses, norms, pieces and progress of this rank.
+
+    With `look` the model is evaluated and made to speak before the steps.
+    """
     engine = make(micro=micro, **layout)
     engine.load(state_of(*state) if state else fresh(engine.config, 3))
+    said = seen(engine) if look else {}
     losses, norms = run_steps(engine, first, steps, samples=samples, micro=micro)
-    return {
+    return said | {
         "losses": losses,
         "norms": norms,
         "pieces": pieces_of(engine),
         "progress": engine.progress(),
         "entries": engine.entries(),
+    }
+
+
+def seen(engine: Engine) -> dict[str, Any]:
+    """Loss of two batches on every rank, and logits of one row computed outside of the engine."""
+    loss_sum, count = engine.evaluate([rows(np.arange(4)), rows(np.arange(4, 6))])
+    batch = rows(np.arange(1))
+    with engine.inference() as model:
+        hidden = model(batch.tokens_BT, batch.positions_BT, None)
+        logits = model.logits(hidden[0])
+    return {"evaluated": (float(loss_sum), int(count)), "logits": logits.float()}
+
+
+def in_two_halves(*, steps: int, **layout: Any) -> dict[str, Any]:
+    """Steps of one run, and the same with the state taken out and put into a new engine at half."""
+    whole = train(steps=steps, **layout)
+    half = train(steps=steps // 2, **layout)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, half["pieces"])
+    state = gathered(layout.get("config", TINY), everyone), half["progress"]
+    rest = train(steps=steps - steps // 2, first=steps // 2, state=state, **layout)
+    return {"whole": whole, "losses": half["losses"] + rest["losses"], "pieces": rest["pieces"]}
+
+
+def small_turns(logits: int, **arguments: Any) -> dict[str, Any]:
+    """train() with so little room for logits that the head works in turns."""
+    room = dict(parallel.LOGITS_AT_ONCE)
+    parallel.LOGITS_AT_ONCE.update(cpu=logits)
+    try:
+        return train(**arguments)
+    finally:
+        parallel.LOGITS_AT_ONCE.update(room)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.device.type != "meta":
+            self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return made
+
+
+def largest_allocation(**layout: Any) -> tuple[int, int]:
+    """Largest tensor, in bytes, that building and loading an engine makes; bytes kept here."""
+    with _Largest() as largest:
+        engine = make(**layout)
+        engine.load(fresh(engine.config, 3))
+    kept = sum(4 * p.ds_tensor.numel() for p in engine.model.parameters())
+    return largest.bytes, kept
+
+
+def refused(**layout: Any) -> str:
+    """The sentence with which an engine is refused."""
+    try:
+        make(**layout)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("was not refused")
+
+
+def forgetful(
+    what: str, *, steps: int, state: tuple[dict[str, Tensor], dict[str, Any]], **layout: Any
+) -> list[float]:
+    """Losses of a continuation that forgets the moments or the number of updates."""
+    whole, record = state
+    if what == "moments":
+        whole = {key: value for key, value in whole.items() if not key.startswith("optim/")}
+    elif what == "updates":
+        record = record | {"updates": 0}
+    return train(steps=steps, first=steps, state=(whole, record), **layout)["losses"]
+
+
+def load_sentence(change: str) -> str:
+    """What load() says of a state that does not fit."""
+    engine = make(zero=1)
+    state = fresh(engine.config, 3)
+    entries = dict(state.entries)
+    name = "weights/decoder.layers.0.self.q.weight"
+    if change == "missing":
+        del entries[name]
+    elif change == "unknown":
+        entries["weights/decoder.layers.9.self.q.weight"] = entries[name]
+    elif change == "shape":
+        entries[name] = Entry((16, 32), "float32", lambda: torch.zeros(16, 32))
+    elif change == "buffer":
+        entries["buffers/rope"] = Entry((2,), "float32", lambda: torch.zeros(2))
+    try:
+        engine.load(State(entries, state.record))
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("was loaded")
+
+
+def adam_steps(born: dict[str, int], updates: int) -> dict[str, set[float]]:
+    """Adam's counter of every tensor after a load, by tensor."""
+    engine = make(zero=1, born=born)
+    state = fresh(engine.config, 3)
+    engine.load(State(state.entries, state.record | {"updates": updates}))
+    partitions = engine._partitions
+    found: dict[str, set[float]] = {}
+    for fragment in partitions.fragments:
+        step = float(partitions.base.state[fragment.flat]["step"])
+        found.setdefault(fragment.name, set()).add(step)
+    return found
+
+
+def dropout_masks() -> dict[str, Any]:
+    """What dropout draws on this rank of a tensor group: in the cut region, and on the stream."""
+    mesh = parallel.make_mesh(2)
+    drawn: dict[str, Any] = {}
+
+    def attention(q: Tensor, *_: Any) -> Tensor:
+        drawn["region"] = torch.rand(8)
+        return q
+
+    torch.manual_seed(7)
+    drawn["before"] = torch.rand(4)
+    parallel.split_dropout(attention, mesh)(torch.zeros(1), *[torch.zeros(1)] * 2, None, 1.0, 0.1)
+    drawn["after"] = torch.rand(4)
+    return drawn
+
+
+def half_precision_scaler() -> tuple[Any, Any, Any]:
+    """fp16 where the test lifts DeepSpeed's check: scaler out, scaler after a load, losses."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, kept = get_accelerator(), get_accelerator().is_fp16_supported
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        engine = make(zero=1, precision="fp16")
+        engine.load(fresh(engine.config, 3))
+        losses, _ = run_steps(engine, 0, 2)
+        out = engine.progress()["scaler"]
+        engine.destroy()
+        again = make(zero=1, precision="fp16")
+        state = fresh(again.config, 3)
+        again.load(State(state.entries, state.record | {"scaler": out | {"cur_scale": 512.0}}))
+        return out, again.progress()["scaler"], losses
+    finally:
+        accelerator.is_fp16_supported = kept
+
+
+def replicated_after(*, steps: int, config: CPMConfig) -> dict[str, Tensor]:
+    """The parameters that tensor parallelism does not cut, after some steps on two devices."""
+    engine = make(zero=1, tensor=2, config=config)
+    engine.load(fresh(config, 3))
+    run_steps(engine, 0, steps)
+    whole = {t.name for t in tensors(config) if split_dim(t) is None}
+    return {n: p.detach().clone() for n, p in engine.model.named_parameters() if n in whole}
+
+
+class _Poisoned(Causal):
+    """An objective whose gradient is not finite once `poison` is set."""
+
+    poison = 1.0
+
+    def loss(self, model: Any, batch: Any, token_losses: Any) -> tuple[Tensor, Tensor]:
+        """The causal loss, times what poisons it."""
+        loss_sum, count = super().loss(model, batch, token_losses)
+        return loss_sum * self.poison, count
+
+
+def poisoned_step(**layout: Any) -> dict[str, Any]:
+    """Two steps; one whose gradient is NaN on the last rank; one more."""
+    engine = make(objective=(poison := _Poisoned()), **layout)
+    engine.load(fresh(engine.config, 3))
+    losses, _ = run_steps(engine, 0, 2)
+    before = pieces_of(engine)
+    if engine.mesh.rank == engine.mesh.world - 1:
+        poison.poison = float("nan")
+    batches, firsts = micro_batches(7, engine.mesh, SAMPLES, SAMPLES)
+    done = engine.train_step(batches, lr=LR, step=7, first_samples=firsts)
+    poison.poison = 1.0
+    kept = all((a[1] == b[1]).all() for a, b in zip(before, pieces_of(engine), strict=True))
+    more, _ = run_steps(engine, 2, 1)
+    return {
+        "skipped": done.skipped,
+        "norm": float(done.grad_norm),
+        "kept": kept,
+        "updates": engine.updates,
+        "losses": losses + more,
     }
