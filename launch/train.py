@@ -40,6 +40,8 @@ MARK = "\x1eBAJIE "
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILED_PEER_GRACE_S = 15.0
 """Once a rank has failed its peers wait in a collective for ever; this is for their last words."""
+LOGGED_EVERY_S = 30.0
+"""Of the lines that replace one another a terminal shows all, a file one in so many seconds."""
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 RETURN_CODE = re.compile(r"exits with return code = (-?\d+)")
 
@@ -132,6 +134,7 @@ class Job:
     _good_ends: int = 0
     _rest: bytes = b""
     _passing: bool = False
+    _shown_s: float = field(default_factory=time.monotonic)
 
     def run(self) -> int:
         """Start, forward signals, show marked lines; returns the exit code of the job."""
@@ -293,7 +296,8 @@ class Job:
         elif found := EXCEPTION.match(chatter):
             self.last_error = found[1][:300]
         elif found := RETURN_CODE.search(chatter):
-            self.last_error = self.last_error or f"a process ended with code {found[1]}"
+            killed = "; it was killed: out of memory?" if found[1] == "-9" else ""
+            self.last_error = self.last_error or f"a process ended with code {found[1]}{killed}"
 
     def _show(self, text: str) -> None:
         if text.startswith("bajie: "):
@@ -301,10 +305,13 @@ class Job:
             self._finish_line()
             print(text, file=sys.stderr, flush=True)
         elif text.startswith("\r"):
-            if sys.stdout.isatty():  # a line that the next one replaces; elsewhere nobody misses it
+            if sys.stdout.isatty():  # a line that the next one replaces
                 width = shutil.get_terminal_size().columns - 1
                 self._write("\r\x1b[2K" + text[1 : width + 1])
                 self._passing = True
+            elif time.monotonic() > self._shown_s + LOGGED_EVERY_S:  # a file: some of them
+                self._shown_s = time.monotonic()
+                self._say(text[1:])
         else:
             self._say(text)
 

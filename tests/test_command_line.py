@@ -251,6 +251,14 @@ def test_only_marked_lines_reach_the_terminal(
     assert MARK.encode() in stage.log.getvalue()
 
 
+def test_a_file_gets_some_of_the_passing_lines(
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.train.LOGGED_EVERY_S", 0.0)
+    assert stage.job("good").run() == 0
+    assert capsys.readouterr().out == "step 1\nstep 1.5\n"
+
+
 def test_a_rank_that_complains_is_heard_once(
     stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
