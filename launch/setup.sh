@@ -342,7 +342,7 @@ bajie_setup() { # EXTRAS -- ARGUMENTS...: a ready environment; bajie_args are th
             # Extras that an earlier set-up installed stay installed, and stay in the stamp.
             [[ -r $bajie_venv/bajie-stamp ]] && had=$(cut -d ' ' -f 2- -s "$bajie_venv/bajie-stamp")
             rm -f -- "$bajie_venv/bajie-stamp"
-            bajie_say "setting up $bajie_venv, once; about 2 minutes and 2 GB (首次安装，约两分钟)"
+            bajie_say "setting up $bajie_venv, once; 1 to 5 minutes and 2 GB (首次安装，约一到五分钟)"
             bajie_make_venv
             # shellcheck disable=SC2086 # a list of words
             mapfile -t extras < <(printf '%s\n' ${extras[@]+"${extras[@]}"} $had | sed '/^$/d' | sort -u)
