@@ -1,6 +1,7 @@
 """Fixtures of every test: the warm worlds of 1, 2 and 4 processes (tests/worlds.py)."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def _world(size: int) -> Iterator[worlds.World]:
     world = worlds.World(size)
     yield world
     world.stop()
+    shutil.rmtree(world.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
