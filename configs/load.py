@@ -101,7 +101,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _expand(data: Any, path: Path, seen: tuple[Path, ...]) -> Any:
-    """Lay every mapping over its `base:` files, at any depth (a stage may name a size)."""
+    """Lay every mapping over its `base:` files (`stages: [{steps: 9, base: size.yaml}]`)."""
     if isinstance(data, list):
         return [_expand(item, path, seen) for item in data]
     if not isinstance(data, dict):

@@ -24,6 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
@@ -81,7 +82,8 @@ def layout(
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
     for file, keys in files.items():
-        entries, end = {}, 0
+        entries: dict[str, Any] = {}
+        end = 0
         for key in keys:
             size, dtype = shapes[key]
             code, width = DTYPES[dtype]
@@ -139,6 +141,7 @@ def write_state(folder: Path, state: State, tokenizer: Path | None = None) -> Pa
     def pieces() -> Iterable[Piece]:
         for key in list(shapes)[rank::world]:
             flat = state.read(key).reshape(-1)
+            assert flat.numel() == prod(shapes[key][0]), f"{key}: reads {flat.numel()} values"
             yield key, flat, [(0, 0, flat.numel())]
 
     return save(folder, shapes, pieces(), state.record, tokenizer)
@@ -173,7 +176,8 @@ def _write_pieces(aside: Path, slots: dict[str, Slot], pieces: Iterable[Piece]) 
             if slot.file not in opened:
                 opened[slot.file] = os.open(aside / slot.file, os.O_WRONLY)
             width = DTYPES[slot.dtype][1]
-            raw = memoryview(values.detach().cpu().contiguous().numpy()).cast("B")
+            assert str(values.dtype) == f"torch.{slot.dtype}", f"{key} is {values.dtype}"
+            raw = memoryview(values.detach().cpu().contiguous().numpy().view(np.uint8))  # type: ignore[arg-type]
             for logical, local, length in runs:
                 written[key] = written.get(key, 0) + int(length)
                 _write_all(
@@ -270,7 +274,7 @@ def gather(value: Any) -> list[Any]:
 
 def _together(act: Callable[[], Any], aside: Path) -> list[Any]:
     """Do a step on every rank; if it fails on one, all clean up and raise that one's sentence."""
-    error, value = None, None
+    error, value, bug = None, None, None
     try:
         value = act()
     except CheckpointError as wrong:
@@ -280,12 +284,14 @@ def _together(act: Callable[[], Any], aside: Path) -> list[Any]:
             f"{aside.parent / aside.name[1:].removesuffix('.writing')}: cannot be written: "
             f"{wrong.strerror}; the older checkpoints are untouched (检查点写入失败，旧检查点完好)"
         )
+    except Exception as wrong:  # ours; the other ranks must not wait for this one for ever
+        error, bug = f"rank {_rank()[0]}: {type(wrong).__name__}: {wrong}", wrong
     outcomes = gather((error, value))
     errors = [e for e, _ in outcomes if e]
     if errors:
         if _rank()[0] == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(errors[0])
+        raise CheckpointError(errors[0]) from bug
     return [v for _, v in outcomes]
 
 
@@ -349,7 +355,7 @@ def read(folder: str | Path) -> State:
             raise CheckpointError(
                 f"{folder / name}: cannot be read: {error} (文件已损坏)"
             ) from None
-        for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
+        for key in handle.offset_keys():
             part = handle.get_slice(key)
             dtype = {code: dtype for dtype, (code, _) in DTYPES.items()}[part.get_dtype()]
             read_it = _reader(handle, key)

@@ -135,7 +135,11 @@ def bits(
     section = Objective()
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
-    model, task, losses = load_model(state), objectives.build(section), token_losses(make_mesh())
+    model, task, losses = (
+        load_model(state),
+        objectives.build(section),
+        token_losses(make_mesh(), state.record["model"]["vocab"]),
+    )
     nats, predicted = 0.0, 0
     with torch.no_grad():
         for batch in corpora.validation(samples, 0, 1, 4):

@@ -23,6 +23,9 @@ from typing import Any, TextIO
 
 import torch
 
+from configs.model import ModelConfig
+from pretrain import plan
+
 MARK = "\x1eBAJIE "
 """Opens a line for the user when `launch train` reads our output; all else goes to its log."""
 
@@ -41,6 +44,35 @@ class Speed:
     """Peak of all devices together, FLOP/s."""
     peak_note: str
     """Where the peak comes from, e.g. "H200 989 TFLOP/s"."""
+
+
+def speed(
+    config: ModelConfig, seq_len: int, device: torch.device, devices: int, precision: str
+) -> Speed:
+    """What a token costs and what the devices can do.
+
+    The peak is the datasheet's; for a CPU, or a card that is not listed, a product measures it.
+    """
+    full, _ = plan.flops_per_token(config, seq_len)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    try:
+        peak, note = plan.device_peak(name, precision)
+    except plan.PlanError:
+        peak = _measured_peak(device, precision)
+        note = f"{peak / 1e12:,.3g} TFLOP/s ({name}, measured)"
+    return Speed(full, peak * devices, f"{note} x {devices}")
+
+
+def _measured_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of the best of four matrix products in the precision of the run."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    size = 768 if device.type == "cpu" else 8192
+    matrix, best = torch.randn(size, size, device=device).to(dtype), math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the product
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 @dataclass

@@ -19,11 +19,12 @@ probabilities) differs, because split_dropout() draws it from a seed of its own.
 Legend: N positions whose loss counts, D hidden, V vocabulary (this rank's part where it is cut).
 """
 
+import contextlib
 import functools
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,6 +152,12 @@ def make_mesh(tensor: int = 1) -> Mesh:
     )  # fmt: skip
 
 
+def cpu_threads() -> int:
+    """CPU threads of this process: the cores it may use, shared with its neighbours."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // here)
+
+
 def reset() -> None:
     """Forget Megatron's groups, so that another mesh can be made in this process."""
     if "megatron.core.parallel_state" in sys.modules:
@@ -219,6 +226,30 @@ def split_dropout(attention: Callable[..., Tensor], mesh: Mesh) -> Callable[...,
             return attention(q, k, v, see, scale, dropout)
 
     return attend
+
+
+@contextlib.contextmanager
+def whole_logits(model: Any, mesh: Mesh) -> Iterator[Any]:
+    """Inside, model.logits gives the whole vocabulary on every rank: what sampling needs.
+
+    All ranks of a tensor group must make the same calls.
+    """
+    if mesh.tensor == 1:
+        yield model
+        return
+
+    def gathered(hidden: Tensor) -> Tensor:
+        mine = local(hidden).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(mesh.tensor)]
+        dist.all_gather(parts, mine, group=mesh.tensor_group)
+        return torch.cat(parts, dim=-1)
+
+    local = model.logits
+    model.logits = gathered
+    try:
+        yield model
+    finally:
+        del model.logits
 
 
 def token_losses(mesh: Mesh, vocab: int) -> TokenLosses:

@@ -73,18 +73,25 @@ def train(
 
     from pretrain import parallel
     from pretrain.corpora import open_corpora
-    from pretrain.monitor import Terminal
+    from pretrain.monitor import Monitor, Terminal, speed
 
     mesh = parallel.make_mesh(config.parallel.tensor)
     if problems := world_problems(config, mesh.world):
         raise ConfigError("\n".join(problems))
-    config = with_threads(config, config.run.threads or _threads())
+    config = with_threads(config, config.run.threads or parallel.cpu_threads())
     torch.set_num_threads(config.run.threads)
     run = Path(config.run.out)
     out = out or Terminal(enabled=mesh.rank == 0)
     corpora = open_corpora(config.data, config.objective, config.run.seed, config.model.vocab)
     state = _start(config, run, corpora, mesh, out)
-    monitor = _monitor(config, run, mesh, out)
+    last = stage_model(config, len(stages(config)) - 1)
+    monitor = Monitor(
+        run,
+        out,
+        writes=mesh.rank == 0,
+        total_steps=total_steps(config),
+        speed=speed(last, config.data.seq_len, mesh.device, mesh.world, config.precision),
+    )
     monitor.begin(int(state.record["step"]))
     job = Job(config, run, mesh, corpora, monitor, interrupted)
     summary: dict[str, Any] = {}
@@ -370,6 +377,7 @@ def _validate(job: Job, engine: "Engine", step: int) -> None:
 
 def _sample(job: Job, engine: "Engine") -> str:
     """The prompt and what the model continues it with, greedily."""
+    from pretrain import parallel
     from pretrain.generate import generate
 
     tokenizer = job.corpora.tokenizer
@@ -377,47 +385,9 @@ def _sample(job: Job, engine: "Engine") -> str:
     if not prompt:
         first = job.corpora.valid[0]
         prompt = tokenizer.decode(first.index.slice(0, 8))
-    with engine.inference() as model:
+    with engine.inference() as local, parallel.whole_logits(local, job.mesh) as model:
         text = generate(model, tokenizer, [prompt], max_new_tokens=32, greedy=True)[0]
     return prompt + text
-
-
-def _monitor(config: RunConfig, run: Path, mesh: "Mesh", out: "Terminal") -> "Monitor":
-    from pretrain.monitor import Monitor, Speed
-    from pretrain.plan import flops_per_token
-
-    last = stage_model(config, len(stages(config)) - 1)
-    peak, note = _peak(mesh, config.precision)
-    full, _ = flops_per_token(last, config.data.seq_len)
-    speed = Speed(full, peak * mesh.world, f"{note} x {mesh.world}")
-    return Monitor(run, out, writes=mesh.rank == 0, total_steps=total_steps(config), speed=speed)
-
-
-def _peak(mesh: "Mesh", precision: str) -> tuple[float, str]:
-    """Peak FLOP/s of one device and its name; a CPU's is measured by a matrix product."""
-    import time
-
-    import torch
-
-    if mesh.device.type == "cuda":
-        from pretrain.plan import device_peak
-
-        return device_peak(torch.cuda.get_device_name(mesh.device), precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.randn(768, 768, dtype=torch.float32).to(dtype)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
-    peak = 2 * 768**3 / best
-    return peak, f"{peak / 1e9:,.0f} GFLOP/s (CPU, measured)"
-
-
-def _threads() -> int:
-    """CPU threads of this process: the cores it may use, shared with its neighbours."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // here)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ import yaml
 from configs.load import from_dict
 from configs.run import RunConfig
 from pretrain import checkpoint
+from pretrain.monitor import Terminal
 from pretrain.state import State
 from pretrain.train import train
 
@@ -51,12 +52,16 @@ def page(run: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
 
 
 def go(config: dict[str, Any], file_limit: int | None = None) -> dict[str, Any]:
-    """Train in this world; `file_limit` bytes is the largest file that may be written."""
+    """Train in this world; `file_limit` bytes is the largest file that may be written.
+
+    The world's own log is a file too, so nothing is said under a limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, hard))
-    try:
+    if file_limit is None:
         return train(from_dict(RunConfig, config))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, hard))
+    try:
+        return train(from_dict(RunConfig, config), Terminal(enabled=False))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

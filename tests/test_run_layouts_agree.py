@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.run_jobs import losses, page
+from tests.run_jobs import losses, metrics, page
 from tests.worlds import World
 
 GO = "tests.run_jobs:go"
@@ -42,6 +42,18 @@ def test_tensor_2_by_data_2(
 ) -> None:
     world4.run(GO, config=page(tmp_path, tiny_corpus, parallel__tensor=2))
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
+
+
+def test_validation_and_its_passage_under_tensor_parallelism(
+    tmp_path: Path, tiny_corpus: Path, world1: World, world2: World
+) -> None:
+    seen = []
+    for name, world, tensor in (("one", world1, 1), ("two", world2, 2)):
+        changes = {"parallel__tensor": tensor, "run__steps": 15, "run__validate_every_steps": 15}
+        world.run(GO, config=page(tmp_path / name, tiny_corpus, **changes))
+        seen.append(metrics(tmp_path / name)[-1])
+    assert seen[1]["valid_loss"] == pytest.approx(seen[0]["valid_loss"], rel=1e-5)
+    assert seen[1]["sample"] == seen[0]["sample"]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def reference() -> Callable[[str, bool], list[str]]:
 def test_by_hand(text: str, hmm: bool, reference: Callable[[str, bool], list[str]]) -> None:
     expected = reference(text, hmm)
     assert words(text, hmm) == expected
-    assert spaced(text, hmm) == " ".join(expected)
+    assert spaced([text, "", text], hmm) == [" ".join(expected), "", " ".join(expected)]
     assert "".join(expected) == text
 
 
@@ -81,6 +81,7 @@ def test_documents_of_every_genre(reference: Callable[[str, bool], list[str]]) -
     genres = documents(per_genre=30, longest=3000, seed=7)
     assert len(genres) == 10 and min(map(len, genres.values())) == 30
     for genre, texts in genres.items():
+        assert spaced(texts) == [" ".join(words(text)) for text in texts]
         for text in texts:
             for hmm in (True, False):
                 assert words(text, hmm) == reference(text, hmm), (genre, text[:40])
