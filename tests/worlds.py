@@ -84,12 +84,15 @@ class World:
     def log(self, rank: int, lines: int = 20) -> str:
         """The last lines that a rank has printed."""
         path = self.folder / f"rank{rank}.log"
+        if not path.exists():
+            return ""
         return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:])
 
     def _start(self) -> None:
         if self._processes and all(process.is_alive() for process in self._processes):
             return
         self.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         for rank in range(self.size):
