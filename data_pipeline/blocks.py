@@ -17,6 +17,7 @@ import hashlib
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -215,6 +216,7 @@ _executor: Executor | None = None  # a worker's, given to it once
 def _begin_worker(executor: Executor) -> None:
     global _executor
     _executor = executor
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -92,16 +92,36 @@ def encode(texts: Iterable[str], folder: Path, prefix: Path) -> Iterator[tuple[i
     with IndexWriter(prefix, dtype) as index:
         for batch in _batches(texts):
             tokens = 0
-            for ids in words.encode_batch(batch):
+            for ids in encoded(batch, words):
                 index.add_document(np.concatenate([ids, end]))
                 tokens += len(ids) + 1
             yield tokens, sum(len(text.encode()) for text in batch)
+
+
+def encoded(batch: list[str], words: tokenizer.Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of each text. A book on its own is encoded some lines at a time: words and pieces end
+    at a line break, so that the ids are the same, and memory does not grow with the book."""
+    if len(batch) > 1 or len(batch[0]) < 2 * BATCH_CHARACTERS:
+        yield from words.encode_batch(batch)
+    else:
+        yield np.concatenate([words.encode(lines) for lines in _pieces(batch[0])])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + BATCH_CHARACTERS) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text in texts:
+        if batch and len(text) >= 2 * BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
         batch.append(text)
         size += len(text)
         if size >= BATCH_CHARACTERS:

@@ -16,7 +16,7 @@ import pytest
 
 from configs.corpus import CorpusConfig
 from configs.load import from_dict
-from data_pipeline import blocks, build, tokenizer
+from data_pipeline import blocks, build, encode, tokenizer
 from data_pipeline.index import Index
 from data_pipeline.shards import CorpusError, records
 
@@ -233,6 +233,20 @@ def test_the_published_tokenizer_of_a_corpus_serves_another(built: Path, tmp_pat
     )
     fingerprint = tokenizer.load(built / "tokenizer").fingerprint
     assert build.build(config)["tokenizer"]["fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "cpm"])
+def test_a_book_encoded_in_pieces_has_the_same_ids(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
+    words = tokenizer.train(kind, texts, tmp_path / "t", 4000)
+    book = "\n".join(texts[::7]) + "\n\n  缩进 code\n\n - a\n" + "\n\n".join(texts[::11])
+    (whole,) = words.encode_batch([book])
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10)
+    assert len(list(encode._pieces(book))) > 1000
+    (pieces,) = encode.encoded([book], words)
+    assert np.array_equal(pieces, whole)
 
 
 # ---- killed builds
