@@ -18,15 +18,16 @@ sum. 70 words of the dictionary have such characters (`C++`, `T恤`): where they
 masked. Outside the blocks both give every character alone, and `\\r\\n` together.
 
 Suffixes of names: C characters, W words of the path, S the HMM's states B E M S, H Han characters,
-G guesses.
+E entries of the dictionary, G guesses.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
 from itertools import pairwise
 from typing import Any
 
@@ -108,15 +109,20 @@ def words(text: str, hmm: bool = True) -> list[str]:
     return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def spaced(text: str, hmm: bool = True) -> str:
-    """`" ".join(words(text, hmm))`, without making the words."""
-    if not text:
-        return ""
-    codes_C, border_C = _cut(text, hmm)
-    before_C = np.cumsum(border_C)  # blanks up to and after each character
-    spaced_C = np.full(len(codes_C) + before_C[-1] - 1, ord(" "), np.uint32)
-    spaced_C[np.arange(len(codes_C)) + before_C - border_C] = codes_C
-    return spaced_C.tobytes().decode("utf-32-le", "surrogatepass")
+def spaced(texts: Sequence[str], hmm: bool = True) -> list[str]:
+    """`" ".join(words(text, hmm))` of each text, without making the words.
+
+    All are cut as one, between characters that no word holds: a call has a price of its own.
+    """
+    codes_C, border_C = _cut("\x00".join(texts), hmm)
+    spaced_C, place_C = _spread(codes_C, border_C)
+    together = spaced_C.tobytes().decode("utf-32-le", "surrogatepass")
+    out, start = [], 0
+    for text in texts:
+        end = start + len(text)
+        out.append(together[place_C[start] : place_C[end - 1] + 1] if text else "")
+        start = end + 1
+    return out
 
 
 def _cut(text: str, hmm: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -126,10 +132,11 @@ def _cut(text: str, hmm: bool) -> tuple[np.ndarray, np.ndarray]:
     path = rjieba.cut(_mask(text, codes_C, class_C, mixed) if differ else text, False)
     ends_W = np.fromiter(map(len, path), np.int64, len(path)).cumsum()
     border_C, guesses_G2 = _join(codes_C, class_C, ends_W, hmm, *_hmm_tables())
-    for start, end in guesses_G2.tolist():
-        # jieba leaves single characters alone where together they are a word after all.
-        if end - start <= _LONGEST_WORD and _is_word(text[start:end]):
-            border_C[start:end] = True
+    if len(guesses_G2):
+        apart = _words_apart()
+        for start, end in guesses_G2.tolist():
+            if text[start:end] in apart:
+                border_C[start:end] = True
     return codes_C, border_C
 
 
@@ -144,13 +151,29 @@ def _mask(text: str, codes_C: np.ndarray, class_C: np.ndarray, mixed: bool) -> s
     return masked_C.tobytes().decode("utf-32-le")
 
 
-_LONGEST_WORD = 16  # characters, of jieba's dictionary
+@cache
+def _words_apart() -> frozenset[str]:
+    """The dictionary's words that are less likely than their characters one by one: some 8,000.
+
+    No other word can be a run of single characters on a path, and one that is, jieba leaves apart.
+    """
+    fields = resources.files("jieba").joinpath("dict.txt").read_text("utf-8").split()
+    entries, count_E = fields[::3], np.array(fields[1::3], np.float64)  # word, count, tag
+    length_E = np.fromiter(map(len, entries), np.int64, len(entries))
+    log_E = np.log(count_E)
+    codes_C = np.frombuffer("".join(entries).encode("utf-32-le"), np.uint32)
+    start_E = np.cumsum(length_E) - length_E
+    alone = length_E == 1
+    log_of_code = np.zeros(0x110000)  # one that is no word of its own counts as seen once
+    log_of_code[codes_C[start_E[alone]]] = log_E[alone]
+    apart_E = np.add.reduceat(log_of_code[codes_C], start_E)
+    apart_E -= (length_E - 1) * np.log(count_E.sum())
+    close = 1e-6  # a tie may round either way
+    chosen = np.flatnonzero(~alone & (apart_E >= log_E - close) & (length_E <= _LONGEST_APART))
+    return frozenset(entries[i] for i in chosen)
 
 
-@lru_cache(maxsize=1 << 16)
-def _is_word(text: str) -> bool:
-    """Whether the dictionary has `text`, two or more Han characters."""
-    return text in rjieba.cut_all(text)
+_LONGEST_APART = 4  # characters; the longest there is has 3
 
 
 @cache
@@ -229,7 +252,7 @@ def _join(codes_C, class_C, ends_W, hmm, start_S, step_SS, emit_HS):  # type: ig
         elif hmm and c - first > 1:
             joined = _join_han(codes_C, border_C, first, c, start_S, step_SS, emit_HS, from_CS)
             alone = not (first > 0 and loose_C[first - 1]) and not (c < count and loose_C[c])
-            if joined and alone:
+            if joined and alone and c - first <= _LONGEST_APART:
                 guesses_G2[guess] = first, c
                 guess += 1
     return border_C, guesses_G2[:guess]
@@ -280,6 +303,20 @@ def _join_han(codes_C, border_C, first, end, start_S, step_SS, emit_HS, from_CS)
         joined = joined or state != 3
         state = from_CS[c, state]
     return joined
+
+
+@_compiled
+def _spread(codes_C, border_C):  # type: ignore[no-untyped-def]
+    """The characters with a blank after each word, and where each one went."""
+    place_C = np.empty(len(codes_C), np.int64)
+    place = 0
+    for c in range(len(codes_C)):
+        place_C[c] = place
+        place += 2 if border_C[c] else 1
+    spaced_C = np.full(place, 0x20, np.uint32)
+    for c in range(len(codes_C)):
+        spaced_C[place_C[c]] = codes_C[c]
+    return spaced_C, place_C
 
 
 _SENTENCE = re.compile(r"[^。！？!?…；;\n]*(?:[。！？!?…；;]+[”’」』）》】\"')\]]*\n?|\n|$)")

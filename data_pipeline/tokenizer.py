@@ -99,7 +99,7 @@ class Tokenizer:
             return self._encode_bytes(texts)
         from data_pipeline import segment  # compiles on first use: 0.4 s that byte_bpe saves
 
-        out = self._sentencepiece([segment.spaced(text.translate(_CPM_MARKS)) for text in texts])
+        out = self._sentencepiece(segment.spaced([text.translate(_CPM_MARKS) for text in texts]))
         for ids in out:
             control = self._is_control[ids]
             if control.any():
@@ -239,7 +239,9 @@ def train(
     if kind == "cpm":
         from data_pipeline import segment
 
-        lines = [segment.spaced(line.translate(_CPM_MARKS)) for line in lines]
+        for start in range(0, len(lines), 500):  # words take 20 times their text in memory
+            some = [line.translate(_CPM_MARKS) for line in lines[start : start + 500]]
+            lines[start : start + 500] = segment.spaced(some)
     try:
         model = _model(kind, lines, vocab_size)
     except _TooLarge as fault:

@@ -10,6 +10,7 @@ import jieba
 import pytest
 import rjieba
 
+from data_pipeline import segment
 from data_pipeline.segment import MIXED_WORDS, sentences, spaced, words
 from tests.dev_corpus import documents
 
@@ -100,8 +101,19 @@ def test_mixed_words_are_those_of_jiebas_dictionary() -> None:
     with resources.files("jieba").joinpath("dict.txt").open(encoding="utf-8") as dictionary:
         entries = [line.split(" ")[0] for line in dictionary]
     assert {word for word in entries if ascii_of_a_block & set(word)} == MIXED_WORDS
-    inside_a_block = [word for word in entries if word not in MIXED_WORDS]
-    assert max(map(len, inside_a_block)) <= 16  # segment._LONGEST_WORD
+
+
+def test_words_left_apart_are_those_of_jieba(reference: Callable[[str, bool], list[str]]) -> None:
+    """Each word that jieba's path can leave in single characters is in our list."""
+    apart = segment._words_apart()
+    assert 8000 < len(apart) < 8200 and max(map(len, apart)) < segment._LONGEST_APART
+    with resources.files("jieba").joinpath("dict.txt").open(encoding="utf-8") as dictionary:
+        entries = [line.split(" ")[0] for line in dictionary]
+    for word in [*sorted(apart)[::20], *entries[::500]]:
+        left_apart = len(word) > 1 and reference(word, False) == list(word)
+        assert left_apart == (word in apart) or not word.isalpha(), word
+        assert words(word) == reference(word, True)
+        assert words(word + "_x") == reference(word + "_x", True)  # a run that is no word
 
 
 @pytest.mark.parametrize(

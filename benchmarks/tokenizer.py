@@ -1,0 +1,128 @@
+"""How fast text becomes words and ids: MB of UTF-8 a second of one process.
+
+    python benchmarks/tokenizer.py TEXT.jsonl[.gz|.zst] [--cpm chinese_vocab.model] [--json]
+
+Rows of one table were measured in turns in one process: compare them by their ratios, not with the
+rows of another machine. Without `--cpm` a vocabulary is trained on the text itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jieba  # noqa: E402
+import rjieba  # noqa: E402
+import zstandard  # noqa: E402
+
+from data_pipeline import segment, tokenizer  # noqa: E402
+
+
+def read(path: Path, megabytes: float, every: int) -> list[str]:
+    """Every `every`-th text of a jsonl, of `megabytes` of UTF-8 at most; a long one in part."""
+    texts: list[str] = []
+    left = megabytes * 1e6
+    with path.open("rb") as file:
+        stream: io.BufferedIOBase = file
+        if path.suffix == ".gz":
+            stream = gzip.open(file)  # noqa: SIM115
+        elif path.suffix == ".zst":
+            reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file)
+            stream = io.BufferedReader(reader)  # type: ignore[type-var]
+        for number, line in enumerate(stream):
+            if number % every:
+                continue
+            text = json.loads(line)["text"][:20_000]
+            texts.append(text)
+            left -= len(text.encode())
+            if left <= 0:
+                break
+    return texts
+
+
+def reference() -> jieba.Tokenizer:
+    """jieba with its dictionary in memory, and no cache file in the temporary folder."""
+    made = jieba.Tokenizer()
+    made.FREQ, made.total = made.gen_pfdict(
+        resources.files("jieba").joinpath("dict.txt").open("rb")
+    )
+    made.initialized = True
+    return made
+
+
+def measure(rows: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Row -> its best CPU seconds, the rows taking turns."""
+    best = dict.fromkeys(rows, float("inf"))
+    for _ in range(rounds):
+        for name, work in rows.items():
+            start = time.process_time()
+            work()
+            best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("texts", type=Path, help="a jsonl file with a `text` in each line")
+    parser.add_argument("--cpm", type=Path, help="the published chinese_vocab.model")
+    parser.add_argument("--vocab", type=int, default=8000, help="size of trained vocabularies")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="of text to read")
+    parser.add_argument("--every", type=int, default=1, help="read one document of so many")
+    parser.add_argument("--rounds", type=int, default=3, help="turns; the best counts")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    said = parser.parse_args()
+    texts = read(said.texts, said.megabytes, said.every)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        byte_bpe = tokenizer.train("byte_bpe", texts, folder, said.vocab)
+        training = {f"train byte_bpe {said.vocab}": time.process_time() - start}
+        if said.cpm:
+            cpm = tokenizer.from_cpm_model(said.cpm, folder)
+        else:
+            start = time.process_time()
+            cpm = tokenizer.train("cpm", texts, folder, said.vocab)
+            training[f"train cpm {said.vocab}"] = time.process_time() - start
+    slow = reference()
+    spaced = segment.spaced([text.replace(" ", "▂").replace("\n", "▃") for text in texts])
+    rows: dict[str, Callable[[], object]] = {
+        "words: jieba 0.42.1": lambda: [list(slow.cut(text)) for text in texts],
+        "words: rjieba alone (other words)": lambda: [rjieba.cut(text, True) for text in texts],
+        "words: segment.words": lambda: [segment.words(text) for text in texts],
+        "words: segment.spaced": lambda: segment.spaced(texts),
+        "cpm: sentencepiece alone": lambda: cpm._sentencepiece(spaced),
+        "cpm: encode": lambda: cpm.encode_batch(texts),
+        "byte_bpe: encode": lambda: byte_bpe.encode_batch(texts),
+    }
+    seconds = measure(rows, said.rounds) | training
+    speeds = {name: size / s for name, s in seconds.items()}
+    characters = sum(map(len, texts))
+    per_token = {
+        made.kind: characters / sum(map(len, made.encode_batch(texts))) for made in (cpm, byte_bpe)
+    }
+    if said.json:
+        print(json.dumps({"mb": size, "mb_per_s": speeds, "characters_per_token": per_token}))
+        return
+    print(f"{len(texts)} documents, {size:.1f} MB, the best of {said.rounds} rounds")
+    jiebas = speeds["words: jieba 0.42.1"]
+    for name, speed in speeds.items():
+        ratio = f"{speed / jiebas:6.1f} x jieba" if name.startswith("words") else ""
+        print(f"{name:36} {speed:8.2f} MB/s {ratio}".rstrip())
+    for kind, value in per_token.items():
+        print(f"{kind + ': characters a token':36} {value:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
