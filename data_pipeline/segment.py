@@ -76,8 +76,6 @@ def _classes() -> np.ndarray:
 _CLASS = _classes()
 
 _MIXED = re.compile("|".join(re.escape(w) for w in sorted(MIXED_WORDS, key=len)[::-1]))
-
-
 _FARTHEST_PAIR = 3  # characters from a mixed word's start to where letters first begin or end
 
 
@@ -225,9 +223,7 @@ def _join(codes_C, class_C, ends_W, hmm, start_S, step_SS, emit_HS):  # type: ig
     for end in ends_W:
         border_C[end - 1] = True
         kind = class_C[first]
-        if (
-            kind == _ALNUM
-        ):  # a run of them is no word: rjieba joins them, without HMM, as jieba does
+        if kind == _ALNUM:  # a run of these is no word: without HMM, rjieba joins loose ones
             for c in range(first + 1, end):
                 kind = kind if class_C[c] == _ALNUM else _OUTSIDE
             loose_C[first:end] = kind == _ALNUM
