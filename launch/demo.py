@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--devices", type=int, default=2, help="processes (or GPUs) to train on")
     parser.add_argument("--gpu", action="store_true", help="train on GPUs")
     words = parser.parse_args(argv)
-    demo = Demo(Path(words.out).resolve(), words.devices, words.gpu)
+    gpu = words.gpu or os.environ.get("BAJIE_GPU") == "1"
+    demo = Demo(Path(words.out).resolve(), words.devices, gpu)
     if demo.out.exists() and not (demo.out / ".bajie-demo").exists():
         raise ConfigError(f"{demo.out}: exists and no demo made it; name another with --out")
     shutil.rmtree(demo.out, ignore_errors=True)
@@ -87,7 +88,7 @@ def _launch(*words: str, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run a verb as a user would, from the project's root; a failure ends the demo."""
     shown = " ".join(str(word) for word in words)
     print(f"$ python -m launch {shown}", flush=True)
-    line = [sys.executable, "-P", "-m", "launch", *words]
+    line = [sys.executable, "-m", "launch", *words]
     done = subprocess.run(line, cwd=ROOT, check=False, text=True, **options)
     if done.returncode:
         raise ConfigError(f"`launch {words[0]}` ended with exit code {done.returncode}; see above")
@@ -110,7 +111,7 @@ def _train_and_kill(demo: Demo) -> tuple[list[dict[str, Any]], int]:
     """
     words = _train_words(demo)
     print(f"$ python -m launch {' '.join(words)}", flush=True)
-    job = subprocess.Popen([sys.executable, "-P", "-m", "launch", *words], cwd=ROOT)
+    job = subprocess.Popen([sys.executable, "-m", "launch", *words], cwd=ROOT)
     killed = threading.Event()
 
     def watch() -> None:
@@ -203,7 +204,8 @@ def _report(
         ("resume after kill -9", f"{len(twice)} steps ran twice, losses equal: {_word(same)}"),
         (
             "growth",
-            f"{proof['float64']['max_difference']:.1e} max logit difference, {_word(proof['kept'])}",
+            f"max logit difference {proof['float64']['max_difference']:.1e} in float64, kept: "
+            + _word(proof["kept"]),
         ),
         ("corpus", str(demo.corpus)),
         ("checkpoints", str(demo.run / "checkpoints")),

@@ -127,7 +127,7 @@ def bits(
     from pretrain import objectives
     from pretrain.checkpoint import read, resolve
     from pretrain.generate import load_model
-    from pretrain.parallel import make_mesh, token_losses
+    from pretrain.objectives.losses import token_losses_plain
 
     state = read(resolve(checkpoint))
     length = seq_len or state.record.get("config", {}).get("data", {}).get("seq_len")
@@ -135,15 +135,11 @@ def bits(
     section = Objective()
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
-    model, task, losses = (
-        load_model(state),
-        objectives.build(section),
-        token_losses(make_mesh(), state.record["model"]["vocab"]),
-    )
+    model, task = load_model(state), objectives.build(section)
     nats, predicted = 0.0, 0
     with torch.no_grad():
         for batch in corpora.validation(samples, 0, 1, 4):
-            loss_sum, number = task.loss(model, batch, losses)
+            loss_sum, number = task.loss(model, batch, token_losses_plain)
             nats, predicted = nats + float(loss_sum), predicted + int(number)
     characters = corpora.measured_characters(samples)
     scale = math.log(2) * max(characters, 1)

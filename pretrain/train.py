@@ -18,6 +18,8 @@ if __name__ == "__main__":  # the launcher put pretrain/ first: the root takes i
     sys.path[0] = ROOT
 
 import os  # noqa: E402
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from itertools import accumulate  # noqa: E402

@@ -10,6 +10,7 @@ import pytest
 from tests import worlds
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 
 
 def _world(size: int) -> Iterator[worlds.World]:
