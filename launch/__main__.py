@@ -7,7 +7,7 @@ import sys
 # (docs/benchmarks.md). OpenMP reads this when torch is loaded, so it stands before everything.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from launch.cli import main  # noqa: E402
+from launch.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -30,6 +30,7 @@ from configs.load import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS_CONFIG = "configs/corpora/sample.yaml"
 RUN_CONFIG = "configs/runs/demo.yaml"
+PROMPT = "如果你想安装软件包，"
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,17 @@ def main(argv: Sequence[str]) -> int:
     demo.out.mkdir(parents=True)
     (demo.out / ".bajie-demo").touch()
     began = time.monotonic()
-    _title("1/5  corpus: clean, deduplicate, split, train a tokenizer, encode (语料)")
+    _title("1/6  corpus: clean, deduplicate, split, train a tokenizer, encode (语料)")
     _launch("corpus", CORPUS_CONFIG, f"data.out={demo.corpus}")
-    _title("2/5  pretraining, killed in the middle on purpose (预训练，中途强杀)")
+    _title("2/6  pretraining, killed in the middle on purpose (预训练，中途强杀)")
     before, saved = _train_and_kill(demo)
-    _title("3/5  the same command again: it resumes, and grows at its stage border (续训与生长)")
+    _title("3/6  the same command again: it resumes, and grows at its stage border (续训与生长)")
     _train(demo)
-    _title("4/5  measured beside counts (评测)")
+    _title("4/6  measured beside counts (评测)")
     measured = _measure(demo)
-    _title("5/5  what came of it (结果)")
+    _title("5/6  let it write (生成)")
+    _launch("generate", str(demo.run), "--prompt", PROMPT, "--max-new-tokens", "80", "--seed", "1")
+    _title("6/6  what came of it (结果)")
     good = _report(demo, before, saved, measured, time.monotonic() - began)
     return 0 if good else 1
 
@@ -214,7 +217,6 @@ def _report(
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     print(f"\nlook at it:  tensorboard --logdir {demo.run / 'tensorboard'}")
-    print(f"it writes:   {course[-1]['sample']}")
     return learnt and same and bool(twice) and bool(proof["kept"])
 
 

@@ -130,11 +130,15 @@ def probes(tokenizer: Path | None, config: ModelConfig, seed: int = 0) -> torch.
 
 def sentence(proof: dict[str, Any]) -> str:
     """The verdict in one line."""
-    sizes = f"{proof['from']['layers']} -> {proof['to']['layers']} layers"
+    sizes = ", ".join(
+        f"{key} {proof['from'][key]} -> {size}"
+        for key, size in proof["to"].items()
+        if proof["from"][key] != size
+    )
     loss = f"loss on probes {proof['loss']['before']:.4f} -> {proof['loss']['after']:.4f}"
     far = f"logits differ by {proof['float64']['max_difference']:.1e} in float64"
     verdict = "function kept" if proof["kept"] else f"FUNCTION CHANGED at {proof['differs_at']}"
-    return f"growth: {sizes}: {verdict}; {far}, {loss}"
+    return f"growth: {sizes or 'none'}: {verdict}; {far}, {loss}"
 
 
 def logits(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
