@@ -1,0 +1,132 @@
+"""Through the real launcher: what a user types, what the terminal shows, what a signal does.
+
+The warm worlds test what a run computes; here stands what only a launch has: processes that die,
+signals, the terminal. Every test starts DeepSpeed's own launcher.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch.train import free_port
+from pretrain import checkpoint
+from tests.run_jobs import digests, losses, metrics, page, write
+from tests.worlds import World
+
+pytestmark = pytest.mark.launcher
+ROOT = Path(__file__).resolve().parent.parent
+ENDS_S = 120
+
+
+def _start(config: Path, *words: str, folder: Path = ROOT) -> "subprocess.Popen[str]":
+    line = [sys.executable, "-m", "launch", "train", str(config), "--devices", "2", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def _until(run: Path, enough: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + ENDS_S
+    while not enough():
+        assert time.monotonic() < deadline, f"{run}: it did not come so far"
+        time.sleep(0.02)
+
+
+def _steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text("utf-8").count("\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, world2: World) -> Path:
+    """An unbroken run of 200 steps, from a warm world."""
+    run = tmp_path_factory.mktemp("long") / "run"
+    world2.run("tests.run_jobs:go", config=_page(run, tiny_corpus))
+    return run
+
+
+def _page(run: Path, corpus: Path) -> dict[str, Any]:
+    changes = {"run__steps": 200, "run__save_every_steps": 25, "model__dropout": 0.1}
+    return page(run, corpus, **changes, run__threads=1)
+
+
+def test_killed_and_started_again_equals_the_unbroken_warm_run(
+    long: Path, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    run = tmp_path / "a folder" / "run"
+    run.parent.mkdir()
+    config = write(tmp_path / "run.yaml", _page(run, tiny_corpus))
+    job = _start(config, folder=tmp_path)
+    _until(run, lambda: _steps(run) >= 60)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    job.communicate(timeout=ENDS_S)
+    assert _steps(run) < 200
+    again = _start(config, folder=tmp_path)
+    out, err = again.communicate(timeout=ENDS_S)
+    assert again.returncode == 0, err
+    assert "resuming from" in out
+    assert losses(run) == losses(long)
+    final = Path("checkpoints", "stage-00-step-00000200")
+    assert digests(run / final) == digests(long / final)
+    shown = [line for line in out.splitlines() if line.strip()]
+    known = ("$ deepspeed", "resuming", "step ")
+    assert all(line.startswith(known) for line in shown), "library chatter reached the terminal"
+    assert err == ""
+
+
+def test_a_signal_saves_and_ends_well(tmp_path: Path, tiny_corpus: Path, long: Path) -> None:
+    run = tmp_path / "run"
+    config = write(tmp_path / "run.yaml", _page(run, tiny_corpus))
+    job = _start(config)
+    _until(run, lambda: _steps(run) >= 5)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=ENDS_S)
+    assert job.returncode == 0, err
+    saved = checkpoint.found_in(run)[0]
+    last = metrics(run)[-1]["step"]
+    assert json.loads((saved / "state.json").read_text("utf-8"))["step"] == last < 200
+    assert losses(run) == losses(long)[:last]
+
+
+def test_a_mistake_is_one_sentence(tmp_path: Path, tiny_corpus: Path) -> None:
+    config = page(tmp_path / "run", tmp_path / "no-corpus")
+    job = _start(write(tmp_path / "run.yaml", config))
+    _, err = job.communicate(timeout=ENDS_S)
+    assert job.returncode not in (0, None)
+    assert "is no corpus, it has no manifest.json" in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_deepspeed_itself_from_another_folder(tmp_path: Path, tiny_corpus: Path) -> None:
+    run = tmp_path / "run"
+    config = write(tmp_path / "run.yaml", page(run, tiny_corpus, run__steps=15))
+    program = Path(sys.executable).parent / "deepspeed"
+    port = str(free_port())
+    line = [program, "--num_accelerators", "2", "--master_port", port, ROOT / "pretrain/train.py"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DS_ACCELERATOR": "cpu"}
+    env["PATH"] = f"{program.parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(
+        [*map(str, line), "run.yaml", "run.log_every_steps=15"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+        check=False,
+    )
+    assert config.exists()
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in metrics(run)] == list(range(1, 16))
