@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"ok": True, **found}, ensure_ascii=False, indent=1))
     else:
         print("ok (配置正确)")
-        print("\n".join(f"  {key:<20}{_shown(value)}" for key, value in found.items()))
+        print("\n".join(f"  {key:<24}{_shown(value)}" for key, value in found.items()))
     return 0
 
 

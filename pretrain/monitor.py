@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,29 +38,23 @@ class NotFinite(ValueError):
 class Speed:
     """What turns tokens a second into model FLOPs utilisation."""
 
-    flops_per_token: float
-    """Forward and backward, attention counted in full: 6 N + 12 L H Q T."""
     peak_flops: float
     """Peak of all devices together, FLOP/s."""
     peak_note: str
     """Where the peak comes from, e.g. "H200 989 TFLOP/s"."""
+    flops_per_token: float = 0.0
+    """Forward and backward of the model in hand, attention counted in full: 6 N + 12 L H Q T."""
 
 
-def speed(
-    config: ModelConfig, seq_len: int, device: torch.device, devices: int, precision: str
-) -> Speed:
-    """What a token costs and what the devices can do.
-
-    The peak is the datasheet's; for a CPU, or a card that is not listed, a product measures it.
-    """
-    full, _ = plan.flops_per_token(config, seq_len)
+def speed(device: torch.device, devices: int, precision: str) -> Speed:
+    """What the devices can do: the datasheet's peak; for a CPU or an unlisted card, measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     try:
         peak, note = plan.device_peak(name, precision)
     except plan.PlanError:
         peak = _measured_peak(device, precision)
         note = f"{peak / 1e12:,.3g} TFLOP/s ({name}, measured)"
-    return Speed(full, peak * devices, f"{note} x {devices}")
+    return Speed(peak * devices, f"{note} x {devices}")
 
 
 def _measured_peak(device: torch.device, precision: str) -> float:
@@ -151,6 +145,11 @@ class Monitor:
         self._notes: dict[int, dict[str, Any]] = {}
         self._clock, self._rate = time.monotonic(), 0.0
         self._board: Any = None
+
+    def watch(self, config: ModelConfig, seq_len: int) -> None:
+        """Count FLOPs for the model of the stage that begins."""
+        full, _ = plan.flops_per_token(config, seq_len)
+        self.speed = replace(self.speed, flops_per_token=full)
 
     def begin(self, step: int) -> None:
         """Start after `step` steps: cut what an interrupted run wrote past it."""

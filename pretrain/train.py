@@ -86,13 +86,12 @@ def train(
     out = out or Terminal(enabled=mesh.rank == 0)
     corpora = open_corpora(config.data, config.objective, config.run.seed, config.model.vocab)
     state = _start(config, run, corpora, mesh, out)
-    last = stage_model(config, len(stages(config)) - 1)
     monitor = Monitor(
         run,
         out,
         writes=mesh.rank == 0,
         total_steps=total_steps(config),
-        speed=speed(last, config.data.seq_len, mesh.device, mesh.world, config.precision),
+        speed=speed(mesh.device, mesh.world, config.precision),
     )
     monitor.begin(int(state.record["step"]))
     job = Job(config, run, mesh, corpora, monitor, interrupted)
@@ -100,6 +99,7 @@ def train(
     while summary.get("stopped") is None:
         state = _enter_stage(job, state)
         engine = _engine(job, state)
+        monitor.watch(engine.config, config.data.seq_len)
         try:
             engine.load(state)
             summary = _run_stage(job, engine, state)
