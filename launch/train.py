@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
     words = [args.config, *args.overrides]
     command = deepspeed_line(words, args.devices, gpu=gpu, hostfile=args.hostfile)
-    print("$ " + shlex.join(["deepspeed", *command[1:]]), flush=True)
+    print("$ " + shlex.join(["deepspeed", *command[2:]]), flush=True)
     if args.dry_run:
         return 0
     log = Path(config.run.out, "logs", "launcher.log")
@@ -90,7 +90,8 @@ def deepspeed_line(words: list[str], devices: int, *, gpu: bool, hostfile: str |
     program = str(beside) if beside.exists() else shutil.which("deepspeed")
     if program is None:
         raise UserError(f"no `deepspeed` beside {sys.executable}; run ./launch/setup.sh (缺少安装)")
-    line = [program, "--num_gpus" if gpu else "--num_accelerators", str(devices)]
+    # Python is named: the script's own first line breaks where the environment's path has a space.
+    line = [sys.executable, program, "--num_gpus" if gpu else "--num_accelerators", str(devices)]
     if hostfile:
         line += ["--hostfile", hostfile]
     return [*line, "--master_port", str(free_port()), str(ROOT / "pretrain" / "train.py"), *words]

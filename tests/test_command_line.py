@@ -117,6 +117,12 @@ def test_check_tells_a_run_a_corpus_and_sizes_apart() -> None:
     assert check(str(ROOT / "configs/sizes/cpm/large.yaml"), [])["parameters"] == 2_597_073_920
 
 
+def test_check_names_the_sources_that_are_not_there() -> None:
+    assert check(SAMPLE, [])["sources_not_found"] == []
+    found = check(SAMPLE, ["data.sources.0.path=nowhere/*.jsonl"])
+    assert found["sources_not_found"] == ["sample"]
+
+
 def test_check_counts_tokens() -> None:
     found = check(RUN, ["batch.tokens=null", "batch.samples=10", "run.steps=7000"])
     assert found["tokens_per_step"] == 10 * 1024
@@ -325,10 +331,11 @@ def test_a_killed_train_verb_lets_its_ranks_save_and_leaves_none(stage: Stage) -
 
 def test_the_line_is_one_that_a_user_can_type() -> None:
     line = deepspeed_line(["page.yaml", "run.steps=3"], 2, gpu=False, hostfile=None)
-    assert line[1:4] == ["--num_accelerators", "2", "--master_port"]
-    assert Path(line[5]).name == "train.py"
-    assert line[6:] == ["page.yaml", "run.steps=3"]
-    assert deepspeed_line([], 8, gpu=True, hostfile="h")[1:5] == [
+    assert line[0] == sys.executable  # not the script's first line: a path may hold a space
+    assert line[2:5] == ["--num_accelerators", "2", "--master_port"]
+    assert Path(line[6]).name == "train.py"
+    assert line[7:] == ["page.yaml", "run.steps=3"]
+    assert deepspeed_line([], 8, gpu=True, hostfile="h")[2:6] == [
         "--num_gpus",
         "8",
         "--hostfile",
