@@ -46,8 +46,10 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        line = key_node.start_mark.line + 1
+        if isinstance(key, list | dict):
+            raise ConfigError(f"line {line}: a key is a word, this one is a {_kind(key)}")
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise ConfigError(
                 f"line {line}: the key '{key}' stands twice; keep one of them (键重复)"
             )
@@ -107,8 +109,11 @@ def _expand(data: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(data, dict):
         return data
     bases = data.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base: must name a file or list files, is {bases!r}")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = _merge(merged, _read(path.parent / base, seen))
     return _merge(merged, {key: _expand(value, path, seen) for key, value in data.items()})
 
@@ -332,4 +337,8 @@ def _kind(data: Any) -> str:
 
 
 def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
+    if typing.get_origin(kind) in (tuple, list):
+        return "a list"
+    if kind is str:
+        return "text"
+    return str(getattr(kind, "__name__", kind))

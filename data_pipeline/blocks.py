@@ -301,18 +301,25 @@ class Clean(Block):
         """Yield what is kept."""
         with Rejects(self.folder / "data" / "rejects", rank) as rejects:
             for document in data:
+                if len(document.text) > 2 * self.rules.max_characters:
+                    # Normalising takes 15 times a text's bytes: no worker should die of a dump.
+                    self._refuse("too_long", document, rejects)
+                    continue
                 page = clean.normalise(document.text)
                 for what, number in page.changed.items():
                     self.counts[f"changed/{what}"] += number
                 verdict = clean.judge(page, self.rules)
                 if isinstance(verdict, tuple):
-                    self.counts[f"rejected/{verdict[1]}"] += 1
-                    self.counts[f"rejected_characters/{verdict[1]}"] += len(document.text)
-                    rejects.add(verdict[1], _record(document))
+                    self._refuse(verdict[1], document, rejects)
                 else:
                     document.text = page.text
                     document.metadata["digest"] = clean.digest(page)
                     yield document
+
+    def _refuse(self, reason: str, document: Document, rejects: "Rejects") -> None:
+        self.counts[f"rejected/{reason}"] += 1
+        self.counts[f"rejected_characters/{reason}"] += len(document.text)
+        rejects.add(reason, _record(document))
 
 
 class Store(Block):

@@ -114,6 +114,7 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
     size = sum(part.weight for task in tasks for part in task)
     blocks = [Read(config.data.sources, tasks), Clean(config.clean), Store()]
     cleaned = stage("clean", blocks, len(tasks), files, size)
+    unchanged_sources(config, files, cleaned)
     something_left(cleaned.counts)
 
     # Compare the hashes; divide what is distinct into train and valid.
@@ -162,6 +163,16 @@ def only_builder(out: Path) -> Iterator[None]:
                 "(另一个进程正在建此语料)"
             ) from None
         yield
+
+
+def unchanged_sources(config: CorpusConfig, files: list[list[Any]], cleaned: Stage) -> None:
+    """Refuse what was read of sources that changed meanwhile: parts may overlap, or miss."""
+    if ingest.plan(config.data)[1] != files:
+        shutil.rmtree(cleaned.folder)
+        raise CorpusError(
+            "a file of data.sources changed while it was read; build again when nothing writes to "
+            "it (来源在读取时被改动)"
+        )
 
 
 def something_left(counts: "Counter[str]") -> None:
@@ -296,7 +307,7 @@ def finished(out: Path, asked: str) -> dict[str, Any] | None:
         manifest = orjson.loads((out / "manifest.json").read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return None
-    whole = built["asked"] == asked and built["sizes"] == sizes_of(out)
+    whole = built == {"asked": asked, "sizes": sizes_of(out)}
     return manifest if whole else None
 
 

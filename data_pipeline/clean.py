@@ -160,9 +160,10 @@ def _text(codes: "np.ndarray") -> str:
 
 def digest(page: Page) -> bytes:
     """16 bytes that are equal for documents with the same letters and digits, whatever stands
-    between them: xxh3-128 of their code points."""
+    between them: xxh3-128 of their code points; without any, of all its characters."""
     codes = np.frombuffer(page.text.encode("utf-32-le"), dtype=np.uint32)
-    return xxhash.xxh3_128_digest(codes[page.kinds <= DIGIT].tobytes())
+    words = codes[page.kinds <= DIGIT]
+    return xxhash.xxh3_128_digest((words if len(words) else codes).tobytes())
 
 
 # ---- filters: each answers True or (False, reason)

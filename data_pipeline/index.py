@@ -213,7 +213,11 @@ def fingerprint(prefix: str | Path) -> str:
 
 
 class _Tables:
-    """The tables of PREFIX.idx, memory-mapped and held against the sizes of both files."""
+    """The tables of PREFIX.idx, held against the sizes of both files.
+
+    Each is mapped when it is looked at and for as long: a merge of thousands of shards would run
+    out of file handles.
+    """
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
@@ -240,10 +244,22 @@ class _Tables:
         whole = HEADER.size + 12 * self.sequences + 8 * borders
         if size not in (whole, whole + self.sequences):  # Megatron may add a mode per sequence
             raise self._fault(f"has {size} bytes, its header speaks of {whole}: cut or damaged")
-        self.lengths = self._table("<i4", HEADER.size, self.sequences)
-        self.pointers = self._table("<i8", HEADER.size + 4 * self.sequences, self.sequences)
-        self.borders = self._table("<i8", HEADER.size + 12 * self.sequences, borders)
         self._check()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence."""
+        return self._table("<i4", HEADER.size, self.sequences)
+
+    @property
+    def pointers(self) -> np.ndarray:
+        """Byte offset of each sequence."""
+        return self._table("<i8", HEADER.size + 4 * self.sequences, self.sequences)
+
+    @property
+    def borders(self) -> np.ndarray:
+        """Sequences before each document, and after the last."""
+        return self._table("<i8", HEADER.size + 12 * self.sequences, self.documents + 1)
 
     def _table(self, dtype: str, offset: int, count: int) -> np.ndarray:
         if not count:
@@ -276,14 +292,14 @@ class _Tables:
                 f".idx add up to {at}: cut short or of another build; build both again "
                 "(数据文件与索引不符, 请重新生成)"
             )
-        before = 0
+        first, before = int(self.borders[0]), 0
         for borders in self.blocks(self.borders):
             if int(borders[0]) < before or (np.diff(borders) < 0).any():
                 raise self._fault("has borders of documents that fall")
             before = int(borders[-1])
-        if int(self.borders[0]) != 0 or before != self.sequences:
+        if first != 0 or before != self.sequences:
             raise self._fault(
-                f"has borders of documents from {self.borders[0]} to {before}, they must run from "
+                f"has borders of documents from {first} to {before}, they must run from "
                 f"0 to the number of sequences, {self.sequences}"
             )
 
@@ -291,11 +307,12 @@ class _Tables:
         """Where each document starts in the flat stream, and the end: [documents + 1] int64."""
         offsets = np.empty(self.documents + 1, np.int64)
         end = self.bin_bytes // self.dtype.itemsize
-        for start in range(0, len(self.borders), BLOCK):
-            borders = np.asarray(self.borders[start : start + BLOCK])
+        table, pointers = self.borders, self.pointers
+        for start in range(0, len(table), BLOCK):
+            borders = np.asarray(table[start : start + BLOCK])
             inside = borders < self.sequences
             block = np.full(len(borders), end, np.int64)
-            block[inside] = self.pointers[borders[inside]] // self.dtype.itemsize
+            block[inside] = pointers[borders[inside]] // self.dtype.itemsize
             offsets[start : start + BLOCK] = block
         return offsets
 

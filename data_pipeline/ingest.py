@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
+import xxhash
 import zstandard
 
 from configs.corpus import Data, Source
@@ -36,6 +37,7 @@ SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "txt": (".txt",)}
 PROJECT = Path(__file__).resolve().parents[1]
 
 _BLANK_LINE = re.compile(rb"^[ \t\r\f\v]*\n", re.MULTILINE)
+_ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame; one to skip (pzstd)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -71,7 +73,8 @@ class Meter:
 
 
 def plan(data: Data) -> tuple[list[tuple[Part, ...]], list[list[Any]]]:
-    """The tasks, and what identifies their input (name, bytes, time of change of every file).
+    """The tasks, and what identifies their input: of every file its name, bytes, time of change
+    and a glance into it.
 
     CorpusError if a source has no files.
     """
@@ -86,9 +89,10 @@ def plan(data: Data) -> tuple[list[tuple[Part, ...]], list[list[Any]]]:
             parts += _cut(Part(number, source.paths[0], False, 0, 1, size), limit, len(rows) or 1)
             continue
         for path in files(source):
-            status = path.stat()
-            identity.append([path.name, status.st_size, status.st_mtime_ns])
             packed = _packing(path) is not None
+            status = path.stat()
+            glance = _glance(path, status.st_size)
+            identity.append([path.name, status.st_size, status.st_mtime_ns, glance])
             weight = max(status.st_size * (PACKED_RATIO if packed else 1), 1)
             most = 1 if source.kind == "txt" else MOST_PARTS_OF_AN_ARCHIVE if packed else weight
             parts += _cut(Part(number, str(path), packed, 0, 1, weight), limit, most)
@@ -99,7 +103,7 @@ def files(source: Source) -> list[Path]:
     """The files of a source, in order: each path's matches sorted, no file twice."""
     found: dict[Path, None] = {}
     for pattern in source.paths:
-        matches = [path for path in _matches(pattern, SUFFIXES[source.kind]) if path.is_file()]
+        matches = [path for path in _matches(pattern, SUFFIXES[source.kind]) if not path.is_dir()]
         if not matches:
             raise CorpusError(
                 f"source '{source.name}': no file at '{pattern}'; correct its path (找不到文件)"
@@ -291,7 +295,11 @@ def _dataset(source: Source) -> Any:
 
 
 def _blocks(path: Path, part: Part | None, meter: Meter) -> Iterator[tuple[int, bytes]]:
-    """(offset, whole lines) of a file or of a part of a plain one, a MiB or more at a time."""
+    """(offset, whole lines) of a file or of a part of a plain one, a MiB or more at a time.
+
+    A block ends at the first end of a line after a MiB, however the unpacker cuts its output: the
+    parts of an archive, and so the order of documents, are the same under any version of it.
+    """
     with _opened(path) as file:
         start, chunks = _chunks(file, path, part, meter)
         held: list[bytes] = []
@@ -302,10 +310,12 @@ def _blocks(path: Path, part: Part | None, meter: Meter) -> Iterator[tuple[int, 
                 size += len(chunk)
                 if size < BLOCK_BYTES or b"\n" not in chunk:
                     continue
-            data = b"".join(held)
-            cut = len(data) if chunk is None else data.rindex(b"\n") + 1
-            if cut:
-                yield start, data[:cut]
+            data, cut = b"".join(held), 0
+            while end := data.find(b"\n", cut + BLOCK_BYTES - 1) + 1:
+                yield start + cut, data[cut:end]
+                cut = end
+            if chunk is None and cut < len(data):
+                yield start + cut, data[cut:]
             start += cut
             held = [data[cut:]]
             size = len(held[0])
@@ -364,10 +374,21 @@ def _unpack(
         )
 
 
+def _glance(path: Path, size: int) -> str:
+    """A hash of 64 kB at the beginning, the middle and the end: a file may be another and have the
+    size and the time of the one that it replaced (rsync -t, tar)."""
+    digest = xxhash.xxh3_64()
+    with _opened(path) as file:
+        for start in (0, size // 2, max(size - (1 << 16), 0)):
+            file.seek(start)
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
 def _packing(path: Path) -> str | None:
     with _opened(path) as file:
         head = file.read(4)
-    return "zstd" if head == b"\x28\xb5\x2f\xfd" else "gzip" if head[:2] == b"\x1f\x8b" else None
+    return "zstd" if _ZSTD.match(head) else "gzip" if head[:2] == b"\x1f\x8b" else None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -392,7 +413,10 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     except UnicodeDecodeError as error:
         bad = error.object[error.start]
         raise _unusable(
-            path, offset + error.start, f"is no valid UTF-8 (the byte is 0x{bad:02x})"
+            path,
+            offset + error.start,
+            f"is no valid UTF-8 (the byte is 0x{bad:02x}); other encodings are converted first, "
+            "e.g. iconv -f GB18030 -t UTF-8",
         ) from None
 
 

@@ -2,6 +2,7 @@
 
     clean       [############........]  61 %   24.1 MB/s   0:05 left
     clean       208.1 MB   24.3 MB/s   0:09
+    clean       [############........]  61 % ...      every half minute, in a file
 
 The numbers come from the small files that the tasks of a stage write into its progress/ folder, so
 they are the same whether a task runs in this process, in another one or on another machine.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 BAR = 20
+FILE_EVERY_S = 30.0
 
 
 class Progress:
@@ -43,14 +45,13 @@ class Progress:
             thread = threading.Thread(
                 target=self._move, args=(name, folder, work, before, over), daemon=True
             )
-            if self.moves:
-                thread.start()
+            thread.start()
             try:
                 yield
             finally:
                 over.set()
+                thread.join()
                 if self.moves:
-                    thread.join()
                     self.stream.write("\r\x1b[K")
             elapsed = time.monotonic() - started
             done = (_done(folder) - before) / 1e6
@@ -63,16 +64,15 @@ class Progress:
         self, name: str, folder: Path, work: float, before: float, over: threading.Event
     ) -> None:
         started = time.monotonic()
-        while not over.wait(0.5):
+        while not over.wait(0.5 if self.moves else FILE_EVERY_S):
             done, elapsed = _done(folder), time.monotonic() - started
             rate = (done - before) / elapsed
             share = min(done / work, 1.0) if work else 0.0
             bar = ("#" * round(share * BAR)).ljust(BAR, ".")
             left = f"{_clock((work - done) / rate)} left" if rate and work > done else ""
             text = f"{name:<11} [{bar}] {share:4.0%} {rate / 1e6:7.1f} MB/s   {left}"
-            self.stream.write(
-                f"\r\x1b[K{text}" if work else f"\r\x1b[K{name:<11} {_clock(elapsed)}"
-            )
+            text = text if work else f"{name:<11} {_clock(elapsed)}"
+            self.stream.write(f"\r\x1b[K{text}" if self.moves else f"{text}\n")
             self.stream.flush()
 
 

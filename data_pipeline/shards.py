@@ -86,10 +86,11 @@ def shard(path: Path, level: int = KEPT_LEVEL) -> Iterator[Callable[[Record], No
 def records(path: Path) -> Iterator[Record]:
     """The documents of a shard, in order. CorpusError if the file is damaged."""
     line = b""
+    unpacker = zstandard.ZstdDecompressor().decompressobj()  # it knows where a frame must end
     try:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-            while chunk := stream.read(1 << 20):
-                head, *rest = chunk.split(b"\n")
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 17):
+                head, *rest = unpacker.decompress(chunk).split(b"\n")
                 line += head
                 for following in rest:
                     yield orjson.loads(line)
@@ -98,8 +99,10 @@ def records(path: Path) -> Iterator[Record]:
         raise CorpusError(
             f"{path} is damaged ({error}); remove its folder and build again (文件损坏，删后重建)"
         ) from None
-    if line:
-        raise CorpusError(f"{path} ends within a document; remove its folder and build again")
+    if line or not unpacker.eof:
+        raise CorpusError(
+            f"{path} is cut short; remove its folder and build again (文件不完整，删后重建)"
+        )
 
 
 def save_table(path: Path, digests: Sequence[bytes]) -> None:

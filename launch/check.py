@@ -124,8 +124,17 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
 
 
 def _corpus_summary(config: corpus_page.CorpusConfig) -> dict[str, Any]:
+    from data_pipeline import ingest
+
+    def found(source: corpus_page.Source) -> bool:
+        try:
+            return source.kind == "datasets" or bool(ingest.files(source))
+        except ingest.CorpusError:
+            return False
+
     return {
         "sources": [f"{source.name}: {', '.join(source.paths)}" for source in config.data.sources],
+        "sources_not_found": [s.name for s in config.data.sources if not found(s)],
         "tokenizer": config.tokenizer.kind,
         "vocab_size": config.tokenizer.vocab_size,
         "tokenizer_model": config.tokenizer.model,

@@ -190,6 +190,9 @@ def test_each_mistake_is_a_sentence_with_its_key(overrides: list[str], says: str
     [
         ("base: nowhere.yaml\n", "nowhere.yaml: no such config file"),
         ("base: page.yaml\n", "in a circle"),
+        ("base: 5\n", "base: must name a file or list files, is 5"),
+        ("base: [null]\n", "base: must name a file or list files"),
+        ("? [a]\n: 1\n", "line 1: a key is a word, this one is a list"),
         ("run: {steps: 1}\nrun: {steps: 2}\n", "the key 'run' stands twice"),
         ("run: [1, 2\n", "not valid YAML"),
         ("- 1\n- 2\n", "is a list"),

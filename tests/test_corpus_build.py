@@ -1,5 +1,6 @@
 """A corpus is what its text and its page say: the same bytes for any workers, none done twice."""
 
+import io
 import json
 import os
 import random
@@ -16,9 +17,9 @@ import pytest
 
 from configs.corpus import CorpusConfig
 from configs.load import from_dict
-from data_pipeline import blocks, build, encode, tokenizer
+from data_pipeline import blocks, build, clean, encode, ingest, progress, tokenizer
 from data_pipeline.index import Index
-from data_pipeline.shards import CorpusError, records
+from data_pipeline.shards import CorpusError, records, shard
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data_pipeline" / "sample" / "sample.jsonl"
@@ -180,6 +181,79 @@ def test_a_source_that_changed_is_read_again(tmp_path: Path) -> None:
     second = build.build(config)
     assert second["read"]["documents"] == first["read"]["documents"] + 1
     assert second["fingerprint"] != first["fingerprint"]
+
+
+def test_another_file_of_the_same_size_and_time_is_read(tmp_path: Path) -> None:
+    text = write_source(tmp_path / "text.jsonl")
+    config = page(tmp_path / "c", text, data={"workers": 1})
+    first, time_ns = build.build(config), text.stat().st_mtime_ns
+    text.write_text(text.read_text("utf-8").replace("。", "，"), "utf-8")
+    os.utime(text, ns=(time_ns, time_ns))
+    assert build.build(config)["fingerprint"] != first["fingerprint"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_source(tmp_path / "text.jsonl")
+    config, read = page(tmp_path / "c", text, data={"workers": 1}), ingest.read
+
+    def read_while_written(*parts: Any) -> Iterator[ingest.Document]:
+        yield from read(*parts)
+        with text.open("a", encoding="utf-8") as file:
+            file.write('{"text": "后来又添了一篇，比原来的多一篇。"}\n')
+
+    monkeypatch.setattr(ingest, "read", read_while_written)
+    with pytest.raises(CorpusError, match=r"data\.sources changed while it was read"):
+        build.build(config)
+    monkeypatch.undo()
+    assert build.build(config)["read"]["documents"] == len(text.read_text("utf-8").splitlines())
+
+
+def test_a_shard_that_is_cut_short_is_not_a_shorter_shard(tmp_path: Path) -> None:
+    path = tmp_path / "0.jsonl.zst"
+    with shard(path) as add:
+        for number in range(2000):
+            add({"text": f"第{number}篇：床前明月光"})
+    whole = path.read_bytes()
+    for size in (0, 3, 500, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CorpusError, match="is cut short"):
+            list(records(path))
+
+
+def test_a_note_of_completion_that_says_nothing_is_not_believed(tmp_path: Path) -> None:
+    config = page(tmp_path / "c", write_source(tmp_path / "text.jsonl"), data={"workers": 1})
+    manifest = build.build(config)
+    (tmp_path / "c" / "stages" / "built.json").write_text("{}")
+    assert build.build(config) == manifest
+
+
+def test_a_dump_is_refused_before_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normalising takes many times a text's bytes: one file of a gigabyte would kill a worker."""
+    looked: list[int] = []
+    look = clean.normalise
+    monkeypatch.setattr(clean, "normalise", lambda text: looked.append(len(text)) or look(text))
+    text = write_source(tmp_path / "text.jsonl")
+    with text.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "长" * 100_001}) + "\n")
+    rules = {"max_characters": 50_000}
+    manifest = build.build(page(tmp_path / "c", text, data={"workers": 1}, clean=rules))
+    assert manifest["rejects"]["too_long"] == {"documents": 1, "characters": 100_001}
+    assert max(looked) < 100_000
+
+
+def test_a_log_file_hears_of_a_long_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FILE_EVERY_S", 0.01)
+    said = io.StringIO()
+    with progress.Progress(said).watch("clean", 4e6)(tmp_path, 1):
+        (tmp_path / "progress").mkdir()
+        (tmp_path / "progress" / "00000").write_text("1000000")
+        while "] 25% " not in " ".join(said.getvalue().split()):
+            time.sleep(0.01)
+    assert "\r" not in said.getvalue()
 
 
 def test_a_missing_file_is_made_again(tmp_path: Path) -> None:
@@ -349,10 +423,8 @@ class Suicide(blocks.Block):
 
 
 def test_a_worker_that_is_killed_is_a_sentence(tmp_path: Path) -> None:
-    from data_pipeline.progress import Progress
-
     with pytest.raises(CorpusError, match=r"worker process was killed .*data\.workers"):
-        blocks.run(tmp_path, "x", [Suicide()], 3, 2, [], Progress().watch("x", 0))
+        blocks.run(tmp_path, "x", [Suicide()], 3, 2, [], progress.Progress().watch("x", 0))
 
 
 def test_building_imports_no_torch(tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ def test_duplicates_equal_brute_force(of: int, tmp_path: Path) -> None:
     assert np.flatnonzero(marks).tolist() == expected
 
 
+def test_texts_without_letters_are_compared_by_their_signs() -> None:
+    def same(one: str, other: str) -> bool:
+        return digest(normalise(one)) == digest(normalise(other))
+
+    assert not same("！！！", "。。。")
+    assert same("！！！", "！！！")
+    assert same("天，地", "天 地。")
+
+
 def test_lots_are_even_and_follow_the_seed(tmp_path: Path) -> None:
     (path,) = tables(tmp_path, [[f"{HAN}{n}" for n in range(20_000)]])
     table = open_table(path)

@@ -130,6 +130,7 @@ PAGES = [
     ({"data": {"out": " "}}, "data.out: is empty"),
     ({"split": {}}, "split.valid_fraction, valid_documents: give exactly one"),
     ({"split": {"valid_fraction": 1.5}}, "split.valid_fraction: is 1.5"),
+    ({"split": {"valid_fraction": 0.1, "seed": -1}}, "split.seed: is -1"),
     ({"split": {"valid_documents": -1}}, "split.valid_documents: is -1"),
     ({"clean": {"min_han_ratio": 2.0}}, "clean.min_han_ratio: is 2.0"),
     ({"clean": {"min_characters": 0}}, "clean.min_characters: is 0"),

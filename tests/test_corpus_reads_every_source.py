@@ -37,6 +37,7 @@ def pack(data: bytes, packing: str) -> bytes:
         "two members.gz": lambda: (
             gzip.compress(data[:half]) + gzip.compress(data[half:]) + b"\0" * 9
         ),
+        "of pzstd.zst": lambda: b"\x50\x2a\x4d\x18\x04\0\0\0size" + zstandard.compress(data),
         "two frames.zst": lambda: zstandard.compress(data[:half]) + zstandard.compress(data[half:]),
         "window of 31 bits.zst": lambda: wide_window(data),
     }[packing]()
@@ -68,7 +69,15 @@ def read_all(source: Source, task_mb: int = 64, parts: int = 0) -> list[Document
 
 @pytest.mark.parametrize(
     "packing",
-    ["", ".gz", ".zst", "two members.gz", "two frames.zst", "window of 31 bits.zst"],
+    [
+        "",
+        ".gz",
+        ".zst",
+        "two members.gz",
+        "two frames.zst",
+        "window of 31 bits.zst",
+        "of pzstd.zst",
+    ],
 )
 def test_jsonl_packed_in_any_way(packing: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.jsonl{packing}"
@@ -83,6 +92,20 @@ def test_jsonl_packed_in_any_way(packing: str, tmp_path: Path) -> None:
         assert sorted(int(d.id) for d in cut) == list(range(len(ROWS)))
         if not packing:  # a plain file's parts are in its order
             assert cut == documents
+
+
+def test_parts_of_an_archive_do_not_depend_on_the_unpacker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of zlib or zstd gives its output in other pieces."""
+    monkeypatch.setattr(ingest, "BLOCK_BYTES", 5000)
+    parts = {}
+    for frame in (1000, 7777, len(LINES)):
+        path = tmp_path / "a.jsonl.zst"
+        starts = range(0, len(LINES), frame)
+        path.write_bytes(b"".join(zstandard.compress(LINES[n : n + frame]) for n in starts))
+        parts[frame] = read_all(Source("jsonl", str(path), "s"), parts=3)
+    assert parts[1000] == parts[7777] == parts[len(LINES)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 17, 64])
@@ -285,6 +308,13 @@ def test_a_bad_line_in_a_later_part_is_found_at_its_own_line(tmp_path: Path) -> 
         place = len(b"\n".join(lines[:3500])) + 1
         with pytest.raises(ingest.CorpusError, match=rf"line 3501, byte {place}: the line is no"):
             read_all(spoiled(tmp_path, name, data), parts=5)
+
+
+def test_a_link_to_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(ingest.CorpusError, match=r"b\.jsonl cannot be read"):
+        read_all(Source("jsonl", str(tmp_path), "s"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import textwrap
@@ -113,6 +114,22 @@ def test_merge_equals_megatrons_and_one_writer(tmp_path: Path, dtype: type) -> N
         builder.add_index(str(prefix))
     builder.finalize(str(tmp_path / "theirs.idx"))
     assert same_files(tmp_path / "merged", tmp_path / "theirs")
+
+
+def test_a_merge_holds_no_file_of_its_parts_open(tmp_path: Path) -> None:
+    """A corpus of a terabyte has 15,000 shards, a process often 1,024 files."""
+    prefixes = [tmp_path / f"part{i}" for i in range(40)]
+    for prefix in prefixes:
+        write_ours(prefix, documents(np.uint16, [3]), np.uint16)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, limits[1]))
+    try:
+        merge(prefixes, tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Index(tmp_path / "merged").documents == 40
 
 
 def test_merge_keeps_several_sequences_a_document(tmp_path: Path) -> None:
