@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -89,8 +90,7 @@ def _title(text: str) -> None:
 
 def _launch(*words: str, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run a verb as a user would, from the project's root; a failure ends the demo."""
-    shown = " ".join(str(word) for word in words)
-    print(f"$ python -m launch {shown}", flush=True)
+    print(f"$ python -m launch {shlex.join(words)}", flush=True)
     line = [sys.executable, "-m", "launch", *words]
     done = subprocess.run(line, cwd=ROOT, check=False, text=True, **options)
     if done.returncode:
@@ -113,7 +113,7 @@ def _train_and_kill(demo: Demo) -> tuple[list[dict[str, Any]], int]:
     Returns the metrics as they stood at the kill, and the step of the newest checkpoint.
     """
     words = _train_words(demo)
-    print(f"$ python -m launch {' '.join(words)}", flush=True)
+    print(f"$ python -m launch {shlex.join(words)}", flush=True)
     job = subprocess.Popen([sys.executable, "-m", "launch", *words], cwd=ROOT)
     killed = threading.Event()
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from pretrain.parallel import Mesh
     from pretrain.state import State
 
+SAMPLING = {"max_new_tokens": 48, "top_p": 0.9, "temperature": 0.8, "seed": 1}
+"""How the passage of a validation is drawn."""
 SIZES_ASIDE = ("dropout", "attention_dropout", "init_std")
 """Model keys that may change between save and load."""
 
@@ -378,7 +380,7 @@ def _validate(job: Job, engine: "Engine", step: int) -> None:
 
 
 def _sample(job: Job, engine: "Engine") -> str:
-    """The prompt and what the model continues it with, greedily."""
+    """The prompt and what the model continues it with; drawn alike on every rank."""
     from pretrain import parallel
     from pretrain.generate import generate
 
@@ -388,7 +390,7 @@ def _sample(job: Job, engine: "Engine") -> str:
         first = job.corpora.valid[0]
         prompt = tokenizer.decode(first.index.slice(0, 8))
     with engine.inference() as local, parallel.whole_logits(local, job.mesh) as model:
-        text = generate(model, tokenizer, [prompt], max_new_tokens=32, greedy=True)[0]
+        text = generate(model, tokenizer, [prompt], **SAMPLING)[0]
     return prompt + text
 
 
