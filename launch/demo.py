@@ -216,7 +216,7 @@ def _report(
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"\nlook at it:  tensorboard --logdir {demo.run / 'tensorboard'}")
+    print(f"\nlook at it:  tensorboard --logdir {shlex.quote(str(demo.run / 'tensorboard'))}")
     return learnt and same and bool(twice) and bool(proof["kept"])
 
 
