@@ -153,8 +153,8 @@ class CausalRows:
         self._rows = (int(index.tokens) - 1) // seq_len
         if self._rows < 1:
             raise ValueError(
-                f"data: the index has {index.tokens} tokens, a row of batch.seq_len={seq_len} "
-                f"needs {seq_len + 1}; add text or lower batch.seq_len "
+                f"data: the index has {index.tokens} tokens, a row of data.seq_len={seq_len} "
+                f"needs {seq_len + 1}; add text or lower data.seq_len "
                 "(语料不足一行, 请增加语料或减小 seq_len)"
             )
 

@@ -262,6 +262,11 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that acts for all."""
+    return _rank()[0] == 0
+
+
 def gather(value: Any) -> list[Any]:
     """What every rank hands in, on every rank."""
     _, world = _rank()
@@ -326,11 +331,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
     except (OSError, ValueError):
         raise CheckpointError(f"{path}: cannot be read, it is damaged (文件已损坏)") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not of the format {FORMAT}")
     if manifest.get("xxh3_128") != _own_hash(manifest):
         raise CheckpointError(f"{path}: its content differs from its hash (文件已损坏)")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
         raise CheckpointError(f"{path}: names a file outside of the checkpoint")
     return manifest
 
@@ -362,7 +368,8 @@ def read(folder: str | Path) -> State:
             entries[f"{prefix}/{key}"] = Entry(tuple(part.get_shape()), dtype, read_it)
     try:
         record = json.loads((folder / "state.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        record["model"]["family"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / 'state.json'}: cannot be read (文件已损坏)") from None
     return State(entries, record)
 

@@ -133,8 +133,15 @@ def bits(
     length = seq_len or state.record.get("config", {}).get("data", {}).get("seq_len")
     length = length or state.record["model"]["positions"]
     section = Objective()
+    _check(samples, int(length), state.record["model"].get("positions"))
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
+    learnt, used = state.record.get("tokenizer"), corpora.tokenizer.fingerprint
+    if learnt not in (None, used):
+        raise ValueError(
+            f"--data: {corpus} was encoded by the tokenizer {used}, the checkpoint learnt that of "
+            f"{learnt}; encode the text by the checkpoint's tokenizer (分词器不一致)"
+        )
     model, task = load_model(state), objectives.build(section)
     nats, predicted = 0.0, 0
     with torch.no_grad():
@@ -153,6 +160,15 @@ def bits(
         "bits_per_character": {name: value / scale for name, value in table.items()},
         "nats_per_token": {name: value / max(predicted, 1) for name, value in table.items()},
     }
+
+
+def _check(samples: int, seq_len: int, positions: int | None) -> None:
+    if samples < 1:
+        raise ValueError(f"--samples: is {samples}, must be at least 1 (至少一行)")
+    if not 0 < seq_len <= (positions or seq_len):
+        raise ValueError(
+            f"--seq-len: is {seq_len}, must be 1 to {positions}, the model's positions (行长不合法)"
+        )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import torch
 
 from configs.model import ModelConfig
@@ -126,8 +127,10 @@ def terminal(run: Path, rank: int) -> Terminal:
 
 def first_to_speak(run: Path) -> bool:
     """Whether this rank is the first of its launch to report a failure; the others stay silent."""
+    parent = os.getppid()  # its number comes again, in containers always; its birth does not
+    launch = f"{parent}-{psutil.Process(parent).create_time()}"
     try:
-        os.close(os.open(run / "logs" / f".said-{os.getppid()}", os.O_CREAT | os.O_EXCL))
+        os.close(os.open(run / "logs" / f".said-{launch}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
@@ -210,7 +213,7 @@ class Monitor:
         self._pending.clear()
         if self.writes:
             with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                out.writelines(json.dumps(_plain(x), ensure_ascii=False) + "\n" for x in lines)
             self._curves(lines)
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
@@ -247,6 +250,12 @@ class Monitor:
             self._board.close()
 
 
+def _plain(line: dict[str, Any]) -> dict[str, Any]:
+    """With null for NaN and infinities, which JSON does not have."""
+    sick = (k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v))
+    return line | dict.fromkeys(sick)
+
+
 def _numbers(result: Any) -> tuple[float, float, bool]:
     """(mean loss, gradient norm, skipped) of a StepResult; the one place that waits."""
     count = max(int(result.count), 1)
@@ -256,13 +265,16 @@ def _numbers(result: Any) -> tuple[float, float, bool]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl past `step`, and a last line that was cut by a crash."""
+    """Drop the lines of metrics.jsonl past `step`, and a last line that was cut by a crash.
+
+    At step 0 nothing stays: the validation before any training is made again.
+    """
     if not path.exists():
         return
     kept = []
-    for text in path.read_text("utf-8").splitlines():
+    for text in path.read_text("utf-8").split("\n"):  # a sample may hold U+2028
         try:
-            if json.loads(text)["step"] <= step:
+            if json.loads(text)["step"] <= step != 0:
                 kept.append(text + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # the launcher put pretrain/ first: the root takes i
     sys.path[0] = ROOT
 
 import os  # noqa: E402
+import shutil  # noqa: E402
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
@@ -25,7 +26,7 @@ from dataclasses import dataclass  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from configs.load import ConfigError, dump, load, to_dict  # noqa: E402
+from configs.load import ConfigError, load, to_dict  # noqa: E402
 from configs.run import (  # noqa: E402
     RunConfig,
     stage_model,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 
 SAMPLING = {"max_new_tokens": 48, "top_p": 0.9, "temperature": 0.8, "seed": 1}
 """How the passage of a validation is drawn."""
-SIZES_ASIDE = ("dropout", "attention_dropout", "init_std")
-"""Model keys that may change between save and load."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,10 @@ def train(
     """
     import torch
 
-    from pretrain import parallel
+    from pretrain import checkpoint, parallel, start
     from pretrain.corpora import open_corpora
     from pretrain.monitor import Monitor, Terminal, speed
+    from pretrain.state import State
 
     mesh = parallel.make_mesh(config.parallel.tensor)
     if problems := world_problems(config, mesh.world):
@@ -87,94 +87,34 @@ def train(
     run = Path(config.run.out)
     out = out or Terminal(enabled=mesh.rank == 0)
     corpora = open_corpora(config.data, config.objective, config.run.seed, config.model.vocab)
-    state = _start(config, run, corpora, mesh, out)
-    monitor = Monitor(
-        run,
-        out,
-        writes=mesh.rank == 0,
-        total_steps=total_steps(config),
-        speed=speed(mesh.device, mesh.world, config.precision),
-    )
-    monitor.begin(int(state.record["step"]))
-    job = Job(config, run, mesh, corpora, monitor, interrupted)
+    start.check_ahead(config, corpora)
     summary: dict[str, Any] = {}
-    while summary.get("stopped") is None:
-        state = _enter_stage(job, state)
-        engine = _engine(job, state)
-        monitor.watch(engine.config, config.data.seq_len)
-        try:
-            engine.load(state)
-            summary = _run_stage(job, engine, state)
-        finally:
-            engine.destroy()
-        if summary["stopped"] is None:
-            state = _read(summary["checkpoint"])
-    monitor.close()
-    return summary
-
-
-def _start(
-    config: RunConfig, run: Path, corpora: "Corpora", mesh: "Mesh", out: "Terminal"
-) -> "State":
-    """The state to go on from: the run's newest good checkpoint, init.from, or fresh weights."""
-    from pretrain import checkpoint
-    from pretrain.state import State, fresh
-
-    path, damaged = checkpoint.newest(run)
-    for sentence in damaged:
-        out.say(f"damaged, passed over: {sentence}")
-    if path is None and damaged:
-        raise checkpoint.CheckpointError(
-            f"{run}: no checkpoint is whole; restore one or choose another run.out "
-            "(没有完好的检查点)"
+    with start.held(run):
+        state = start.state(config, run, corpora, out)
+        monitor = Monitor(
+            run,
+            out,
+            writes=mesh.rank == 0,
+            total_steps=total_steps(config),
+            speed=speed(mesh.device, mesh.world, config.precision),
         )
-    ends = list(accumulate(stage.steps for stage in stages(config)))
-    begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
-    begin |= {"seed": config.run.seed, "data": corpora.record, "scaler": None, "growth": []}
-    if path is not None:
-        state = checkpoint.read(path)
-        _check_resume(config, state, path, corpora)
-        out.say(f"resuming from {path} (step {state.record['step']}, 从检查点继续)")
-    elif config.init is not None:
-        source = checkpoint.resolve(config.init.from_)
-        state = checkpoint.read(source)
-        if config.init.what == "weights":
-            state = State(state.weights_only().entries, begin | {"model": state.record["model"]})
-        else:
-            step = int(state.record["step"])
-            stage = next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)
-            state = State(state.entries, state.record | {"stage": stage})
-        _check_resume(config, state, source, corpora)
-        out.say(f"starting from {source} ({config.init.what})")
-    else:
-        first = fresh(stage_model(config, 0), config.run.seed)
-        state = State(first.entries, begin | first.record)
-    if mesh.rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(dump(config), "utf-8")
-    return state
-
-
-def _check_resume(config: RunConfig, state: "State", path: Path, corpora: "Corpora") -> None:
-    """A checkpoint of another model or other data ends here, with every difference named."""
-    from pretrain.corpora import changes
-
-    record = state.record
-    found = []
-    if record["stage"] >= len(stages(config)):
-        found.append(f"stages: {path} stands in stage {record['stage']}, the config has fewer")
-    else:
-        have, want = record["model"], to_dict(stage_model(config, record["stage"]))
-        found = [
-            f"model.{key}: is {want.get(key)}, the checkpoint {path} has {have.get(key)}"
-            for key in sorted(have | want)
-            if have.get(key) != want.get(key) and key not in SIZES_ASIDE
-        ]
-    found += changes(record["data"], corpora.record)
-    if record["seed"] != config.run.seed:
-        found.append(f"run.seed: is {config.run.seed}, the run was started with {record['seed']}")
-    if found:
-        raise ConfigError("\n".join([*found, "choose another run.out, or restore these keys"]))
+        monitor.begin(int(state.record["step"]))
+        job = Job(config, run, mesh, corpora, monitor, interrupted)
+        while summary.get("stopped") is None:
+            state = _enter_stage(job, state)
+            engine = _engine(job, state)
+            monitor.watch(engine.config, config.data.seq_len)
+            try:
+                engine.load(state)
+                # Only the record from here on: a mapped file keeps its disk when rotated away.
+                state = State({}, state.record)
+                summary = _run_stage(job, engine, state)
+            finally:
+                engine.destroy()
+            if summary["stopped"] is None:
+                state = checkpoint.read(summary["checkpoint"])
+        monitor.close()
+    return summary
 
 
 def _enter_stage(job: Job, state: "State") -> "State":
@@ -200,19 +140,23 @@ def _grow(job: Job, state: "State", number: int) -> "State":
     target = stage_model(job.config, number)
     grown = grow(state, target, job.config.run.seed)
     grown = State(grown.entries, grown.record | {"stage": number, "border": True})
-    path = job.run / "checkpoints" / checkpoint.checkpoint_name(number, int(state.record["step"]))
-    checkpoint.write_state(path, grown, job.corpora.tokenizer_folder)
+    path = _checkpoint_path(job, number, int(state.record["step"]))
+    aside = path.with_name(f".{path.name}.growing")  # no checkpoint until it is proven
+    checkpoint.write_state(aside, grown, job.corpora.tokenizer_folder)
     verdict: dict[str, Any] = {}
     if job.mesh.rank == 0:
         probes = proof.probes(job.corpora.tokenizer_folder, target)
-        verdict = proof.prove(state, checkpoint.read(path), probes)
-        proof.write_proof(path, verdict)
+        verdict = proof.prove(state, checkpoint.read(aside), probes)
+        proof.write_proof(aside, verdict)
+        if verdict["kept"]:
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one may stand there
+            os.rename(aside, path)
     verdict = checkpoint.gather(verdict)[0]
     job.monitor.out.say(proof.sentence(verdict))
     if not verdict["kept"]:
         raise checkpoint.CheckpointError(
-            f"{path}: the growth does not keep the function, see proof.json; the checkpoint before "
-            "it is whole (生长未保持函数)"
+            f"{aside}: the growth does not keep the function, see proof.json; the checkpoint "
+            "before it is whole (生长未保持函数)"
         )
     return checkpoint.read(path)
 
@@ -354,12 +298,6 @@ def _save(
     return path
 
 
-def _read(path: str) -> "State":
-    from pretrain.checkpoint import read
-
-    return read(path)
-
-
 def _validate(job: Job, engine: "Engine", step: int) -> None:
     """Loss and bits per character on the measured rows, and a passage the model writes."""
     import math
@@ -415,7 +353,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from pretrain.monitor import first_to_speak, terminal
 
-    out = terminal(Path(config.run.out), rank)
+    try:
+        out = terminal(Path(config.run.out), rank)
+    except OSError as error:
+        if rank == 0:
+            print(f"bajie: run.out: {error} (无法写入运行目录)", file=sys.stderr)
+        return 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, raise_flag)
     try:

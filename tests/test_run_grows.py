@@ -83,8 +83,10 @@ def test_killed_and_resumed_around_the_border(
     for path in checkpoint.found_in(run):
         if path.name > last:
             shutil.rmtree(path)
-    (run / "checkpoints" / ".stage-01-step-00000015.writing").mkdir()
+    for left in ("writing", "growing"):  # killed while writing, killed while proving
+        (run / "checkpoints" / f".stage-01-step-00000015.{left}").mkdir()
     world2.run(GO, config=_page(run, tiny_corpus))
+    assert not list((run / "checkpoints").glob(".*"))
     assert losses(run) == losses(grown)
     final = "checkpoints/stage-01-step-00000030"
     assert digests(run / final) == digests(grown / final)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import checkpoint
+from pretrain import checkpoint, evaluate, start
 from pretrain.state import State
 from tests.run_jobs import go, page, rewrite
 from tests.worlds import World
@@ -31,6 +31,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, world1:
         ({"run__seed": 5}, "run.seed: is 5, the run was started with 1"),
         ({"data__seq_len": 16}, "restore data.seq_len"),
         ({"model__vocab": 300}, "model.vocab: is 300, the tokenizer of"),
+        ({"run__steps": 5, "schedule": {}}, "the run ends at step 5, the checkpoint .* at step 10"),
+        ({"run__prompt": "长" * 300}, "run.prompt: is .* tokens long, must be 1 to 32"),
+        (
+            {"run__steps": None, "stages": [{"steps": 20}, {"steps": 5, "model": {"hidden": 64}}]},
+            "stages.1.model: hidden is 32 and the target has 64",
+        ),
     ],
 )
 def test_another_run_in_the_same_folder(
@@ -40,6 +46,79 @@ def test_another_run_in_the_same_folder(
     with pytest.raises(ValueError, match=sentence):
         world1.run(GO, config=page(trained, tiny_corpus, **{"run__steps": 20, **changes}))
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == kept
+
+
+def test_two_jobs_in_one_folder(trained: Path) -> None:
+    refused = pytest.raises(ValueError, match="another job is at work in")
+    with start.held(trained), refused, start.held(trained, patience_s=0.0):
+        pass
+    with start.held(trained, patience_s=0.0):
+        pass
+
+
+def test_what_a_killed_job_left_is_cleared_and_what_it_was_replacing_comes_back(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    whole = checkpoint.found_in(run)[0]
+    whole.rename(whole.with_name(f".{whole.name}.replaced"))
+    for left in ("writing", "deleting", "growing"):
+        whole.with_name(f".{checkpoint.checkpoint_name(0, 3)}.{left}").mkdir()
+    with start.held(run):
+        assert list((run / "checkpoints").iterdir()) == [whole]
+        assert checkpoint.damage(whole) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused = pytest.raises(ValueError, match=r"run\.out: .* cannot be written")
+    with refused, start.held(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [("all", "stands at step 10; give more steps"), ("weights", "learnt that of another")],
+)
+def test_a_start_that_leads_nowhere(
+    trained: Path, tmp_path: Path, tiny_corpus: Path, world1: World, what: str, sentence: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    if what == "weights":
+
+        def elsewhere(state: State) -> State:
+            return State(state.entries, state.record | {"tokenizer": "another"})
+
+        rewrite(checkpoint.found_in(source)[0], elsewhere)
+    init = {"from": str(source), "what": what}
+    config = page(tmp_path / "run", tiny_corpus, run__steps=10, schedule__decay_steps=0, init=init)
+    with pytest.raises(ValueError, match=sentence):
+        world1.run(GO, config=config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"samples": 0}, "--samples: is 0, must be at least 1"),
+        ({"seq_len": 33}, "--seq-len: is 33, must be 1 to 32"),
+        ({}, "--data: .* was encoded by the tokenizer"),
+    ],
+)
+def test_a_measure_that_means_nothing(
+    trained: Path, tmp_path: Path, tiny_corpus: Path, changes: dict[str, int], sentence: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    if not changes:
+
+        def elsewhere(state: State) -> State:
+            return State(state.entries, state.record | {"tokenizer": "another"})
+
+        rewrite(checkpoint.found_in(run)[0], elsewhere)
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.bits(run, tiny_corpus, **changes)
 
 
 def _change_content(corpus: Path) -> None:

@@ -1,0 +1,179 @@
+"""What a run starts from: whose folder it is, which state it goes on from, and what forbids it.
+
+    run.out --held()--> this job's alone --state()--> newest good checkpoint | init.from | fresh
+
+What would fail only hours from now (a growth out of reach, a prompt that does not fit) is said here
+as well, before the first step.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.load import ConfigError, dump, to_dict
+from configs.run import RunConfig, stage_model, stages, total_steps
+from pretrain import checkpoint
+from pretrain.corpora import Corpora, changes
+from pretrain.growth import FREE, refusal
+from pretrain.state import State, fresh
+
+if TYPE_CHECKING:
+    from pretrain.monitor import Terminal
+
+PATIENCE_S = 30.0
+"""A job that was just stopped may still be saving: so long is its lock waited for."""
+
+
+@contextlib.contextmanager
+def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """The run folder, for this job alone until it ends or dies; every rank calls this.
+
+    Raises CheckpointError if another job is at work in it or it cannot be written. What a killed
+    job left aside is cleared away.
+    """
+    lock, wrong = None, ""
+    if checkpoint.first_rank():
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            if _locked(lock, patience_s):
+                _clear(run / "checkpoints")
+            else:
+                wrong = (
+                    f"run.out: another job is at work in {run}; wait for it, stop it, or choose "
+                    "another run.out (该目录正被另一任务使用)"
+                )
+        except OSError as error:
+            wrong = f"run.out: {run} cannot be written: {error.strerror} (无法写入运行目录)"
+    try:
+        if wrong := checkpoint.gather(wrong)[0]:
+            raise checkpoint.CheckpointError(wrong)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(lock: int, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        except OSError:
+            return True  # a file system without locks
+
+
+def _clear(checkpoints: Path) -> None:
+    """Half-written and half-removed ones go; one that was about to be replaced comes back."""
+    for left in checkpoints.glob(".*stage-*"):
+        whole = left.with_name(left.stem[1:])
+        if left.suffix == ".replaced" and not whole.exists():
+            os.rename(left, whole)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_ahead(config: RunConfig, corpora: Corpora) -> None:
+    """ConfigError for what would end the run at a later stage or at its first validation."""
+    models = [stage_model(config, number) for number in range(len(stages(config)))]
+    found = [
+        f"stages.{number}.{refused}"
+        for number, pair in enumerate(pairwise(models), 1)
+        if (refused := refusal(*pair))
+    ]
+    if config.run.prompt:
+        tokens = len(corpora.tokenizer.encode(config.run.prompt))
+        room = int(getattr(models[0], "positions", tokens))
+        if not 0 < tokens <= room:
+            found.append(
+                f"run.prompt: is {tokens} tokens long, must be 1 to {room} "
+                "(model.positions) (提示过长或为空)"
+            )
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> State:
+    """The state to go on from; RUN/config.yaml is written. Every rank calls this.
+
+    Raises CheckpointError if every checkpoint of the run is damaged, ConfigError where the page
+    does not fit the state.
+    """
+    path, damaged = checkpoint.newest(run)
+    for sentence in damaged:
+        out.say(f"damaged, passed over: {sentence}")
+    if path is None and damaged:
+        raise checkpoint.CheckpointError(
+            f"{run}: no checkpoint is whole; restore one or choose another run.out "
+            "(没有完好的检查点)"
+        )
+    begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
+    begin |= {"seed": config.run.seed, "data": corpora.record, "scaler": None, "growth": []}
+    if path is not None:
+        found = checkpoint.read(path)
+        _check(config, found, path, corpora, resumes=True)
+        out.say(f"resuming from {path} (step {found.record['step']}, 从检查点继续)")
+    elif config.init is not None:
+        source = checkpoint.resolve(config.init.from_)
+        found = checkpoint.read(source)
+        if config.init.what == "weights":
+            kept = {key: found.record.get(key) for key in ("model", "tokenizer")}
+            found = State(found.weights_only().entries, begin | kept)
+        else:
+            step, ends = found.record["step"], accumulate(stage.steps for stage in stages(config))
+            stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)
+            found = State(found.entries, found.record | {"stage": stage})
+        _check(config, found, source, corpora, resumes=False)
+        out.say(f"starting from {source} ({config.init.what})")
+    else:
+        first = fresh(stage_model(config, 0), config.run.seed)
+        found = State(first.entries, begin | first.record)
+    if checkpoint.first_rank():
+        (run / "config.yaml").write_text(dump(config), "utf-8")
+    return found
+
+
+def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, resumes: bool) -> None:
+    """A checkpoint of another model, other data or a later step ends here, every difference named.
+
+    A run that `resumes` may be at its end already; one that starts from elsewhere may not.
+    """
+    record, found = state.record, []
+    total = total_steps(config)
+    if record["step"] >= total + resumes:
+        found.append(
+            f"run.steps: the run ends at step {total}, the checkpoint {path} stands at step "
+            f"{record['step']}; give more steps (步数已超过)"
+        )
+    if record["stage"] >= len(stages(config)):
+        found.append(f"stages: {path} stands in stage {record['stage']}, the config has fewer")
+    else:
+        have, want = record["model"], to_dict(stage_model(config, record["stage"]))
+        found += [
+            f"model.{key}: is {want.get(key)}, the checkpoint {path} has {have.get(key)}"
+            for key in sorted(have | want)
+            if have.get(key) != want.get(key) and key not in FREE
+        ]
+    found += changes(record["data"], corpora.record)
+    tokenizer = record.get("tokenizer") or corpora.tokenizer.fingerprint
+    if tokenizer != corpora.tokenizer.fingerprint:
+        found.append(
+            f"data.train: was encoded by the tokenizer {corpora.tokenizer.fingerprint}, the "
+            f"checkpoint {path} learnt that of {tokenizer}; encode the corpus by the checkpoint's "
+            "tokenizer (分词器不一致)"
+        )
+    if record["seed"] != config.run.seed:
+        found.append(f"run.seed: is {config.run.seed}, the run was started with {record['seed']}")
+    if found:
+        raise ConfigError("\n".join([*found, "choose another run.out, or restore these keys"]))
