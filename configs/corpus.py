@@ -93,8 +93,10 @@ class Cleaning:
     max_characters: int = 10_000_000
     """More: `too_long`. Books are documents; this only stops what is no text."""
     min_han_ratio: float = 0.3
-    """A smaller share of Chinese characters: `few_han`. 0.3 loses pages with much code (half of the
-    technical ones), 0.1 keeps them; web: 0.5."""
+    """A smaller share of Chinese characters: `few_han`; web: 0.5. A page that falls below is
+    counted again without its code, formulas, tags and addresses."""
+    min_han_ratio_with_code: float = 0.1
+    """A smaller share of the whole page, code and all: `few_han` without a second look."""
     max_digit_ratio: float = 0.3
     """A larger share of digits: `many_digits`."""
     max_symbol_ratio: float = 0.3
@@ -120,7 +122,7 @@ class Cleaning:
                 f" ({self.min_characters})"
             )
         for name in vars(self):
-            if name.endswith("_ratio") and not 0 <= getattr(self, name) <= 1:
+            if "_ratio" in name and not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}: is {getattr(self, name)}, must lie in [0, 1]")
         return found
 

@@ -64,6 +64,10 @@ _CONTROL = ((0x00, 0x08), (0x0E, 0x1F), (0x7F, 0x84), (0x86, 0x9F), (0xD800, 0xD
 _INDENTATION = re.compile(r"^[ \t\u00a0]*\u3000[ \t\u00a0\u3000]*", re.MULTILINE)
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _GAPS = re.compile(r"\n{3,}")
+_NO_PROSE = re.compile(
+    r"```.*?(?:```|\Z)|\$\$.*?\$\$|`[^`\n]{1,300}`|<[^<>\n]{1,300}>|https?://[!-~]+", re.DOTALL
+)
+"""Fenced and inline code, displayed formulas, tags, addresses."""
 
 
 class Page(NamedTuple):
@@ -146,12 +150,26 @@ def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]
     """What normalise() does where a character has to go or to change."""
     if any(counts[LOST:]):
         text = _text(codes[kinds < LOST])
-    if counts[RETURN]:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
     if counts[WIDE]:
         text = _INDENTATION.sub("", text)
-        text = _text(_tables()[1][np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)])
-    return text
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Line ends and wide characters in their plain form."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _text(_tables()[1][np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)])
+
+
+def folded(text: str) -> str:
+    """A text with the characters that documents of a corpus have; its blanks stay where they are.
+
+    For prompts: what normalise() does to characters, and nothing that it does to layout.
+    """
+    codes, kinds, counts = _look(text)
+    if any(counts[WIDE:]):
+        text = _plain(_text(codes[kinds < LOST]))
+    return unicodedata.normalize("NFC", text)
 
 
 def _text(codes: "np.ndarray") -> str:
@@ -195,8 +213,14 @@ def short_enough(page: Page, rules: Cleaning) -> Verdict:
 
 
 def chinese(page: Page, rules: Cleaning) -> Verdict:
-    """Chinese characters make up enough of it."""
-    return page.counts[HAN] >= rules.min_han_ratio * page.solid or (False, "few_han")
+    """Chinese characters make up enough of it, or of what is no code, formula, tag or address."""
+    if page.counts[HAN] >= rules.min_han_ratio * page.solid:
+        return True
+    if page.counts[HAN] < rules.min_han_ratio_with_code * page.solid:
+        return False, "few_han"
+    prose = _look(_NO_PROSE.sub("", page.text))[2]
+    solid = sum(prose) - prose[BLANK]
+    return prose[HAN] >= rules.min_han_ratio * solid or (False, "few_han")
 
 
 def no_table(page: Page, rules: Cleaning) -> Verdict:

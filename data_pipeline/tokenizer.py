@@ -92,6 +92,12 @@ class Tokenizer:
         """Token ids, int32, without an end of document. A lone surrogate is read as U+FFFD."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
+        from data_pipeline.clean import folded
+
+        return self.encode(folded(_unicode(text)))
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one thread: corpora are read by processes, not threads."""
         texts = [_unicode(text) for text in texts]

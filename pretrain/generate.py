@@ -44,8 +44,8 @@ class Tokenizer(Protocol):
     eod_id: int
     pad_id: int
 
-    def encode(self, text: str) -> Any:
-        """Token ids of a text, without an end of document."""
+    def encode_prompt(self, text: str) -> Any:
+        """Token ids of a text from outside the corpus, without an end of document."""
         ...
 
     def decode(self, ids: Any) -> str:
@@ -270,7 +270,7 @@ def generate(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[str], **decoding: Any
 ) -> list[str]:
     """The continuations of prompts, one text each, without the prompt; see `Decoding`."""
-    ids = [[int(i) for i in tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [[int(i) for i in tokenizer.encode_prompt(prompt)] for prompt in prompts]
     written = write(
         model,
         ids,
@@ -318,7 +318,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = corpus_tokenizer.load(folder / "tokenizer")
     place = ("cuda", torch.bfloat16) if words.gpu else ("cpu", torch.float32)
     model = load_model(checkpoint.read(folder), *place)
-    prompts = [[int(i) for i in tokenizer.encode(prompt)] for prompt in words.prompt]
+    prompts = [[int(i) for i in tokenizer.encode_prompt(prompt)] for prompt in words.prompt]
     start = time.perf_counter()
     written = write(
         model, prompts, decoding, tokenizer.eod_id, tokenizer.pad_id, tokenizer.vocab_size

@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 
 from configs.corpus import Cleaning
-from data_pipeline.clean import FILTERS, digest, judge, normalise
+from data_pipeline import clean
+from data_pipeline.clean import FILTERS, digest, folded, judge, normalise
 
 HAN = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少"
 
@@ -140,7 +141,7 @@ def test_filters_by_hand(text: str, verdict: bool | str) -> None:
 def test_every_filter_answers_true_or_a_reason_and_every_threshold_is_used() -> None:
     refused = {row[2] for row in JUDGED if row[2] is not True}
     assert len(refused) == len(FILTERS)
-    loose = Cleaning(1, 10**9, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    loose = Cleaning(1, 10**9, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     for _, text, _ in JUDGED[:-1]:
         assert judge(normalise(text), loose) is True
 
@@ -150,3 +151,26 @@ def test_equal_letters_have_equal_digests_and_others_do_not() -> None:
     assert digest(normalise("春眠不觉晓 处处闻啼鸟\nabc12！？“”")) == plain
     assert digest(normalise("春眠不觉晓，处处闻啼鸟。abd12")) != plain
     assert digest(normalise("春眠不觉晓，处处闻啼鸟。abc21")) != plain
+
+
+def test_a_prompt_gets_the_characters_of_the_corpus_and_keeps_its_layout() -> None:
+    wide = ("２０２４年，第一章", "ａｂｃ\r\n甲\u3000乙")
+    for text in (*wide, "零\u200b宽\ue000专用\ufffd", "e\u0301"):
+        assert folded(text).split() == normalise(text).text.split()
+    assert folded("  甲  \n\n\n\n 乙 \n") == "  甲  \n\n\n\n 乙 \n"
+    assert folded(folded("　　２")) == folded("　　２") == "  2"
+
+
+def test_pages_with_code_are_counted_again_without_it() -> None:
+    rules = Cleaning(min_characters=10, max_repeated_line_ratio=1.0)
+    said = "先安装依赖再运行下面的命令然后查看结果。"
+    code = "```\n" + "kubectl get pods --all-namespaces\n" * 3 + "```\n"
+    page = normalise(said + code)
+    assert page.counts[clean.HAN] < rules.min_han_ratio * page.solid
+    assert judge(page, rules) is True
+    bare = normalise(said + code.replace("```", ""))
+    assert judge(bare, rules) == (False, "few_han")
+    drowned = normalise(said + code * 9)
+    assert judge(drowned, rules) == (False, "few_han")
+    formula = normalise(said + "$$" + "x_{1}+y^{2}=" * 8 + "$$" + "<br/><strong>" * 5)
+    assert judge(formula, rules) is True

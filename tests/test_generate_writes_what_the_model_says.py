@@ -246,7 +246,7 @@ class Letters:
 
     vocab_size, eod_id, pad_id = 97, EOD, PAD
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str) -> np.ndarray:
         return np.asarray([ord(c) - 30 for c in text], np.int32)
 
     def decode(self, ids: Any) -> str:
