@@ -11,6 +11,7 @@ annotated as their union; the literal field that they share (`family`) decides.
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -256,6 +257,8 @@ def _build_scalar(kind: Any, data: Any, where: str, problems: list[str]) -> Any:
         name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
         problems.append(f"{where}: must be {name}, is {_kind(data)} {data!r}")
         return data
+    if kind is float and not math.isfinite(data):
+        problems.append(f"{where}: is {data}, must be a finite number (必须是有限的数)")
     return float(data) if kind is float else data
 
 

@@ -155,7 +155,7 @@ def _make_files(
     need, free = sum(sizes.values()), shutil.disk_usage(aside).free
     if need > free:
         raise CheckpointError(
-            f"{aside.parent}: this checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+            f"{aside.parent}: this checkpoint takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
             "free; make room or lower run.keep_checkpoints (磁盘空间不足)"
         )
     for file, header in headers.items():

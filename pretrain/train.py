@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from pretrain.parallel import Mesh
     from pretrain.state import State
 
-SAMPLING = {"max_new_tokens": 48, "top_p": 0.9, "temperature": 0.8, "seed": 1}
-"""How the passage of a validation is drawn."""
+SAMPLING = {"max_new_tokens": 48, "min_new_tokens": 48, "top_p": 0.9, "temperature": 0.8, "seed": 1}
+"""How the passage of a validation is drawn; its length is fixed, so that no rank stops alone."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,9 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
             if border or stopped or _due(step, run.save_every_steps):
                 job.monitor.flush()  # a checkpoint's steps are on record before it is
                 with job.monitor.aside():
-                    path = _save(job, engine, state, progress, border)
+                    path = _save(
+                        job, engine, state, progress, border and step < total_steps(config)
+                    )
             loss = result
             if stopped:
                 break

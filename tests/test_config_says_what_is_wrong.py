@@ -173,6 +173,8 @@ def test_what_sections_say_of_themselves_is_gathered_too() -> None:
         (["data.seq_len=2048"], "data.seq_len: is 2048, model.positions has 1024 rows"),
         (["batch.tokens=1000"], "batch.tokens: is 1000, less than one row of 1024"),
         (["parallel.tensor=5"], "model.heads: is 12, not divisible by parallel.tensor=5"),
+        (["optimizer.lr=.nan"], "optimizer.lr: is nan, must be a finite number"),
+        (["optimizer.clip_norm=.inf"], "optimizer.clip_norm: is inf, must be a finite number"),
         (["parallel.zero=4"], "parallel.zero: is '4', must be one of 0, 1, 2, 3"),
         (["parallel=3"], "parallel: must be a mapping"),
         (["run.out.x=3"], "'out' is a text, it has no keys of its own"),

@@ -67,3 +67,13 @@ def test_a_process_number_that_comes_again_does_not_silence(tmp_path: Path) -> N
     (tmp_path / "logs" / f".said-{os.getppid()}").touch()  # an earlier container's launcher
     assert first_to_speak(tmp_path)
     assert not first_to_speak(tmp_path)
+
+
+def test_the_old_end_of_an_extended_run_is_rotated_like_any_other(
+    tmp_path: Path, tiny_corpus: Path, world1: World
+) -> None:
+    for steps in (10, 20, 30):
+        changes = {"run__steps": steps, "run__keep_checkpoints": 1, "schedule__decay_steps": 0}
+        world1.run("tests.run_jobs:go", config=page(tmp_path, tiny_corpus, **changes))
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert kept == ["stage-00-step-00000030"]
