@@ -114,8 +114,11 @@ def init_distributed() -> None:
             os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Before the first collective: NCCL takes the current device, and two ranks on one GPU hang.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
