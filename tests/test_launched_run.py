@@ -115,7 +115,16 @@ def test_deepspeed_itself_from_another_folder(tmp_path: Path, tiny_corpus: Path)
     config = write(tmp_path / "run.yaml", page(run, tiny_corpus, run__steps=15))
     program = Path(sys.executable).parent / "deepspeed"
     port = str(free_port())
-    line = [program, "--num_accelerators", "2", "--master_port", port, ROOT / "pretrain/train.py"]
+    # Python is named because the script's first line breaks where the environment's path has a space
+    line = [
+        sys.executable,
+        program,
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        port,
+        ROOT / "pretrain/train.py",
+    ]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DS_ACCELERATOR": "cpu"}
     env["PATH"] = f"{program.parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
