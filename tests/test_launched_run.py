@@ -115,7 +115,7 @@ def test_deepspeed_itself_from_another_folder(tmp_path: Path, tiny_corpus: Path)
     config = write(tmp_path / "run.yaml", page(run, tiny_corpus, run__steps=15))
     program = Path(sys.executable).parent / "deepspeed"
     port = str(free_port())
-    # Python is named because the script's first line breaks where the environment's path has a space
+    # Python is named: the script's first line breaks where the environment's path has a space
     line = [
         sys.executable,
         program,
