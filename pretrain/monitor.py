@@ -229,8 +229,8 @@ class Monitor:
         left = (self.total_steps - line["step"]) * step_s
         return (
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.4f}  "
-            f"{line['tokens_per_s']:,.0f} tokens/s  MFU {100 * line['mfu']:.1f} % of "
-            f"{self.speed.peak_note}  lr {line['lr']:.2e}  {clock(left)} left"
+            f"{line['tokens_per_s']:,.0f} tokens/s  {clock(left)} left  "
+            f"MFU {100 * line['mfu']:.1f} % of {self.speed.peak_note}  lr {line['lr']:.2e}"
         )
 
     def _curves(self, lines: list[dict[str, Any]]) -> None:
