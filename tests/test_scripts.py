@@ -313,10 +313,11 @@ def test_from_nothing_with_no_compiler_and_no_home(tmp_path: Path) -> None:
     clone, tools = tmp_path / "a clone", tmp_path / "tools"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     tools.mkdir()
+    (tools / "python3").symlink_to(Path(sys.executable).resolve())  # one that can make a venv
     compilers = re.compile(r"(.*-)?(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|nvcc|cpp|ld|as|make)(-\d+)?")
     for folder in ("/usr/bin", "/bin"):
         for tool in Path(folder).iterdir():
-            if not compilers.fullmatch(tool.name) and not (tools / tool.name).exists():
+            if not compilers.fullmatch(tool.name) and not os.path.lexists(tools / tool.name):
                 (tools / tool.name).symlink_to(tool)
     env = {k: v for k, v in CLEAN.items() if k not in ("HOME", "CC", "CXX")} | {"PATH": str(tools)}
     script = clone / "launch" / "setup.sh"
