@@ -1,6 +1,7 @@
 """How fast text becomes words and ids: MB of UTF-8 a second of one process.
 
-    python benchmarks/tokenizer.py TEXT.jsonl[.gz|.zst] [--cpm chinese_vocab.model] [--json]
+    python benchmarks/tokenizer.py TEXT.jsonl[.gz|.zst] [--cpm chinese_vocab.model]
+                                   [--bert vocab.txt] [--roformer vocab.txt] [--json]
 
 Rows of one table were measured in turns in one process: compare them by their ratios, not with the
 rows of another machine. Without `--cpm` a vocabulary is trained on the text itself.
@@ -9,6 +10,7 @@ rows of another machine. Without `--cpm` a vocabulary is trained on the text its
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import io
 import json
@@ -26,7 +28,7 @@ import jieba  # noqa: E402
 import rjieba  # noqa: E402
 import zstandard  # noqa: E402
 
-from data_pipeline import segment, tokenizer  # noqa: E402
+from data_pipeline import segment, tokenizer, wordpiece  # noqa: E402
 
 
 def read(path: Path, megabytes: float, every: int) -> list[str]:
@@ -61,6 +63,14 @@ def reference() -> jieba.Tokenizer:
     return made
 
 
+def bert_tokenizer(vocabulary: Path) -> Callable[[str], object]:
+    """transformers' way from a text to ids, in its compiled part alone."""
+    from transformers import BertTokenizer
+
+    theirs = BertTokenizer.from_pretrained(vocabulary.parent).backend_tokenizer
+    return lambda text: theirs.encode(text, add_special_tokens=False).ids
+
+
 def measure(rows: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Row -> its best CPU seconds, the rows taking turns."""
     best = dict.fromkeys(rows, float("inf"))
@@ -76,6 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("texts", type=Path, help="a jsonl file with a `text` in each line")
     parser.add_argument("--cpm", type=Path, help="the published chinese_vocab.model")
+    parser.add_argument("--bert", type=Path, help="a vocab.txt, read as characters")
+    parser.add_argument("--roformer", type=Path, help="a vocab.txt, read as words")
     parser.add_argument("--vocab", type=int, default=8000, help="size of trained vocabularies")
     parser.add_argument("--megabytes", type=float, default=4.0, help="of text to read")
     parser.add_argument("--every", type=int, default=1, help="read one document of so many")
@@ -106,11 +118,23 @@ def main() -> None:
         "cpm: encode": lambda: cpm.encode_batch(texts),
         "byte_bpe: encode": lambda: byte_bpe.encode_batch(texts),
     }
+    published: dict[str, tokenizer.Tokenizer | wordpiece.WordPiece] = {}
+    if said.bert:
+        published["bert"] = wordpiece.WordPiece(said.bert.read_bytes(), word=False)
+        theirs = bert_tokenizer(said.bert)
+        rows["bert: transformers' BertTokenizer"] = lambda: [theirs(text) for text in texts]
+    if said.roformer:
+        published["roformer"] = wordpiece.WordPiece(said.roformer.read_bytes(), word=True)
+        rows["words: segment.words without HMM"] = lambda: segment.words("\n".join(texts), False)
+    for name, made in published.items():
+        rows[f"{name}: encode"] = functools.partial(made.encode_batch, texts)
     seconds = measure(rows, said.rounds) | training
     speeds = {name: size / s for name, s in seconds.items()}
     characters = sum(map(len, texts))
+    published |= {"cpm": cpm, "byte_bpe": byte_bpe}
     per_token = {
-        made.kind: characters / sum(map(len, made.encode_batch(texts))) for made in (cpm, byte_bpe)
+        name: characters / sum(map(len, made.encode_batch(texts)))
+        for name, made in published.items()
     }
     if said.json:
         print(json.dumps({"mb": size, "mb_per_s": speeds, "characters_per_token": per_token}))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from configs.corpus import Tokenizing
-from data_pipeline import tokenizer
+from data_pipeline import tokenizer, vocabulary, wordpiece
 from data_pipeline.blocks import SPLITS, Block, Documents
 from data_pipeline.index import IndexWriter
 from data_pipeline.ingest import first_place
@@ -26,6 +26,7 @@ from data_pipeline.shards import CorpusError, records, sync_folder
 BATCH_CHARACTERS = 500_000
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
 LARGEST_UINT16_VOCABULARY = 65_500
+TOKENIZERS = ("alphabet", "segment", "tokenizer", "vocabulary", "wordpiece")  # the code of ids
 
 _load = lru_cache(maxsize=1)(tokenizer.load)
 
@@ -37,15 +38,20 @@ def versions() -> dict[str, str]:
 
 
 def model_files(config: Tokenizing) -> list[Path]:
-    """The files of a published tokenizer, whose contents key the build; none if it is trained."""
-    if config.model is None:
-        return []
-    path = first_place(config.model)
+    """The files of a published tokenizer and of a base vocabulary, whose contents key the build."""
+    files: list[Path] = []
+    for key in ("model", "base_vocab"):
+        if (named := getattr(config, key)) is not None:
+            path = _place(key, named)
+            files += sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    return files
+
+
+def _place(key: str, named: str) -> Path:
+    path = first_place(named)
     if path is None:
-        raise CorpusError(
-            f"tokenizer.model: there is no file or folder '{config.model}' (找不到分词模型)"
-        )
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        raise CorpusError(f"tokenizer.{key}: there is no file or folder '{named}' (找不到分词模型)")
+    return path
 
 
 def make_tokenizer(config: Tokenizing, texts: Iterable[str], out: Path) -> None:
@@ -55,31 +61,54 @@ def make_tokenizer(config: Tokenizing, texts: Iterable[str], out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
     partial.mkdir(parents=True)
-    if config.model is None:
-        assert config.vocab_size is not None
-        tokenizer.train(
-            config.kind, texts, partial, config.vocab_size, sample_bytes=config.sample_bytes
-        )
+    if config.model is not None:
+        _freeze(config, _place("model", config.model), partial)
     else:
-        path = first_place(config.model)
-        assert path is not None
-        if path.is_dir():
-            tokenizer.load(path).save(partial)
-        elif config.kind == "cpm":
-            tokenizer.from_cpm_model(path, partial)
-        else:
-            raise CorpusError(
-                f"tokenizer.model: '{config.model}' is a sentencepiece model of CPM, tokenizer.kind"
-                f" is {config.kind}; set it to cpm, or name a tokenizer/ folder (种类不符)"
-            )
-        made = tokenizer.load(partial)
-        if made.kind != config.kind:
-            raise CorpusError(
-                f"tokenizer.model: '{config.model}' is of kind {made.kind}, tokenizer.kind is "
-                f"{config.kind}; make them the same (种类不符)"
-            )
+        assert config.vocab_size is not None
+        _train(config, config.vocab_size, texts, partial)
     partial.rename(out)
     sync_folder(out.parent)
+
+
+def _train(config: Tokenizing, vocab_size: int, texts: Iterable[str], out: Path) -> None:
+    if config.kind != "wordpiece":
+        tokenizer.train(config.kind, texts, out, vocab_size, sample_bytes=config.sample_bytes)
+        return
+    base = config.base_vocab
+    vocabulary.build(
+        tokenizer.sample(texts, config.sample_bytes),
+        out,
+        vocab_size,
+        word=config.word,
+        base=None if base is None else _place("base_vocab", base),
+        dictionary_words=config.dictionary_words,
+    )
+
+
+def _freeze(config: Tokenizing, path: Path, out: Path) -> None:
+    """A published model as it is: a tokenizer/ folder, CPM's model, or a vocab.txt."""
+    if path.is_dir():
+        tokenizer.load(path).save(out)
+    elif config.kind == "cpm":
+        tokenizer.from_cpm_model(path, out)
+    elif config.kind == "wordpiece":
+        wordpiece.from_vocabulary(path, out, config.word)
+    else:
+        raise CorpusError(
+            f"tokenizer.model: '{config.model}' is a file, of CPM or of wordpiece, tokenizer.kind"
+            f" is {config.kind}; set it to cpm, or name a tokenizer/ folder (种类不符)"
+        )
+    made = tokenizer.load(out)
+    if made.kind != config.kind:
+        raise CorpusError(
+            f"tokenizer.model: '{config.model}' is of kind {made.kind}, tokenizer.kind is "
+            f"{config.kind}; make them the same (种类不符)"
+        )
+    if isinstance(made, wordpiece.WordPiece) and made.word != config.word:
+        raise CorpusError(
+            f"tokenizer.model: '{config.model}' was frozen with word {str(made.word).lower()}, "
+            f"tokenizer.word is {str(config.word).lower()}; make them the same (设置不符)"
+        )
 
 
 def encode(texts: Iterable[str], folder: Path, prefix: Path) -> Iterator[tuple[int, int]]:
@@ -98,7 +127,9 @@ def encode(texts: Iterable[str], folder: Path, prefix: Path) -> Iterator[tuple[i
             yield tokens, sum(len(text.encode()) for text in batch)
 
 
-def encoded(batch: list[str], words: tokenizer.Tokenizer) -> Iterator[np.ndarray]:
+def encoded(
+    batch: list[str], words: tokenizer.Tokenizer | wordpiece.WordPiece
+) -> Iterator[np.ndarray]:
     """The ids of each text. A book on its own is encoded some lines at a time: words and pieces end
     at a line break, so that the ids are the same, and memory does not grow with the book."""
     if len(batch) > 1 or len(batch[0]) < 2 * BATCH_CHARACTERS:
@@ -138,7 +169,7 @@ class MakeTokenizer(Block):
     """Train a tokenizer on a sample of the train split, or take a published one."""
 
     name = "tokenizer"
-    modules: ClassVar = ("encode", "segment", "tokenizer")
+    modules: ClassVar = ("encode", *TOKENIZERS)
 
     def __init__(self, config: Tokenizing, shards: list[Path], train_bytes: int) -> None:
         super().__init__(config=config, versions=versions())
@@ -164,7 +195,7 @@ class Encode(Block):
     """A shard's train and valid documents as token ids, each in an index of its own."""
 
     name = "encode"
-    modules: ClassVar = ("encode", "index", "segment", "tokenizer")
+    modules: ClassVar = ("encode", "index", *TOKENIZERS)
 
     def __init__(self, documents: Path, tokenizer: Path) -> None:
         super().__init__()

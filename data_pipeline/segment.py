@@ -102,7 +102,7 @@ def words(text: str, hmm: bool = True) -> list[str]:
     Joined they are `text`. `hmm` guesses words that the dictionary lacks: jieba's default and CPM's
     way; T5 PEGASUS and RoFormer cut without.
     """
-    _, border_C = _cut(text, hmm)
+    _, border_C = cut(text, hmm)
     ends = (border_C.nonzero()[0] + 1).tolist()
     return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -112,7 +112,7 @@ def spaced(texts: Sequence[str], hmm: bool = True) -> list[str]:
 
     All are cut as one, between characters that no word holds: a call has a price of its own.
     """
-    codes_C, border_C = _cut("\x00".join(texts), hmm)
+    codes_C, border_C = cut("\x00".join(texts), hmm)
     spaced_C, place_C = _spread(codes_C, border_C)
     together = spaced_C.tobytes().decode("utf-32-le", "surrogatepass")
     out, start = [], 0
@@ -123,7 +123,7 @@ def spaced(texts: Sequence[str], hmm: bool = True) -> list[str]:
     return out
 
 
-def _cut(text: str, hmm: bool) -> tuple[np.ndarray, np.ndarray]:
+def cut(text: str, hmm: bool) -> tuple[np.ndarray, np.ndarray]:
     """The code points of `text`, and where its words end (a bool per character)."""
     codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     class_C, differ, mixed = _classify(codes_C, _CLASS, _LEFT, _RIGHT)
@@ -174,6 +174,13 @@ def _words_apart() -> frozenset[str]:
 _LONGEST_APART = 4  # characters; the longest there is has 3
 
 
+def commonest(count: int) -> list[str]:
+    """The `count` commonest words of jieba's dictionary; of equal ones, as they stand there."""
+    fields = resources.files("jieba").joinpath("dict.txt").read_text("utf-8").split()
+    order = np.argsort(-np.array(fields[1::3], np.int64), kind="stable")
+    return [fields[3 * i] for i in order[:count].tolist()]
+
+
 @cache
 def _hmm_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """jieba's log probabilities: start [S], step [S, S] and emission [H, S]."""
@@ -188,7 +195,7 @@ def _hmm_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return start_S, step_SS, emit_HS
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled, and kept on disk for the next process if there is a place to write."""
     try:
         return numba.njit(cache=True)(function)
@@ -196,7 +203,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(function)
 
 
-@_compiled
+@compiled
 def _classify(codes_C, table, left, right):  # type: ignore[no-untyped-def]
     """The class of each character; whether any needs a mask; whether there may be a mixed word."""
     class_C = np.empty(len(codes_C), np.uint8)
@@ -209,7 +216,7 @@ def _classify(codes_C, table, left, right):  # type: ignore[no-untyped-def]
     return class_C, differ, mixed
 
 
-@_compiled
+@compiled
 def _join(codes_C, class_C, ends_W, hmm, start_S, step_SS, emit_HS):  # type: ignore[no-untyped-def]
     """Join what the path (words that end at `ends_W`) left as single characters, as jieba does.
 
@@ -254,7 +261,7 @@ def _join(codes_C, class_C, ends_W, hmm, start_S, step_SS, emit_HS):  # type: ig
     return border_C, guesses_G2[:guess]
 
 
-@_compiled
+@compiled
 def _join_ascii(codes_C, class_C, border_C, first, end, hmm):  # type: ignore[no-untyped-def]
     """Split loose ASCII: with HMM by `[a-zA-Z0-9]+(\\.[0-9]+)?%?`, else signs stand alone."""
     border_C[first:end] = False
@@ -274,7 +281,7 @@ def _join_ascii(codes_C, class_C, border_C, first, end, hmm):  # type: ignore[no
         border_C[c - 1] = True
 
 
-@_compiled
+@compiled
 def _join_han(codes_C, border_C, first, end, start_S, step_SS, emit_HS, from_CS):  # type: ignore[no-untyped-def]
     """Mark the likeliest words of the Han run [first, end) by Viterbi; True if any characters join.
 
@@ -301,7 +308,7 @@ def _join_han(codes_C, border_C, first, end, start_S, step_SS, emit_HS, from_CS)
     return joined
 
 
-@_compiled
+@compiled
 def _spread(codes_C, border_C):  # type: ignore[no-untyped-def]
     """The characters with a blank after each word, and where each one went."""
     place_C = np.empty(len(codes_C), np.int64)

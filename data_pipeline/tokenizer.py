@@ -1,4 +1,5 @@
-"""Text <-> token ids: train, encode, decode, freeze. Two kinds, both pieces of sentencepiece.
+"""Text <-> token ids: train, encode, decode, freeze. Two kinds here, pieces of sentencepiece; the
+third, BERT's wordpiece, has a room of its own (wordpiece.py) and is loaded by the same `load`.
 
     cpm        text -> words (jieba, HMM on) -> " " is ▂, "\\n" is ▃ -> blanks between -> unigram
                as CPM was published; lossy: NFKC folds full-width forms, runs of blanks shrink,
@@ -23,13 +24,17 @@ import io
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
+
+from data_pipeline import alphabet
+
+if TYPE_CHECKING:
+    from data_pipeline.wordpiece import WordPiece
 
 sentencepiece.set_min_log_level(2)  # its C++ writes to the terminal; what fails raises anyway
 
@@ -44,9 +49,7 @@ SAMPLE_BYTES = 20_000_000
 LINE = 1000  # characters of a line of the sample, 4,000 bytes at most; jieba's blanks double them
 LONGEST_LINE_BYTES = 8000  # what sentencepiece reads; it leaves out longer lines silently
 SKIPPED = 0.01  # the share of the sample that may be lost so
-COVERAGE = {"cpm": 0.9995, "byte_bpe": 0.9999}  # of the sample's characters, by the vocabulary
 LONGEST_ALPHABET = {"cpm": 0.65, "byte_bpe": 0.5}  # of the vocabulary: the rest is for pieces
-_RESERVED = "\x00\t\n\u2581\u2585"  # what sentencepiece means something else by, in training
 
 _SPACE = "\u2581"  # sentencepiece's mark for a blank
 _CPM_MARKS = str.maketrans(" \n", "\u2582\u2583")
@@ -96,11 +99,11 @@ class Tokenizer:
         """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
         from data_pipeline.clean import folded
 
-        return self.encode(folded(_unicode(text)))
+        return self.encode(folded(unicode_text(text)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one thread: corpora are read by processes, not threads."""
-        texts = [_unicode(text) for text in texts]
+        texts = [unicode_text(text) for text in texts]
         if self.kind == "byte_bpe":
             return self._encode_bytes(texts)
         from data_pipeline import segment  # compiles on first use: 0.4 s that byte_bpe saves
@@ -139,8 +142,8 @@ class Tokenizer:
             "bos_id": self.bos_id,
             "fingerprint": self.fingerprint,
         }
-        _write(folder / "tokenizer.model", self._model)
-        _write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
+        write(folder / "tokenizer.model", self._model)
+        write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.kind, self._model)
@@ -176,35 +179,44 @@ class Tokenizer:
         return piece.replace(_SPACE, " ").encode()
 
 
-def load(folder: str | Path) -> Tokenizer:
+def load(folder: str | Path) -> Tokenizer | WordPiece:
     """The tokenizer frozen in `folder`, if its fingerprint is that of its files and these rules."""
     folder = Path(folder)
     try:
         record = json.loads((folder / "tokenizer.json").read_bytes())
-        model = (folder / "tokenizer.model").read_bytes()
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise TokenizerFault(f"{folder / 'tokenizer.json'}: is not of format {FORMAT}")
+        tokenizer, rules = _loaded(folder, record)
     except FileNotFoundError as error:
         raise TokenizerFault(
             f"{error.filename}: there is no such file; a tokenizer is a folder of tokenizer.json "
-            "and tokenizer.model (找不到分词器)"
+            "and tokenizer.model, or vocab.txt (找不到分词器)"
         ) from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TokenizerFault(f"{folder / 'tokenizer.json'}: not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise TokenizerFault(f"{folder / 'tokenizer.json'}: is not of format {FORMAT}")
-    tokenizer = Tokenizer(record.get("kind", ""), model)
-    if record.get("rules") != RULES[tokenizer.kind]:
+    if record.get("rules") != rules:
         raise TokenizerFault(
             f"{folder}: was frozen under rules '{record.get('rules')}', this version of bajie has "
-            f"'{RULES[tokenizer.kind]}'; use the version that made it, or make it anew "
-            "(分词规则版本不符)"
+            f"'{rules}'; use the version that made it, or make it anew (分词规则版本不符)"
         )
     if record.get("fingerprint") != tokenizer.fingerprint:
         raise TokenizerFault(
-            f"{folder}: tokenizer.model has fingerprint {tokenizer.fingerprint[:19]}..., "
+            f"{folder}: the vocabulary has fingerprint {tokenizer.fingerprint[:19]}..., "
             f"tokenizer.json says {str(record.get('fingerprint'))[:19]}...: one of them was "
             "changed after it was frozen (分词器与指纹不符)"
         )
     return tokenizer
+
+
+def _loaded(folder: Path, record: dict[str, Any]) -> tuple[Tokenizer | WordPiece, str]:
+    """A tokenizer as its kind is read, and the rules that this version has for it."""
+    if record.get("kind") == "wordpiece":
+        from data_pipeline import wordpiece
+
+        made = wordpiece.WordPiece((folder / "vocab.txt").read_bytes(), record.get("word") is True)
+        return made, wordpiece.RULES
+    tokenizer = Tokenizer(record.get("kind", ""), (folder / "tokenizer.model").read_bytes())
+    return tokenizer, RULES[tokenizer.kind]
 
 
 def from_cpm_model(path: str | Path, out: str | Path) -> Tokenizer:
@@ -241,7 +253,7 @@ def train(
     stream. The same texts give the same bytes. TokenizerFault if the text cannot support the size.
     """
     _known(kind)
-    lines = _sample(texts, sample_bytes)
+    lines = sample(texts, sample_bytes)
     if kind == "cpm":
         from data_pipeline import segment
 
@@ -318,13 +330,13 @@ def _model(kind: str, lines: list[str], vocab_size: int) -> bytes:
 
 def _trained(kind: str, lines: list[str], vocab_size: int, longest_alphabet: float) -> bytes:
     fixed = 8 + (256 if kind == "byte_bpe" else 0)  # controls and ▃ or \n; bytes
-    alphabet = _alphabet(lines, kind, int((vocab_size - fixed) * longest_alphabet))
-    if len(alphabet) < 2:
+    chars = alphabet.chosen(lines, kind, int((vocab_size - fixed) * longest_alphabet))
+    if len(chars) < 2:
         raise TokenizerFault(
             f"tokenizer.vocab_size is {vocab_size}, {fixed} of which are control tokens and bytes; "
             f"{kind} needs {fixed + 8} at least, and text to learn from (词表过小或没有文本)"
         )
-    parts = list(_covered(lines, alphabet))
+    parts = list(alphabet.covered(lines, chars))
     _check_nothing_skipped(parts)
     model = io.BytesIO()
     try:
@@ -344,13 +356,13 @@ def _trained(kind: str, lines: list[str], vocab_size: int, longest_alphabet: flo
     return model.getvalue()
 
 
-def _sample(texts: Iterable[str], sample_bytes: int) -> list[str]:
+def sample(texts: Iterable[str], sample_bytes: int) -> list[str]:
     """Lines spread evenly over all texts: every one, and each time they outgrow the budget half
     of those that are kept and half as many from then on."""
     kept: list[str] = []
     size, every, number = 0, 1, 0
     for text in texts:
-        for line in _lines(_unicode(text)):
+        for line in _lines(unicode_text(text)):
             number += 1
             if number % every:
                 continue
@@ -377,34 +389,6 @@ def _lines(text: str) -> Iterator[str]:
             yield line
 
 
-def _alphabet(lines: list[str], kind: str, longest: int) -> set[str]:
-    """The commonest characters, enough to cover the sample but at most `longest`; the others are
-    bytes, or <unk>."""
-    counts: Counter[str] = Counter()
-    for start in range(0, len(lines), 1000):
-        counts.update("".join(lines[start : start + 1000]))
-    for char in _RESERVED + "\u2583" * (kind == "cpm"):
-        counts.pop(char, None)
-    missing = counts.total() * (1 - COVERAGE[kind])
-    alphabet: set[str] = set()
-    left = counts.total()
-    for char, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if left <= missing or len(alphabet) >= longest:
-            break
-        alphabet.add(char)
-        left -= count
-    return alphabet
-
-
-def _covered(lines: list[str], alphabet: set[str]) -> Iterator[str]:
-    """The lines cut at characters outside the alphabet, which no piece may hold."""
-    foreign = re.compile(f"[^{re.escape(''.join(sorted(alphabet)))}]+")
-    for line in lines:
-        for part in foreign.split(line):
-            if part:
-                yield part
-
-
 def _check_nothing_skipped(parts: list[str]) -> None:
     """sentencepiece leaves out lines above its limit without a word: here they are counted."""
     sizes = np.array([len(part.encode()) for part in parts])
@@ -419,7 +403,8 @@ def _check_nothing_skipped(parts: list[str]) -> None:
 def _known(kind: str) -> str:
     if kind not in KINDS:
         raise TokenizerFault(
-            f"tokenizer.kind is '{kind}'; the kinds are {' and '.join(KINDS)} (未知的种类)"
+            f"tokenizer.kind is '{kind}'; the kinds are {' and '.join(KINDS)}, and wordpiece "
+            "(未知的种类)"
         )
     return kind
 
@@ -431,7 +416,7 @@ def _fingerprint(kind: str, model: bytes) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _unicode(text: str) -> str:
+def unicode_text(text: str) -> str:
     """`text` with its surrogates joined to characters, or, where they stand alone, as U+FFFD."""
     try:
         text.encode()
@@ -440,7 +425,8 @@ def _unicode(text: str) -> str:
     return text
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
+    """Write a file aside, then put it in its place."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(data)

@@ -296,7 +296,7 @@ def test_the_sample_is_bounded_and_even() -> None:
         for number in range(100_000):
             yield f"{number:09d}"
 
-    kept = tokenizers._sample(endless(), sample_bytes=9000)
+    kept = tokenizers.sample(endless(), sample_bytes=9000)
     assert 450 <= len(kept) <= 1000
     steps = np.diff([int(line) for line in kept])
     assert set(steps.tolist()) == {128}

@@ -1,0 +1,433 @@
+"""Text <-> token ids of the BERT family: kind `wordpiece`, a vocab.txt read in one of two ways.
+
+    characters   text -> drop control -> lower, NFD without accents -> single Han and signs | the
+                 rest between them, greedy WordPiece                 BERT, RoBERTa-wwm, SimBERT
+    word: true   text -> lower, NFD without accents -> words (jieba, HMM off)
+                   word in vocab.txt -> that token
+                   any other         -> Han and signs apart, greedy WordPiece
+                                                     WoBERT, RoFormer v1, T5 PEGASUS
+
+Both lose blanks, line ends, case and accents; か is what is left of が. `characters` equals
+transformers' BertTokenizer, `word` equals bert4keras, which differ in small things: private-use
+characters (BERT drops them), the longest piece that is cut (100 characters and 200), Σ at the end
+of a word (BERT lowers it to σ). transformers' RoFormerTokenizer looks words up before it lowers
+them: it is not what the published models were trained with.
+
+Text is never a control token: what stands in brackets is split at the bracket, and control tokens
+are not among the words that are looked up. Unknown pieces are [UNK]. The end of a document is
+[SEP], as in T5 PEGASUS; [CLS] begins.
+
+A frozen one is a folder of `vocab.txt`, byte for byte what it was made of, and `tokenizer.json`;
+vocabulary.py builds new ones.
+
+Suffixes of names: C characters, U units (a word, a single character or a run), R units that Python
+reads, T tokens of the vocabulary, S slots of its hash table, N numbers of tokens in the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import segment
+from data_pipeline.tokenizer import FORMAT, TokenizerFault, unicode_text, write
+
+RULES = f"1, {segment.SEGMENTATION}"
+"""The version of what is done beside the vocabulary: a change that moves one id changes it."""
+CONTROLS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CACHED_WORDS = 200_000  # beside the vocabulary; some 50 MB
+LONGEST_CACHED = 32  # characters
+LONGEST_PIECE = {False: 100, True: 200}  # characters; a longer one is [UNK]: BERT's, bert4keras'
+
+_HAN = (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+INSIDE, _ALONE, BLANK = range(3)  # classes of characters: of a piece, one on its own, between
+_UNREAD = -2  # in place of an id: Python has to look
+_NEXT = "\x00"  # between texts that are read as one; in a text it means what \x01 means: nothing
+
+
+class WordPiece:
+    """A frozen vocab.txt with its way of reading text; the attributes of tokenizer.Tokenizer.
+
+    `vocab_size`, `eod_id` ([SEP]), `pad_id`, `mask_id`, `bos_id` ([CLS]); `kind`, `word`;
+    `fingerprint` ("sha256:..."). TokenizerFault if the vocabulary lacks a control token.
+    """
+
+    kind = "wordpiece"
+
+    def __init__(self, vocabulary: bytes, word: bool) -> None:
+        self.word = word
+        self._vocabulary = vocabulary
+        self._tokens = tokens_of(vocabulary)
+        self._ids = {token: i for i, token in enumerate(self._tokens)}
+        missing = [name for name in CONTROLS[:4] if name not in self._ids]
+        if missing:
+            raise TokenizerFault(
+                f"the vocabulary has no {' and no '.join(missing)} (词表缺少控制符)"
+            )
+        self.vocab_size = len(self._tokens)
+        self.pad_id, self._unknown = self._ids["[PAD]"], self._ids["[UNK]"]
+        self.bos_id: int | None = self._ids["[CLS]"]
+        self.eod_id = self._ids["[SEP]"]
+        self.mask_id: int | None = self._ids.get("[MASK]")
+        self.fingerprint = _fingerprint(vocabulary, word)
+        self._texts = {t: i for t, i in self._ids.items() if not is_control(t)}
+        self._longest = max(map(len, self._texts), default=1)
+        self._read = _Read(self)
+        self._id_of = np.zeros(0, np.int32)
+        self._table: tuple[np.ndarray, ...] | None = None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32, without [CLS] and [SEP]. A lone surrogate is nothing, as U+FFFD."""
+        return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
+        from data_pipeline.clean import folded
+
+        return self.encode(folded(unicode_text(text)))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in one thread; they are read as one: a call has its own price."""
+        if not texts:
+            return []
+        together = _NEXT.join(
+            self._lowered(unicode_text(text).replace(_NEXT, "\x01")) for text in texts
+        )
+        ids = self._words(together) if self.word else self._characters(together)
+        ends = np.flatnonzero(ids < 0)
+        starts = [0, *(ends + 1).tolist()]
+        return [ids[a:b].copy() for a, b in zip(starts, [*ends.tolist(), len(ids)], strict=True)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """A text of token ids, its blanks guessed as bert4keras does: around what is not Chinese,
+        none after a Chinese sign. Tokens in brackets, [UNK] among them, give nothing."""
+        text = ""
+        for number, token in enumerate(self.pieces(ids)):
+            if is_control(token):
+                continue
+            if token.startswith("##"):
+                text += token[2:]
+            elif len(token) == 1 and _is_han(ord(token)):
+                text += token
+            elif len(token) == 1 and _is_sign(token):
+                text += token + " "
+            elif number > 0 and text and _is_han(ord(text[-1])):
+                text += token
+            else:
+                text += " " + token
+        text = re.sub(" +", " ", text)
+        text = re.sub("' (re|m|s|t|ve|d|ll) ", r"'\1 ", text)
+        text = _BEFORE_BLANK.sub(r"\1", text)
+        return re.sub(r"(\d\.) (\d)", r"\1\2", text).strip()
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The vocabulary's own spelling of token ids: ## where a piece goes on."""
+        return [self._tokens[int(i)] for i in ids]
+
+    def words(self, text: str) -> list[str]:
+        """What the segmenter makes of a text (lowered, without accents); pieces if word is off."""
+        lowered = self._lowered(unicode_text(text).replace(_NEXT, "\x01"))
+        lowered = _without(lowered, _marks())
+        return segment.words(lowered, hmm=False) if self.word else list(_basic(lowered, False))
+
+    def save(self, folder: str | Path) -> None:
+        """Write vocab.txt and tokenizer.json, each aside and then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "word": self.word,
+            "rules": RULES,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "pad_id": self.pad_id,
+            "mask_id": self.mask_id,
+            "bos_id": self.bos_id,
+            "fingerprint": self.fingerprint,
+        }
+        write(folder / "vocab.txt", self._vocabulary)
+        write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WordPiece, (self._vocabulary, self.word)
+
+    def _lowered(self, text: str) -> str:
+        """Lower case and decomposed; what is dropped of it later is still there."""
+        if not self.word:
+            text = text.replace("Σ", "σ")  # BERT lowers each character on its own
+        return unicodedata.normalize("NFD", text.lower())
+
+    def _words(self, text: str) -> np.ndarray:
+        """Ids of texts with _NEXT between them, -1 for it: words of the vocabulary by the table,
+        the others, with the pieces they fall into, through the cache."""
+        text = _without(text, _marks())
+        codes_C, border_C = segment.cut(text, hmm=False)
+        if self._table is None:
+            self._table = _table(self._texts)
+        return self._assembled(text, *_look_up_words(codes_C, border_C, *self._table))
+
+    def _characters(self, text: str) -> np.ndarray:
+        """Ids of texts with _NEXT between them, -1 for it: single characters by one look-up each,
+        and between them runs, which go through the cache."""
+        if not len(self._id_of):
+            self._id_of = np.full(0x110000, self._unknown, np.int32)
+            self._id_of[0] = -1
+            for token, i in self._texts.items():
+                if len(token) == 1:
+                    self._id_of[ord(token)] = i
+        text = _without(text, _marks() | dropped_codes())
+        codes_C = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        class_C = classes()[codes_C]
+        alone_C = class_C == _ALONE
+        inside_C = np.zeros(len(codes_C) + 2, np.bool_)
+        inside_C[1:-1] = class_C == INSIDE
+        start_C = alone_C | (inside_C[1:-1] & ~inside_C[:-2])
+        end_C = alone_C | (inside_C[1:-1] & ~inside_C[2:])
+        id_C = np.where(alone_C, self._id_of[codes_C], _UNREAD)
+        start_U = np.flatnonzero(start_C)
+        return self._assembled(text, id_C[start_U], start_U, np.flatnonzero(end_C) + 1)
+
+    def _assembled(
+        self, text: str, id_U: np.ndarray, start_U: np.ndarray, end_U: np.ndarray
+    ) -> np.ndarray:
+        """Ids of units [start, end) of a text: one of each, or, where it is _UNREAD, what the cache
+        has for it."""
+        unread_R = np.flatnonzero(id_U == _UNREAD)
+        if not len(unread_R):
+            return id_U
+        places = zip(start_U[unread_R].tolist(), end_U[unread_R].tolist(), strict=True)
+        runs = [self._read[text[start:end]] for start, end in places]
+        size_R = np.fromiter(map(len, runs), np.int64, len(runs))
+        count_U = np.ones(len(id_U), np.int64)
+        count_U[unread_R] = size_R
+        ids = np.repeat(id_U, count_U)
+        ids[ids == _UNREAD] = np.fromiter(chain.from_iterable(runs), np.int32, size_R.sum())
+        return ids
+
+    def _look_up(self, word: str) -> tuple[int, ...]:
+        """The ids of a word that the vocabulary lacks, or of a run of characters."""
+        return tuple(i for piece in _basic(word, self.word) for i in self._cut(piece))
+
+    def _cut(self, piece: str) -> list[int]:
+        """Greedy: the longest token that begins the piece, then the longest that goes on, ..."""
+        if len(piece) > LONGEST_PIECE[self.word]:
+            return [self._unknown]
+        ids: list[int] = []
+        start = 0
+        while start < len(piece):
+            for stop in range(min(len(piece), start + self._longest), start, -1):
+                part = piece[start:stop] if start == 0 else "##" + piece[start:stop]
+                if (found := self._texts.get(part)) is not None:
+                    break
+            else:
+                return [self._unknown]
+            ids.append(found)
+            start = stop
+        return ids
+
+
+class _Read(dict[str, tuple[int, ...]]):
+    """Words and their ids: those of the vocabulary, and as many others as there is room for."""
+
+    def __init__(self, tokenizer: WordPiece) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._room = tokenizer.vocab_size + CACHED_WORDS
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = self._tokenizer._look_up(word)
+        if len(self) < self._room and len(word) <= LONGEST_CACHED:
+            self[word] = ids
+        return ids
+
+
+def from_vocabulary(path: str | Path, out: str | Path, word: bool) -> WordPiece:
+    """Freeze a published vocab.txt (one token a line) into the folder `out`."""
+    try:
+        made = WordPiece(Path(path).read_bytes(), word)
+    except OSError as error:
+        raise TokenizerFault(f"{path}: cannot be read: {error.strerror} (无法读取)") from None
+    except TokenizerFault as error:
+        raise TokenizerFault(f"{path}: {error}") from None
+    made.save(out)
+    return made
+
+
+def is_control(token: str) -> bool:
+    """[PAD], [unused1], ...: ids alone."""
+    return len(token) > 2 and token[0] == "[" and token[-1] == "]"
+
+
+def tokens_of(vocabulary: bytes) -> list[str]:
+    """The distinct tokens of a vocab.txt in order: the first word of each line, as bert4keras."""
+    try:
+        lines = io.StringIO(vocabulary.decode(), newline=None)
+    except UnicodeDecodeError as error:
+        raise TokenizerFault(f"a vocab.txt is UTF-8, this one is not: {error} (编码错误)") from None
+    return list(dict.fromkeys((line.split() or [line.strip()])[0] for line in lines))
+
+
+def _fingerprint(vocabulary: bytes, word: bool) -> str:
+    """sha256 over the kind, the way of reading, the rules' version and the vocabulary's bytes."""
+    digest = hashlib.sha256(f"{FORMAT}\nwordpiece\nword {word}\n{RULES}\n".encode())
+    digest.update(vocabulary)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def normal(text: str) -> str:
+    """A text as the word kind segments it: lower case, without accents."""
+    return _without(unicodedata.normalize("NFD", text.lower()), _marks())
+
+
+def _table(texts: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """The vocabulary as a hash table for compiled code: the id, or -1, of each slot; and the
+    characters of the tokens, end to end, with where each id begins and ends."""
+    codes_C = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+    size = max(texts.values(), default=0) + 1
+    start_T, end_T = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    id_N = np.fromiter(texts.values(), np.int64, len(texts))
+    end_N = np.fromiter(map(len, texts), np.int64, len(texts)).cumsum()
+    start_T[id_N[1:]], end_T[id_N] = end_N[:-1], end_N
+    slot_S = np.full(1 << (4 * size).bit_length(), -1, np.int32)
+    _fill(slot_S, codes_C, start_T, end_T, id_N)
+    return slot_S, codes_C, start_T, end_T
+
+
+@segment.compiled
+def _fill(slot_S, codes_C, start_T, end_T, id_N):  # type: ignore[no-untyped-def]
+    """Put each token at its hash, or at the next free slot."""
+    for i in id_N:
+        slot = _hash(codes_C, start_T[i], end_T[i]) & (len(slot_S) - 1)
+        while slot_S[slot] >= 0:
+            slot = (slot + 1) & (len(slot_S) - 1)
+        slot_S[slot] = i
+
+
+@segment.compiled
+def _hash(codes_C, start, end):  # type: ignore[no-untyped-def]
+    """FNV-1a over code points, its upper bits folded down."""
+    value = np.int64(-3750763034362895579)
+    for c in range(start, end):
+        value = (value ^ np.int64(codes_C[c])) * np.int64(1099511628211)
+    return (value ^ (value >> 29)) & np.int64(0x7FFFFFFFFFFFFFFF)
+
+
+@segment.compiled
+def _look_up_words(codes_C, border_C, slot_S, tokens_C, start_T, end_T):  # type: ignore[no-untyped-def]
+    """The id, or _UNREAD, of each word of a text, and the word's [start, end)."""
+    count = border_C.sum()
+    id_U = np.empty(count, np.int32)
+    start_U, end_U = np.empty(count, np.int64), np.empty(count, np.int64)
+    first = unit = 0
+    for c in range(len(codes_C)):
+        if not border_C[c]:
+            continue
+        end = c + 1
+        found = _UNREAD
+        if codes_C[first] == 0:
+            found = -1
+        slot = _hash(codes_C, first, end) & (len(slot_S) - 1)
+        while found == _UNREAD and slot_S[slot] >= 0:
+            i = slot_S[slot]
+            same = end_T[i] - start_T[i] == end - first
+            k = 0
+            while same and k < end - first:
+                same = codes_C[first + k] == tokens_C[start_T[i] + k]
+                k += 1
+            if same:
+                found = i
+            slot = (slot + 1) & (len(slot_S) - 1)
+        id_U[unit], start_U[unit], end_U[unit] = found, first, end
+        unit += 1
+        first = end
+    return id_U, start_U, end_U
+
+
+def _basic(text: str, word: bool) -> Iterator[str]:
+    """Han and signs alone, and what blanks leave together."""
+    parts: list[str] = []
+    dropped = dropped_codes()
+    for char in text:
+        if _is_sign(char) or _is_han(ord(char)):
+            parts.append(f" {char} ")
+        elif char in " \t\n\r" or unicodedata.category(char) == "Zs":
+            parts.append(" ")
+        elif not dropped[ord(char)] or (word and unicodedata.category(char) == "Co"):
+            parts.append(char)
+    return iter("".join(parts).split())
+
+
+def _is_han(code: int) -> bool:
+    return any(first <= code <= last for first, last in _HAN)
+
+
+def _is_sign(char: str) -> bool:
+    """ASCII that is no letter, digit, blank or control, or punctuation of Unicode."""
+    if char.isascii():
+        return "!" <= char <= "~" and not char.isalnum()
+    return unicodedata.category(char)[0] == "P"
+
+
+def _without(text: str, dropped: np.ndarray) -> str:
+    """`text` without the characters of which `dropped` [code points] is true."""
+    codes_C = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    dropped_C = dropped[codes_C]
+    return codes_C[~dropped_C].tobytes().decode("utf-32-le") if dropped_C.any() else text
+
+
+@cache
+def _categories() -> np.ndarray:
+    """The category of each code point, two letters [0x110000]."""
+    return np.array([unicodedata.category(chr(code)) for code in range(0x110000)], "S2")
+
+
+@cache
+def _marks() -> np.ndarray:
+    """Accents: what NFD sets apart and lower-casing models leave out."""
+    return _categories() == b"Mn"
+
+
+@cache
+def dropped_codes() -> np.ndarray:
+    """Control, format and private use (to bert4keras the last are characters), U+FFFD."""
+    dropped = np.isin(_categories(), [b"Cc", b"Cf", b"Co"])
+    dropped[[0x9, 0xA, 0xD]] = False
+    dropped[0xFFFD] = True
+    dropped[0] = False  # _NEXT; a text has none
+    return dropped
+
+
+@cache
+def classes() -> np.ndarray:
+    """INSIDE, _ALONE or BLANK of each code point."""
+    categories = _categories()
+    table = np.full(0x110000, INSIDE, np.uint8)
+    table[np.char.startswith(categories, b"P")] = _ALONE
+    for first, last in _HAN:
+        table[first : last + 1] = _ALONE
+    table[:128] = [_ALONE if _is_sign(chr(c)) else table[c] for c in range(128)]
+    table[np.isin(categories, [b"Zs", b"Zl", b"Zp"])] = BLANK
+    table[[0x9, 0xA, 0xD]] = BLANK
+    table[0] = _ALONE  # _NEXT
+    return table
+
+
+_CHINESE_SIGNS = (
+    "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』"
+    "【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·！？｡。"
+)
+_BEFORE_BLANK = re.compile(f"([{re.escape(_CHINESE_SIGNS)}" + r"+\-/={(<\[]) ")
