@@ -21,7 +21,7 @@ every score is a whole number; a tie goes to the piece that stands first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ LENGTH = 32  # characters below which pieces are merged
 SEPARATORS = "\n。"  # tried in turn; ？！； are none
 CHARACTERS = 768  # of a unit: 512 tokens of 1.5 characters
 FEWEST = 3  # pieces of a unit
+UNITS_A_CALL = 1000  # of the kernel: memory does not grow with a book
 LARGEST_UNIT = 16_384
 """Characters of a unit that is still picked from. A stretch without 。 stays whole however long it
 is; a table of subsequences grows with its square, and the tokens of such a unit are cut off anyway:
@@ -158,11 +159,19 @@ def pick_batch(
     criterion: str = "lcs",
     gap_ratio: float | None = None,
 ) -> list[list[Unit]]:
-    """`pick` of each document, in one call of the compiled kernel."""
+    """`pick` of each document, in few calls of the compiled kernel."""
     of_document = [units(segments(d) if isinstance(d, str) else d) for d in documents]
     every = [unit for found in of_document for unit in found]
-    picked = iter(map(Unit, every, _picked(every, criterion, gap_ratio)))
-    return [[next(picked) for _ in found] for found in of_document]
+    picked = [of for some in _groups(every) for of in _picked(some, criterion, gap_ratio)]
+    of_unit = map(Unit, every, picked)
+    return [[next(of_unit) for _ in found] for found in of_document]
+
+
+def _groups(every: Sequence[list[str]]) -> Iterator[Sequence[list[str]]]:
+    """At least one, so that a wrong criterion is noticed; a book is not one array."""
+    yield every[:UNITS_A_CALL]
+    for start in range(UNITS_A_CALL, len(every), UNITS_A_CALL):
+        yield every[start : start + UNITS_A_CALL]
 
 
 def _rule(criterion: str, gap_ratio: float | None) -> Criterion:
