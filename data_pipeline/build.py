@@ -6,8 +6,10 @@
     documents --clean--> rejects/too_short, few_han ...                        clean.py
        |
        +--hash--> duplicates: of equal documents the first one stays           dedup.py
+       +--13 letters in a row--> contaminated: holds text of evaluation sets   decontaminate.py
+       +--MinHash, Jaccard--> near duplicates: of a cluster the first stays    near.py
        v
-    divide  --> rejects/duplicate
+    divide  --> rejects/duplicate, contaminated:NAME, near_duplicate
        |  by a hash of the document
        +--> valid
        +--> train --sample--> tokenizer/                                       tokenizer.py
@@ -28,9 +30,9 @@ import fcntl
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ import orjson
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import dedup, encode, index, ingest, report, tokenizer
+from data_pipeline import decontaminate, dedup, encode, index, ingest, near, report, tokenizer
 from data_pipeline.blocks import (
     SPLITS,
     Block,
@@ -61,10 +63,13 @@ CODE = (
     "blocks",
     "build",
     "clean",
+    "decontaminate",
     "dedup",
     "encode",
     "index",
     "ingest",
+    "minhash",
+    "near",
     "segment",
     "shards",
     "tokenizer",
@@ -100,8 +105,11 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
     models = [
         xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
     ]
+    exams = [xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in decontaminate.files(config)]
     content = replace(config, data=replace(config.data, out="", workers=0))
-    asked = fingerprint_of([FORMAT, content, files, models, encode.versions(), code_of(CODE)])
+    asked = fingerprint_of(
+        [FORMAT, content, files, models, exams, encode.versions(), code_of(CODE)]
+    )
     if (manifest := finished(out, asked)) is not None:
         say.line(f"{out}: complete, nothing to do (语料已建好)")
         return manifest
@@ -122,12 +130,12 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
     buckets = dedup.buckets(cleaned.counts["documents"])
     search = FindDuplicates(tables, config.split.seed, config.split.valid_documents or 0)
     found = stage("duplicates", [search], buckets, [cleaned.key], 0)
-    again = sorted((found.data / "duplicates").glob("*.npy")) if config.dedup.exact else []
     sizes = [len(open_table(table)) for table in tables]
-    below = limit_of_lots(config, found)
-    divide = Divide(cleaned.data, sizes, again, config.split.seed, below)
+    losses = what_goes(config, stage, cleaned, found, sizes, exams)
+    below = limit_of_lots(config, found, tables, losses)
+    divide = Divide(cleaned.data, sizes, losses.gone, losses.kept, config.split.seed, below)
     size = cleaned.counts["bytes"]
-    divided = stage("divide", [divide], len(tasks), [cleaned.key, found.key], size)
+    divided = stage("divide", [divide], len(tasks), [cleaned.key, found.key, *losses.keys], size)
     both_splits(config, divided.counts)
 
     # A tokenizer, learnt from the train split alone or published; every shard through it.
@@ -141,11 +149,68 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
 
     # One index a split, a manifest over all: the corpus.
     stages = [cleaned, found, divided, made, encoded]
-    manifest = publish(config, out, stages)
-    remember(out, asked, stages[:-1])
+    manifest = publish(config, out, stages, losses)
+    remember(out, asked, [*stages[:-1], *losses.stages])
     say.line(report.flow(manifest))
+    stages[2:2] = losses.stages
     say.line(report.speed({stage.name: stage.counts for stage in stages}))
     return manifest
+
+
+@dataclass
+class Losses:
+    """Which documents of the cleaned ones go, and why."""
+
+    gone: dict[str, list[Path]] = field(default_factory=dict)
+    """Reason -> files with the numbers of documents."""
+    kept: Path | None = None
+    """The documents that stand for near duplicates, with how many."""
+    stages: list[Stage] = field(default_factory=list)
+    """What was run beside the search for equal documents."""
+
+    @property
+    def keys(self) -> list[str]:
+        """What the division depends on."""
+        return [stage.key for stage in self.stages]
+
+    def counts(self) -> "Counter[str]":
+        """The sum over those stages."""
+        return sum((stage.counts for stage in self.stages), Counter())
+
+
+def what_goes(
+    config: CorpusConfig,
+    stage: Callable[..., Stage],
+    cleaned: Stage,
+    found: Stage,
+    sizes: list[int],
+    exams: list[str],
+) -> Losses:
+    """Documents that stood before, that hold text of evaluation sets, that nearly stood before:
+    each search leaves out what went before it."""
+    losses = Losses()
+    if config.dedup.exact:
+        losses.gone["duplicate"] = sorted((found.data / "duplicates").glob("*.npy"))
+    if config.decontaminate:
+        look = decontaminate.FindContaminated(
+            cleaned.data / "documents", sizes, config.decontaminate, exams
+        )
+        hit = stage(
+            "contaminated", [look], len(sizes), [cleaned.key, exams], cleaned.counts["bytes"]
+        )
+        for part in config.decontaminate:
+            numbers = hit.data / "numbers" / part.name
+            losses.gone[f"contaminated:{part.name}"] = sorted(numbers.glob("*.npy"))
+        losses.stages.append(hit)
+    if config.dedup.near is not None:
+        gone = [path for paths in losses.gone.values() for path in paths]
+        # Keyed by the numbers: another seed of the split finds the same duplicates.
+        key = fingerprint_of([xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in gone])
+        losses.stages += near.search(stage, cleaned, sizes, gone, key, config.dedup.near)
+        clustered = losses.stages[-1].data
+        losses.gone["near_duplicate"] = [clustered / "dropped" / "00000.npy"]
+        losses.kept = clustered / "kept" / "00000.npy"
+    return losses
 
 
 # ---- what a build must not do
@@ -200,19 +265,26 @@ def both_splits(config: CorpusConfig, counts: "Counter[str]") -> None:
             )
 
 
-def limit_of_lots(config: CorpusConfig, found: Stage) -> int:
+def limit_of_lots(
+    config: CorpusConfig, found: Stage, tables: Sequence[Path], losses: Losses
+) -> int:
     """The lot below which a document is held out, in [0, 2^64]."""
     wanted = config.split.valid_documents
     if wanted is None:
         return int((config.split.valid_fraction or 0.0) * (1 << 64))
-    distinct = found.counts["distinct_documents"]
+    if losses.stages:
+        gone = [path for paths in losses.gone.values() for path in paths]
+        limit, distinct = dedup.limit_of_the_rest(tables, gone, config.split.seed, wanted)
+    else:
+        distinct = found.counts["distinct_documents"]
+        drawn = [np.load(path) for path in sorted((found.data / "lots").glob("*.npy"))]
+        limit = int(np.sort(np.concatenate(drawn))[:wanted][-1]) + 1 if wanted else 0
     if wanted >= distinct:
         raise CorpusError(
             f"split.valid_documents is {wanted}, but there are only {distinct} distinct documents; "
             "hold out fewer (验证集过大)"
         )
-    drawn = [np.load(path) for path in sorted((found.data / "lots").glob("*.npy"))]
-    return int(np.sort(np.concatenate(drawn))[wanted - 1]) + 1 if wanted else 0
+    return limit
 
 
 def rejects(counts: "Counter[str]", what: str = "rejected") -> dict[str, int]:
@@ -223,7 +295,9 @@ def rejects(counts: "Counter[str]", what: str = "rejected") -> dict[str, int]:
 # ---- the corpus folder
 
 
-def publish(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+def publish(
+    config: CorpusConfig, out: Path, stages: Sequence[Stage], losses: Losses
+) -> dict[str, Any]:
     """Put the results in their places; the manifest goes first and comes last."""
     cleaned, _, divided, made, encoded = stages
     (out / "manifest.json").unlink(missing_ok=True)
@@ -234,7 +308,14 @@ def publish(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[st
     replace_folder([made.data / "tokenizer"], out / "tokenizer")
     replace_folder([divided.data / "documents"], out / "documents")
     replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
+    shutil.rmtree(out / "contamination", ignore_errors=True)
     manifest = describe(config, out, stages)
+    for stage in losses.stages:
+        if stage.name == "contaminated":
+            replace_folder([stage.data / "hits"], out / "contamination")
+            manifest["contamination"] = decontaminate.said(config.decontaminate, stage.counts)
+        if stage.name == "clusters":
+            manifest["near"] = near.said(losses.counts())
     with aside(out / "manifest.json") as file:
         file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     return manifest

@@ -60,20 +60,25 @@ def search(tables: Sequence[Path], bucket: int, of: int, seed: int, lowest: int)
 def _slices(
     tables: Sequence[Path], bucket: int, of: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    width = (1 << 64) // of
     base = 0
     slices = [(np.empty(0, U64), np.empty(0, U64), np.empty(0, U64))]
     for path in tables:
         table = open_table(path)
         if len(table):
-            borders = [
-                bisect_left(range(len(table)), edge * width, key=lambda row: int(table[row][0]))
-                for edge in (bucket, bucket + 1)
-            ]
-            rows = np.array(table[slice(*borders)])
+            rows = np.array(table[key_range(table, bucket, of)])
             slices.append((rows["high"], rows["low"], rows["row"].astype(U64) + U64(base)))
         base += len(table)
     return slices
+
+
+def key_range(table: np.ndarray, bucket: int, of: int) -> slice:
+    """The rows of a table (sorted by its first column, uint64) that lie in one bucket of `of`."""
+    width = (1 << 64) // of
+    start, stop = (
+        bisect_left(range(len(table)), edge * width, key=lambda row: int(table[row][0]))
+        for edge in (bucket, bucket + 1)
+    )
+    return slice(start, stop)
 
 
 def lots(high: np.ndarray, low: np.ndarray, seed: int) -> np.ndarray:
@@ -109,6 +114,30 @@ def rows_within(duplicates: Sequence[Path], first: int, count: int) -> np.ndarra
     return marks
 
 
+def reasons_within(gone: dict[str, list[Path]], first: int, count: int) -> list[str]:
+    """Why each of the `count` documents from number `first` on must go, or ""; of several reasons
+    the first one."""
+    reasons = [""] * count
+    for reason, files in gone.items():
+        for row in np.flatnonzero(rows_within(files, first, count)).tolist():
+            reasons[row] = reasons[row] or reason
+    return reasons
+
+
+def limit_of_the_rest(
+    tables: Sequence[Path], gone: Sequence[Path], seed: int, wanted: int
+) -> tuple[int, int]:
+    """The limit below which `wanted` of the documents that are not gone have their lots, and how
+    many those documents are."""
+    lowest, first, left = np.empty(0, U64), 0, 0
+    for path in tables:
+        table = open_table(path)
+        stay = shard_lots(table, seed)[~rows_within(gone, first, len(table))]
+        first, left = first + len(table), left + len(stay)
+        lowest = np.unique(np.concatenate([lowest, stay]))[:wanted]  # equal text, equal lots
+    return (int(lowest[-1]) + 1 if len(lowest) else 0), left
+
+
 # ---- blocks
 
 
@@ -133,22 +162,29 @@ class FindDuplicates(Block):
 
 
 class Divide(Block):
-    """A shard's documents into train and valid; duplicates go to rejects/duplicate/."""
+    """A shard's documents into train and valid; what was found twice, or in an evaluation set, goes
+    to rejects/REASON/."""
 
     name = "divide"
     modules: ClassVar = ("dedup",)
 
     def __init__(
-        self, cleaned: Path, sizes: list[int], duplicates: list[Path], seed: int, below: int
+        self,
+        cleaned: Path,
+        sizes: list[int],
+        gone: dict[str, list[Path]],
+        kept: Path | None,
+        seed: int,
+        below: int,
     ) -> None:
-        super().__init__(exact=bool(duplicates), seed=seed, below=str(below))
-        self.cleaned, self.sizes, self.duplicates = cleaned, sizes, duplicates
+        super().__init__(gone=list(gone), near=kept is not None, seed=seed, below=str(below))
+        self.cleaned, self.sizes, self.gone, self.kept = cleaned, sizes, gone, kept
         self.seed, self.below = seed, below
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing; write data/documents/train-*.jsonl.zst and valid-*."""
-        first = sum(self.sizes[:rank])
-        again = rows_within(self.duplicates, first, self.sizes[rank])
+        reasons = reasons_within(self.gone, sum(self.sizes[:rank]), self.sizes[rank])
+        copies = self._copies(rank)
         table = open_table(self.cleaned / "hashes" / f"{rank:05d}.npy")
         held_out = below(shard_lots(table, self.seed), self.below)
         folder, file = self.folder / "data", f"{rank:05d}.jsonl.zst"
@@ -162,11 +198,14 @@ class Divide(Block):
                 size = len(record["text"].encode())
                 done += size
                 self.tick(done, rank)
-                if again[row]:
-                    rejects.add("duplicate", record)
-                    self.counts["rejected/duplicate"] += 1
-                    self.counts["rejected_characters/duplicate"] += len(record["text"])
+                if reason := reasons[row]:
+                    rejects.add(reason, record)
+                    self.counts[f"rejected/{reason}"] += 1
+                    self.counts[f"rejected_characters/{reason}"] += len(record["text"])
                     continue
+                if copies is not None:
+                    text = record.pop("text")
+                    record |= {"near_duplicates": int(copies[row]), "text": text}
                 split, add = ("valid", valid) if held_out[row] else ("train", train)
                 add(record)
                 self.counts[f"{split}_documents"] += 1
@@ -175,3 +214,14 @@ class Divide(Block):
         self.counts["worked_bytes"] += done
         self.tick(done, rank, final=True)
         yield from ()
+
+    def _copies(self, rank: int) -> np.ndarray | None:
+        """How many documents went in favour of each of a shard's, if that was looked for."""
+        if self.kept is None:
+            return None
+        first, copies = sum(self.sizes[:rank]), np.zeros(self.sizes[rank], dtype=U64)
+        numbers, sizes = np.load(self.kept, mmap_mode="r")
+        borders = np.array([first, first + len(copies)], dtype=U64)
+        mine = slice(*np.searchsorted(numbers, borders))
+        copies[numbers[mine] - U64(first)] = sizes[mine]
+        return copies

@@ -57,7 +57,8 @@ def page(out: Path, *sources: Any, **sections: Any) -> CorpusConfig:
         "tokenizer": {"kind": "byte_bpe", "vocab_size": 320},
     }
     for name, section in sections.items():
-        data[name] = {**data.get(name, {}), **section} if name != "split" else section
+        merged = name not in ("split", "decontaminate")
+        data[name] = {**data.get(name, {}), **section} if merged else section
     return from_dict(CorpusConfig, data)
 
 

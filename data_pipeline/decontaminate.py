@@ -1,0 +1,254 @@
+"""Text of evaluation sets, found in the documents of a corpus.
+
+    evaluation file --fields of an item--> letters --13 in a row--> sorted hashes and their items
+    document ----------------------------> letters --13 in a row--> looked up; found: it goes
+
+13 letters in a row are what GPT-3 took for contamination (Brown et al. 2020, appendix C: 13 words);
+for Chinese, characters without punctuation and blanks. At least 7 of them must be Han, since 13
+letters in a row may be one English word, and 13 digits a telephone number. An item with fewer than
+13 letters cannot be found; how many there are is counted. What was hit is written down: the item,
+the document, the letters they share.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from configs.corpus import CorpusConfig, Evaluation
+from data_pipeline import minhash
+from data_pipeline.blocks import Block, Documents
+from data_pipeline.clean import HAN, folded
+from data_pipeline.dedup import U64
+from data_pipeline.ingest import first_place
+from data_pipeline.shards import CorpusError, records, save, shard
+
+HITS_SHOWN = 10  # items named for one document; all are counted
+FILTER_BITS = 23  # 8 MB: most n-grams of a document meet a zero there
+
+
+def evaluation_file(part: Evaluation) -> Path:
+    """The file of an evaluation set. CorpusError if there is none."""
+    path = first_place(part.path)
+    if path is None or not path.is_file():
+        raise CorpusError(
+            f"decontaminate: {part.name}: there is no file '{part.path}' (找不到评测集)"
+        )
+    return path
+
+
+def files(config: CorpusConfig) -> list[Path]:
+    """The files of all evaluation sets, whose contents key the build."""
+    return [evaluation_file(part) for part in config.decontaminate]
+
+
+def said(sets: tuple[Evaluation, ...], counts: "Counter[str]") -> dict[str, dict[str, int]]:
+    """For the manifest: items, those too short to be found, documents that hold some."""
+    return {
+        part.name: {
+            what: counts[f"{what}/{part.name}"]
+            for what in ("items", "short_items", "hit_documents")
+        }
+        for part in sets
+    }
+
+
+def items(part: Evaluation) -> Iterator[tuple[str, list[str]]]:
+    """(id, texts of its fields) of each item: JSON, one value or several after each other, in which
+    the named fields may lie at any depth; .tsv, whose fields are numbers of columns from 0; else
+    text, a line each. An id is the item's `id`, else its number from 0."""
+    path, fields = evaluation_file(part), tuple(map(str, part.fields))
+    found: Iterator[tuple[str | None, list[str]]]
+    try:
+        text = path.read_text("utf-8-sig")
+        if path.suffix in (".json", ".jsonl"):
+            found = _of_json(text, fields)
+        else:
+            found = _of_lines(text, fields)
+        nothing = True
+        for number, (name, words) in enumerate(found):
+            nothing = False
+            yield (str(number) if name is None else name), words
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorpusError(
+            f"decontaminate: {part.name}: {path} cannot be read: {error} (评测集无法读取)"
+        ) from None
+    if nothing:
+        raise CorpusError(
+            f"decontaminate: {part.name}: {path} has no field of {list(fields)}; correct "
+            "fields (评测集中没有这些字段)"
+        )
+
+
+def _of_lines(text: str, fields: tuple[str, ...]) -> Iterator[tuple[None, list[str]]]:
+    for line in text.split("\n"):
+        cells = line.rstrip("\r").split("\t") if fields else [line]
+        chosen = [cells[int(n)] for n in fields if int(n) < len(cells)] if fields else cells
+        if any(chosen):
+            yield None, chosen
+
+
+def _of_json(text: str, fields: tuple[str, ...]) -> Iterator[tuple[str | None, list[str]]]:
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        value, at = decoder.raw_decode(text, at)
+        yield from _within(value, fields, None)
+
+
+def _within(
+    value: Any, fields: tuple[str, ...], name: str | None
+) -> Iterator[tuple[str | None, list[str]]]:
+    """Every object that holds one of the fields is an item."""
+    if isinstance(value, list):
+        for part in value:
+            yield from _within(part, fields, name)
+    elif isinstance(value, dict):
+        name = str(value["id"]) if "id" in value else name
+        texts = [text for field in fields for text in _strings(value.get(field))]
+        if texts:
+            yield name, texts
+        for field, part in value.items():
+            if field not in fields:
+                yield from _within(part, fields, name)
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
+
+
+# ---- the index of an evaluation set
+
+
+@dataclass(frozen=True)
+class Grams:
+    """All n-grams of an evaluation set."""
+
+    n: int
+    hashes: np.ndarray
+    """Sorted, each once, uint64."""
+    item: np.ndarray
+    """The first item that has it, int64."""
+    names: list[str]
+    """The items' ids."""
+    short: int
+    """Items of fewer than n letters, or without enough Han in a row: they cannot be found."""
+    seen: np.ndarray
+    """Which values the upper FILTER_BITS of the hashes take, bool."""
+
+    def find(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in a text's letters n-grams of the set stand, and the item of each."""
+        if len(codes) < self.n:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        hashes = minhash.gram_hashes(codes, self.n)
+        maybe = np.flatnonzero(self.seen[hashes >> U64(64 - FILTER_BITS)])
+        place = np.searchsorted(self.hashes, hashes[maybe])
+        place[place == len(self.hashes)] = 0
+        right = self.hashes[place] == hashes[maybe] if len(self.hashes) else place > 0
+        return maybe[right], self.item[place[right]]
+
+
+@lru_cache(maxsize=64)
+def grams(part: Evaluation, contents: str = "") -> Grams:
+    """Read an evaluation set; `contents` is the hash of its file, so that a changed one is read
+    again."""
+    n, names, short = part.characters, list[str](), 0
+    hashes, owners = [np.empty(0, U64)], [np.empty(0, np.int64)]
+    for number, (name, texts) in enumerate(items(part)):
+        names.append(name)
+        before = len(hashes)
+        for codes in (minhash.letters(folded(text)) for text in texts):
+            if len(codes) >= n:
+                hashes.append(minhash.gram_hashes(codes, n)[_has_han(codes, n)])
+                owners.append(np.full(len(hashes[-1]), number))
+        short += not any(map(len, hashes[before:]))
+    every, first = np.unique(np.concatenate(hashes), return_index=True)
+    seen = np.zeros(1 << FILTER_BITS, dtype=bool)
+    seen[every >> U64(64 - FILTER_BITS)] = True
+    return Grams(n, every, np.concatenate(owners)[first], names, short, seen)
+
+
+def _has_han(codes: np.ndarray, n: int) -> np.ndarray:
+    """Which n-grams of letters are Han for more than half."""
+    total = np.concatenate([[0], np.cumsum(minhash.kinds()[codes] == HAN)])
+    return total[n:] - total[:-n] > n // 2
+
+
+# ---- block
+
+
+class FindContaminated(Block):
+    """Which of a shard's documents hold text of an evaluation set, and which item."""
+
+    name = "contaminated"
+    modules: ClassVar = ("decontaminate", "minhash", "clean", "ingest")
+
+    def __init__(
+        self,
+        cleaned: Path,
+        sizes: list[int],
+        sets: tuple[Evaluation, ...],
+        contents: list[str],
+    ) -> None:
+        super().__init__(sets=[[part.name, part.fields, part.characters] for part in sets])
+        self.cleaned, self.sizes, self.sets, self.contents = cleaned, sizes, sets, contents
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write NAME/ (numbers of documents) and hits/."""
+        first, done = sum(self.sizes[:rank]), 0
+        indexes = [
+            (part, grams(part, contents))
+            for part, contents in zip(self.sets, self.contents, strict=True)
+        ]
+        found: dict[str, list[int]] = {part.name: [] for part in self.sets}
+        with shard(self.folder / "data" / "hits" / f"{rank:05d}.jsonl.zst") as add:
+            for row, record in enumerate(records(self.cleaned / f"{rank:05d}.jsonl.zst")):
+                codes = minhash.letters(record["text"])
+                for part, index in indexes:
+                    places, owners = index.find(codes)
+                    if len(places):
+                        found[part.name].append(first + row)
+                        add(_hit(part, index, record["id"], codes, places, owners))
+                        self.counts[f"hit_documents/{part.name}"] += 1
+                done += len(record["text"].encode())
+                self.tick(done, rank)
+        for name, numbers in found.items():
+            path = self.folder / "data" / "numbers" / name / f"{rank:05d}.npy"
+            save(path, np.array(numbers, dtype=U64))
+        if rank == 0:
+            for part, index in indexes:
+                self.counts[f"items/{part.name}"] += len(index.names)
+                self.counts[f"short_items/{part.name}"] += index.short
+        self.counts["worked_bytes"] += done
+        self.tick(done, rank, final=True)
+        yield from ()
+
+
+def _hit(
+    part: Evaluation,
+    index: Grams,
+    document: str,
+    codes: np.ndarray,
+    places: np.ndarray,
+    owners: np.ndarray,
+) -> dict[str, Any]:
+    """What a document shares with an evaluation set."""
+    distinct = dict.fromkeys(owners.tolist())
+    shared = codes[places[0] : places[0] + index.n].astype("<u4").tobytes().decode("utf-32-le")
+    return {
+        "set": part.name,
+        "document": document,
+        "items": [index.names[number] for number in list(distinct)[:HITS_SHOWN]],
+        "items_hit": len(distinct),
+        "n_grams_hit": len(places),
+        "shared": shared,
+    }
