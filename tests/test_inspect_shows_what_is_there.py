@@ -1,0 +1,164 @@
+"""`python -m launch inspect`: what a corpus or a checkpoint holds, by its own files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.model import parameter_count
+from data_pipeline import tokenizer
+from data_pipeline.index import Index
+from launch.cli import main
+from pretrain import checkpoint
+from pretrain.state import State
+from tests.growing import TINY, trained
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "data_pipeline" / "sample" / "sample.jsonl"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of words."""
+    place = tmp_path_factory.mktemp("inspect")
+    lines = SAMPLE.read_text("utf-8").splitlines()[::9]
+    (place / "text.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    page = {
+        "data": {
+            "out": str(place / "corpus"),
+            "sources": [{"kind": "jsonl", "name": "here", "path": str(place / "text.jsonl")}],
+            "workers": 1,
+        },
+        "split": {"valid_fraction": 0.1},
+        "tokenizer": {"kind": "wordpiece", "vocab_size": 800},
+    }
+    (place / "page.json").write_text(json.dumps(page), "utf-8")
+    assert main(["corpus", str(place / "page.json"), "--json"]) == 0
+    return place / "corpus"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A run folder with one checkpoint of a model that was grown."""
+    place, state = tmp_path_factory.mktemp("run"), trained()
+    state = State(state.entries, {**state.record, "growth": ["layers 2 -> 3"], "data": ["here"]})
+    checkpoint.write_state(
+        place / "checkpoints" / "stage-00-step-00000009", state, corpus / "tokenizer"
+    )
+    return place
+
+
+def seen(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    capsys.readouterr()
+    assert main(["inspect", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_corpus_is_counted_as_its_manifest_says(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((corpus / "manifest.json").read_bytes())
+    found = seen(capsys, str(corpus))
+    for key in ("splits", "tokenizer", "sources", "rejects", "fingerprint"):
+        assert found[key] == manifest[key]
+    assert main(["inspect", str(corpus)]) == 0
+    said = capsys.readouterr().out
+    assert manifest["fingerprint"] in said and "wordpiece, 800 entries" in said
+    assert f"{manifest['splits']['train']['tokens']:,} tokens" in said
+
+
+def test_every_document_is_the_one_in_the_index(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = Index(corpus / "train")
+    for number in (0, index.documents // 2, index.documents - 1):
+        shown = seen(capsys, str(corpus), "--document", str(number))["document"]
+        assert shown["as_in_the_index"] is True
+        assert [*shown["ids"], 3] == index.document(number).tolist()  # [SEP] is 3 here
+        assert "".join(shown["words"]).startswith(shown["text"][:5].lower())
+    valid = seen(capsys, str(corpus), "--document", "0", "--split", "valid")["document"]
+    assert valid["text"] != shown["text"]
+    assert main(["inspect", str(corpus), "--document", "1"]) == 0
+    assert "its ids in the index are these" in capsys.readouterr().out
+
+
+def test_a_document_without_its_text_is_shown_by_its_ids(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(corpus, tmp_path / "bare", ignore=shutil.ignore_patterns("documents"))
+    shown = seen(capsys, str(tmp_path / "bare"), "--document", "1")["document"]
+    assert shown["ids"] == Index(corpus / "train").document(1).tolist()
+    assert shown["tokens"][-1] == "[SEP]" and "text" not in shown
+    assert main(["inspect", str(tmp_path / "bare"), "--document", "1"]) == 0
+
+
+def test_a_text_is_shown_in_words_tokens_ids_and_back(
+    corpus: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, text = tokenizer.load(corpus / "tokenizer"), "我们在中国，Hello"
+    for where in (corpus, run):
+        shown = seen(capsys, str(where), "--text", text)["text"]
+        assert shown["ids"] == made.encode(text).tolist()
+        assert shown["tokens"] == made.pieces(shown["ids"])
+        assert "我们" in shown["words"] and shown["back"] == made.decode(shown["ids"])
+        assert shown["round_trip"] is False  # the capital is lost
+    assert main(["inspect", str(corpus), "--text", "，"]) == 0
+    assert "round trip: the same" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_told_as_it_was_written(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, state = seen(capsys, str(run)), trained()
+    assert found["progress"]["step"] == 9 and found["progress"]["updates"] == 7
+    assert found["parameters"] == parameter_count(TINY)
+    assert found["model"]["hidden"] == TINY.hidden and found["growth"] == ["layers 2 -> 3"]
+    weights = found["tensors"]["weights"]
+    assert weights["tensors"] == len(state.names())
+    assert weights["bytes"] == 4 * weights["values"] == 4 * parameter_count(TINY)
+    assert found["tensors"]["optim/exp_avg"]["values"] == weights["values"]
+    folder = run / "checkpoints" / "stage-00-step-00000009"
+    assert seen(capsys, str(folder)) == found
+    assert main(["inspect", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "layers 2 -> 3" in said and f"{parameter_count(TINY):,} parameters" in said
+
+
+def test_a_corpus_is_inspected_without_torch(corpus: Path) -> None:
+    program = (
+        "import sys; from launch.cli import main\n"
+        "assert main(['inspect', sys.argv[1], '--document', '0', '--text', '我们']) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(corpus)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_mistakes_are_sentences(
+    corpus: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str) -> str:
+        assert main(["inspect", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "there is no such folder" in refused(str(tmp_path / "absent"))
+    assert "no corpus that is whole" in refused(str(tmp_path))
+    (tmp_path / "manifest.json").write_text("{", "utf-8")
+    assert "is damaged" in refused(str(tmp_path))
+    (tmp_path / "manifest.json").write_text("{}", "utf-8")
+    assert "is not of the format" in refused(str(tmp_path))
+    assert "only a corpus has documents" in refused(str(run), "--document", "1")
+    assert "counted from 0" in refused(str(corpus), "--document", "-1")
+    assert "counted from 0" in refused(str(corpus), "--document", "99999")
+    assert "has train, valid" in refused(str(corpus), "--document", "0", "--split", "test")
+    bare = tmp_path / "bare" / "checkpoints" / "stage-00-step-00000001"
+    checkpoint.write_state(bare, trained())
+    assert "there is no tokenizer" in refused(str(tmp_path / "bare"), "--text", "我")
