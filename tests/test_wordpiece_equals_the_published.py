@@ -6,6 +6,7 @@ with the code under test. Vocabularies are the published ones, where they are at
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import jieba
 import numpy as np
 import pytest
+import zstandard
 
 from configs.corpus import CorpusConfig
 from configs.load import ConfigError, dump, from_dict
@@ -131,6 +133,19 @@ def differing(made: WordPiece, read: Callable[[str], list[int]], texts: list[str
     ]
 
 
+def twenty_thousand(longest: int) -> list[str]:
+    """A passage of each of so many documents, drawn from the whole corpus in its proportions."""
+    draw, texts = random.Random(9), []
+    with (folder() / "data" / "dev-open.jsonl.zst").open("rb") as packed:
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
+        for line in io.TextIOWrapper(reader, encoding="utf-8"):
+            text = json.loads(line)["text"]
+            at = draw.randrange(max(1, len(text) - longest))
+            texts.append(text[at : at + longest])
+    assert len(texts) >= 20_000
+    return draw.sample(texts, 20_000)
+
+
 def mixtures(texts: list[str], count: int) -> list[str]:
     """Random cuts of texts, signs and code points of the first two planes in any order."""
     draw = random.Random(3)
@@ -168,10 +183,7 @@ def test_words_equal_the_slow_reading_on_every_genre() -> None:
 def test_words_equal_the_slow_reading_on_twenty_thousand_documents() -> None:
     vocabulary = published("roformer")
     made, read = WordPiece(vocabulary, word=True), slow_reading(vocabulary)
-    genres = documents(4000, longest=2000, seed=6)
-    texts = [text for found in genres.values() for text in found]
-    random.Random(0).shuffle(texts)
-    assert len(texts) >= 20_000
+    texts = twenty_thousand(longest=2000)
     for at in range(0, 20_000, 500):
         assert differing(made, read, texts[at : at + 500]) == []
 
@@ -220,10 +232,7 @@ def test_characters_equal_bert_tokenizer_on_twenty_thousand_documents(
     bert_tokenizer: Callable[[str], list[int]],
 ) -> None:
     made = WordPiece(published("bert"), word=False)
-    genres = documents(4000, longest=5000, seed=8)
-    texts = [text for found in genres.values() for text in found]
-    random.Random(0).shuffle(texts)
-    assert len(texts) >= 20_000
+    texts = twenty_thousand(longest=5000)
     for at in range(0, 20_000, 500):
         assert differing(made, bert_tokenizer, texts[at : at + 500]) == []
 
