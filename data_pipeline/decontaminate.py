@@ -29,7 +29,7 @@ from data_pipeline.ingest import first_place
 from data_pipeline.shards import CorpusError, records, save, shard
 
 HITS_SHOWN = 10  # items named for one document; all are counted
-FILTER_BITS = 23  # 8 MB: most n-grams of a document meet a zero there
+FILTER_BITS = 25  # 4 MB: most n-grams of a document meet a zero there
 
 
 def evaluation_file(part: Evaluation) -> Path:
@@ -142,19 +142,48 @@ class Grams:
     """The items' ids."""
     short: int
     """Items of fewer than n letters, or without enough Han in a row: they cannot be found."""
-    seen: np.ndarray
-    """Which values the upper FILTER_BITS of the hashes take, bool."""
 
-    def find(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in a text's letters n-grams of the set stand, and the item of each."""
-        if len(codes) < self.n:
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of a text's hashes are the set's, and the item of each."""
+        if not len(self.hashes):
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        hashes = minhash.gram_hashes(codes, self.n)
-        maybe = np.flatnonzero(self.seen[hashes >> U64(64 - FILTER_BITS)])
-        place = np.searchsorted(self.hashes, hashes[maybe])
+        place = np.searchsorted(self.hashes, hashes)
         place[place == len(self.hashes)] = 0
-        right = self.hashes[place] == hashes[maybe] if len(self.hashes) else place > 0
-        return maybe[right], self.item[place[right]]
+        right = self.hashes[place] == hashes
+        return np.flatnonzero(right), self.item[place[right]]
+
+
+class Filter:
+    """All sets with n-grams of one length: most documents, and most of a document, end here."""
+
+    def __init__(self, sets: list[Grams]) -> None:
+        self.n = sets[0].n
+        every = np.unique(np.concatenate([grams.hashes for grams in sets]))
+        self.bits = np.zeros(1 << (FILTER_BITS - 3), dtype=np.uint8)
+        high = every >> U64(64 - FILTER_BITS)
+        np.bitwise_or.at(
+            self.bits, high >> U64(3), np.left_shift(1, high & U64(7)).astype(np.uint8)
+        )
+
+    def passing(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in a text's letters n-grams stand that may be of a set, and their hashes."""
+        if len(codes) < self.n:
+            return np.empty(0, np.int64), np.empty(0, U64)
+        hashes = minhash.gram_hashes(codes, self.n)
+        places = _marked(hashes, self.bits)
+        return places, hashes[places]
+
+
+@minhash.compiled
+def _marked(hashes, bits):  # type: ignore[no-untyped-def]
+    """Places of the hashes whose bit is set."""
+    out = np.empty(len(hashes), np.int64)
+    n = 0
+    for k in range(len(hashes)):
+        high = hashes[k] >> np.uint64(64 - FILTER_BITS)
+        out[n] = k
+        n += (bits[high >> np.uint64(3)] >> (high & np.uint64(7))) & 1
+    return out[:n].copy()
 
 
 @lru_cache(maxsize=64)
@@ -172,9 +201,7 @@ def grams(part: Evaluation, contents: str = "") -> Grams:
                 owners.append(np.full(len(hashes[-1]), number))
         short += not any(map(len, hashes[before:]))
     every, first = np.unique(np.concatenate(hashes), return_index=True)
-    seen = np.zeros(1 << FILTER_BITS, dtype=bool)
-    seen[every >> U64(64 - FILTER_BITS)] = True
-    return Grams(n, every, np.concatenate(owners)[first], names, short, seen)
+    return Grams(n, every, np.concatenate(owners)[first], names, short)
 
 
 def _has_han(codes: np.ndarray, n: int) -> np.ndarray:
@@ -205,48 +232,50 @@ class FindContaminated(Block):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing; write NAME/ (numbers of documents) and hits/."""
         first, done = sum(self.sizes[:rank]), 0
-        indexes = [
-            (part, grams(part, contents))
-            for part, contents in zip(self.sets, self.contents, strict=True)
-        ]
+        indexes = list(map(grams, self.sets, self.contents))
+        lengths = sorted({index.n for index in indexes})
+        filters = [Filter([index for index in indexes if index.n == n]) for n in lengths]
         found: dict[str, list[int]] = {part.name: [] for part in self.sets}
         with shard(self.folder / "data" / "hits" / f"{rank:05d}.jsonl.zst") as add:
             for row, record in enumerate(records(self.cleaned / f"{rank:05d}.jsonl.zst")):
                 codes = minhash.letters(record["text"])
-                for part, index in indexes:
-                    places, owners = index.find(codes)
-                    if len(places):
-                        found[part.name].append(first + row)
-                        add(_hit(part, index, record["id"], codes, places, owners))
-                        self.counts[f"hit_documents/{part.name}"] += 1
+                for name, hit in self._hits(codes, filters, indexes):
+                    found[name].append(first + row)
+                    add({"set": name, "document": record["id"], **hit})
+                    self.counts[f"hit_documents/{name}"] += 1
                 done += len(record["text"].encode())
                 self.tick(done, rank)
         for name, numbers in found.items():
             path = self.folder / "data" / "numbers" / name / f"{rank:05d}.npy"
             save(path, np.array(numbers, dtype=U64))
         if rank == 0:
-            for part, index in indexes:
+            for part, index in zip(self.sets, indexes, strict=True):
                 self.counts[f"items/{part.name}"] += len(index.names)
                 self.counts[f"short_items/{part.name}"] += index.short
         self.counts["worked_bytes"] += done
         self.tick(done, rank, final=True)
         yield from ()
 
+    def _hits(
+        self, codes: np.ndarray, filters: list[Filter], indexes: list[Grams]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What a document shares with each set."""
+        for lens in filters:
+            places, hashes = lens.passing(codes)
+            if not len(places):
+                continue
+            for part, index in zip(self.sets, indexes, strict=True):
+                if index.n == lens.n:
+                    right, owners = index.find(hashes)
+                    if len(right):
+                        yield part.name, _hit(index, codes, places[right], owners)
 
-def _hit(
-    part: Evaluation,
-    index: Grams,
-    document: str,
-    codes: np.ndarray,
-    places: np.ndarray,
-    owners: np.ndarray,
-) -> dict[str, Any]:
-    """What a document shares with an evaluation set."""
+
+def _hit(index: Grams, codes: np.ndarray, places: np.ndarray, owners: np.ndarray) -> dict[str, Any]:
+    """What a document shares with one set."""
     distinct = dict.fromkeys(owners.tolist())
     shared = codes[places[0] : places[0] + index.n].astype("<u4").tobytes().decode("utf-32-le")
     return {
-        "set": part.name,
-        "document": document,
         "items": [index.names[number] for number in list(distinct)[:HITS_SHOWN]],
         "items_hit": len(distinct),
         "n_grams_hit": len(places),

@@ -120,9 +120,10 @@ class Sign(Block):
             done += len(record["text"].encode())
             self.tick(done, rank)
         table = np.empty((rules.bands, len(keys)), dtype=KEY)
-        table["key"] = np.array(keys, dtype=U64).reshape(-1, rules.bands).T
-        table["row"] = rows
-        table.sort(axis=1, order=("key", "row"))
+        by_band = np.array(keys, dtype=U64).reshape(-1, rules.bands).T
+        order = np.argsort(by_band, axis=1, kind="stable")  # equal keys stay in order of rows
+        table["key"] = np.take_along_axis(by_band, order, axis=1)
+        table["row"] = np.array(rows, dtype=np.uint32)[order]
         save(self.folder / "data" / "bands" / f"{rank:05d}.npy", table)
         self.counts["worked_bytes"] += done
         self.tick(done, rank, final=True)
