@@ -15,9 +15,10 @@
        +--> train --sample--> tokenizer/                                       tokenizer.py
                |                 |
                +------ encode ---+   every shard on its own                    encode.py
+                         +--gaps--> sentences and pseudo-summaries, if asked   gaps.py
                          |
                          v
-    OUT/ manifest.json  tokenizer/  train.bin .idx  valid.bin .idx             index.py
+    OUT/ manifest.json  tokenizer/  train.bin .idx  valid.bin .idx  (.gaps)    index.py
          documents/  rejects/  stages/
 
 Each arrow is a stage on datatrove's executor (blocks.py) in a folder that is named by everything it
@@ -41,7 +42,17 @@ import orjson
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, dedup, encode, index, ingest, near, report, tokenizer
+from data_pipeline import (
+    decontaminate,
+    dedup,
+    encode,
+    index,
+    ingest,
+    near,
+    report,
+    sidefile,
+    tokenizer,
+)
 from data_pipeline.blocks import (
     SPLITS,
     Block,
@@ -55,6 +66,7 @@ from data_pipeline.blocks import (
 )
 from data_pipeline.dedup import Divide, FindDuplicates
 from data_pipeline.encode import Encode, MakeTokenizer
+from data_pipeline.gaps import FindGaps
 from data_pipeline.progress import Progress
 from data_pipeline.shards import CorpusError, aside, open_table, sweep
 
@@ -66,12 +78,15 @@ CODE = (
     "decontaminate",
     "dedup",
     "encode",
+    "gaps",
     "index",
     "ingest",
     "minhash",
     "near",
+    "pseudo_summary",
     "segment",
     "shards",
+    "sidefile",
     "tokenizer",
 )
 
@@ -149,8 +164,11 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
 
     # One index a split, a manifest over all: the corpus.
     stages = [cleaned, found, divided, made, encoded]
+    if config.encode.pseudo_summary:
+        beside = FindGaps(documents, encoded.data, made.data / "tokenizer")
+        stages.append(stage("gaps", [beside], len(tasks), [divided.key, encoded.key], size))
     manifest = publish(config, out, stages, losses)
-    remember(out, asked, [*stages[:-1], *losses.stages])
+    remember(out, asked, [*stages[:4], *losses.stages])
     say.line(report.flow(manifest))
     stages[2:2] = losses.stages
     say.line(report.speed({stage.name: stage.counts for stage in stages}))
@@ -299,12 +317,16 @@ def publish(
     config: CorpusConfig, out: Path, stages: Sequence[Stage], losses: Losses
 ) -> dict[str, Any]:
     """Put the results in their places; the manifest goes first and comes last."""
-    cleaned, _, divided, made, encoded = stages
+    cleaned, _, divided, made, encoded, *gaps = stages
     (out / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
         index.merge(
             [encoded.data / f"{split}-{rank:05d}" for rank in range(encoded.tasks)], out / split
         )
+        sidefile.path_of(out / split, sidefile.SUFFIX).unlink(missing_ok=True)
+        for found in gaps:
+            shards = [found.data / f"{split}-{rank:05d}" for rank in range(found.tasks)]
+            sidefile.merge(shards, out / split)
     replace_folder([made.data / "tokenizer"], out / "tokenizer")
     replace_folder([divided.data / "documents"], out / "documents")
     replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
@@ -324,9 +346,9 @@ def publish(
 def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
     """The manifest: what the corpus is, and fingerprints of its contents. It holds no date and no
     path, so that the same text and config give the same bytes anywhere."""
-    cleaned, _, divided, _, encoded = (stage.counts for stage in stages)
+    cleaned, _, divided, _, encoded, *gaps = (stage.counts for stage in stages)
     words = tokenizer.load(out / "tokenizer")
-    splits = {
+    splits: dict[str, dict[str, Any]] = {
         split: {
             "documents": divided[f"{split}_documents"],
             "tokens": encoded[f"{split}_tokens"],
@@ -337,6 +359,13 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
         for split in SPLITS
     }
     contents = [words.fingerprint, *(split["fingerprint"] for split in splits.values())]
+    for counts in gaps:
+        for split, known in splits.items():
+            known["gaps"] = {
+                name: counts[f"{split}_{name}"]
+                for name in ("units", "sentences", "gap_sentences", "no_borders")
+            } | {"fingerprint": sidefile.fingerprint(out / split)}
+            contents.append(known["gaps"]["fingerprint"])
     refused = cleaned + divided
     lost = rejects(refused, "rejected_characters")
     return {
@@ -409,6 +438,7 @@ def sizes_of(out: Path) -> dict[str, int]:
         out / "manifest.json",
         *out.glob("*.bin"),
         *out.glob("*.idx"),
+        *out.glob("*.gaps"),
         *out.glob("tokenizer/*"),
     ]
     return {
