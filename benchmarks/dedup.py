@@ -5,7 +5,7 @@
 MB (10^6 bytes of UTF-8) a second of processor time of one process; every row signs the first
 documents of the file, cleaned, as many as its MB hold. Ours: character 5-grams, 18 x 6 hash
 functions, and the same with the 14 x 8 that the peers compute. datatrove's Chinese path
-(`cmn_Hani`) cuts words with spaCy and jieba; a row whose library is not installed says so.
+(`cmn_Hani`) cuts words with spaCy and jieba, and builds its dictionary once, uncounted; a row whose library is not installed says so.
 """
 
 import argparse
@@ -49,8 +49,11 @@ def ours(bands: int, rows: int) -> Callable[[str], object]:
 def datatrove(language: str) -> Callable[[str], object]:
     """datatrove's signature of words; its files are not written here."""
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.utils.hashing import HashConfig
 
-    rules = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
+    # sha1: datatrove 0.10.1 hands strings to xxhash, which xxhash 4 refuses.
+    hashing = HashConfig(hash_fc="sha1")
+    rules = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8, hash_config=hashing)
     step = MinhashDedupSignature(tempfile.mkdtemp(), config=rules, language=language)
 
     def sign(text: str) -> object:
