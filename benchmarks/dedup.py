@@ -5,7 +5,8 @@
 MB (10^6 bytes of UTF-8) a second of processor time of one process; every row signs the first
 documents of the file, cleaned, as many as its MB hold. Ours: character 5-grams, 18 x 6 hash
 functions, and the same with the 14 x 8 that the peers compute. datatrove's Chinese path
-(`cmn_Hani`) cuts words with spaCy and jieba, and builds its dictionary once, uncounted; a row whose library is not installed says so.
+(`cmn_Hani`) cuts words with spaCy and jieba, whose dictionary is loaded before the clock starts;
+a row whose library is not installed says so.
 """
 
 import argparse
