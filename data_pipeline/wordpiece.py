@@ -337,6 +337,9 @@ def _look_up_words(codes_C, border_C, slot_S, tokens_C, start_T, end_T):  # type
         if not border_C[c]:
             continue
         end = c + 1
+        if end - first == 1 and (codes_C[first] == 0x20 or codes_C[first] == 0x0A):
+            first = end  # a blank gives no token; most words that are in no vocabulary are blanks
+            continue
         found = _UNREAD
         if codes_C[first] == 0:
             found = -1
@@ -354,7 +357,7 @@ def _look_up_words(codes_C, border_C, slot_S, tokens_C, start_T, end_T):  # type
         id_U[unit], start_U[unit], end_U[unit] = found, first, end
         unit += 1
         first = end
-    return id_U, start_U, end_U
+    return id_U[:unit], start_U[:unit], end_U[:unit]
 
 
 def _basic(text: str, word: bool) -> Iterator[str]:
