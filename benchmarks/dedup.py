@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from configs.corpus import Near, Source
+from configs.dedup import Near
+from configs.sources import Source
 from data_pipeline import ingest, minhash, report
 from data_pipeline.clean import normalise
 

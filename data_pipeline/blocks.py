@@ -37,8 +37,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats, Stats
 
-from configs.corpus import Cleaning, Source
+from configs.cleaning import Cleaning
 from configs.load import to_dict
+from configs.sources import Source
 from data_pipeline import clean, ingest
 from data_pipeline.shards import PASSING_LEVEL, CorpusError, Record, aside, save_table, shard
 

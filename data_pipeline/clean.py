@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from configs.corpus import Cleaning
+from configs.cleaning import Cleaning
 
 # Kinds of characters. Up to DIGIT they make words; from WIDE on normalisation has work to do.
 HAN, LETTER, DIGIT, PUNCTUATION, SYMBOL, BLANK, WIDE, RETURN, LOST, PRIVATE, CONTROL, INVISIBLE = (

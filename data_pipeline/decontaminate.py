@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from configs.corpus import CorpusConfig, Evaluation
+from configs.corpus import CorpusConfig
+from configs.dedup import Evaluation
 from data_pipeline import minhash
 from data_pipeline.blocks import Block, Documents
 from data_pipeline.clean import HAN, folded

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from configs.corpus import Tokenizing
+from configs.encoding import Tokenizing
 from data_pipeline import tokenizer, vocabulary, wordpiece
 from data_pipeline.blocks import SPLITS, Block, Documents
 from data_pipeline.index import IndexWriter

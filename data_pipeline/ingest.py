@@ -26,7 +26,8 @@ import orjson
 import xxhash
 import zstandard
 
-from configs.corpus import Data, Source
+from configs.corpus import Data
+from configs.sources import Source
 from data_pipeline.shards import CorpusError
 
 BLOCK_BYTES = 1 << 20

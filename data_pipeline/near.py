@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from configs.corpus import Near
+from configs.dedup import Near
 from data_pipeline import minhash
 from data_pipeline.blocks import Block, Documents, Stage
 from data_pipeline.dedup import U64, buckets, key_range, rows_within

@@ -16,7 +16,7 @@ import configs
 
 PAGES = {
     "run": ("RunConfig", ("model", "run")),
-    "corpus": ("CorpusConfig", ("corpus",)),
+    "corpus": ("CorpusConfig", ("corpus", "sources", "cleaning", "dedup", "encoding")),
     "sizes": ("ModelConfig", ("model",)),
 }
 """The kinds of pages: the class that is the whole page, the modules that it is made of."""

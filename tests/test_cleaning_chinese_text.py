@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from configs.corpus import Cleaning
+from configs.cleaning import Cleaning
 from data_pipeline import clean
 from data_pipeline.clean import FILTERS, digest, folded, judge, normalise
 

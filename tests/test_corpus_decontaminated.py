@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.corpus import Evaluation
+from configs.dedup import Evaluation
 from configs.load import ConfigError
 from data_pipeline import build, decontaminate, minhash
 from data_pipeline.clean import HAN, normalise

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.corpus import CorpusConfig, Near
+from configs.corpus import CorpusConfig
+from configs.dedup import Near
 from configs.load import ConfigError, from_dict
 from data_pipeline import build, minhash, near
 from data_pipeline.clean import normalise

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from configs.corpus import Data, Source
+from configs.corpus import Data
+from configs.sources import Source
 from data_pipeline import ingest
 from data_pipeline.ingest import Document, Meter
 
@@ -217,7 +218,7 @@ def test_a_saved_dataset(saved: Path) -> None:
 
 def test_a_dataset_brings_no_torch(saved: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from configs.corpus import Source; "
+        "import sys; from pathlib import Path; from configs.sources import Source; "
         "from data_pipeline import ingest; from configs.corpus import Data; "
         f"source = Source('datasets', {str(saved)!r}, 's'); "
         "tasks, _ = ingest.plan(Data(out='', sources=(source,))); "

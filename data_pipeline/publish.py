@@ -1,0 +1,163 @@
+"""The corpus folder: results put in their places under a manifest.
+
+    stages of a build --merge, link--> train.*  valid.*  tokenizer/  documents/  rejects/
+                                       manifest.json (first away, last back)
+
+The manifest holds no date and no path: the same text and config give the same bytes anywhere.
+"""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from configs.corpus import CorpusConfig
+from data_pipeline import decontaminate, index, near, sidefile, tokenizer
+from data_pipeline.blocks import SPLITS, Stage
+from data_pipeline.losses import Losses
+from data_pipeline.shards import aside
+
+FORMAT = "bajie-corpus-1"
+
+
+def publish(
+    config: CorpusConfig, out: Path, stages: Sequence[Stage], losses: Losses
+) -> dict[str, Any]:
+    """Put the results in their places; the manifest goes first and comes last."""
+    cleaned, _, divided, made, encoded, *gaps = stages
+    (out / "manifest.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        index.merge(
+            [encoded.data / f"{split}-{rank:05d}" for rank in range(encoded.tasks)], out / split
+        )
+        sidefile.path_of(out / split, sidefile.SUFFIX).unlink(missing_ok=True)
+        for found in gaps:
+            shards = [found.data / f"{split}-{rank:05d}" for rank in range(found.tasks)]
+            sidefile.merge(shards, out / split)
+    replace_folder([made.data / "tokenizer"], out / "tokenizer")
+    replace_folder([divided.data / "documents"], out / "documents")
+    replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
+    shutil.rmtree(out / "contamination", ignore_errors=True)
+    manifest = describe(config, out, stages)
+    for stage in losses.stages:
+        if stage.name == "contaminated":
+            replace_folder([stage.data / "hits"], out / "contamination")
+            manifest["contamination"] = decontaminate.said(config.decontaminate, stage.counts)
+        if stage.name == "clusters":
+            manifest["near"] = near.said(losses.counts())
+    with aside(out / "manifest.json") as file:
+        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    return manifest
+
+
+def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The manifest: what the corpus is, and fingerprints of its contents. It holds no date and no
+    path, so that the same text and config give the same bytes anywhere."""
+    cleaned, _, divided, _, encoded, *gaps = (stage.counts for stage in stages)
+    words = tokenizer.load(out / "tokenizer")
+    splits: dict[str, dict[str, Any]] = {
+        split: {
+            "documents": divided[f"{split}_documents"],
+            "tokens": encoded[f"{split}_tokens"],
+            "characters": divided[f"{split}_characters"],
+            "bytes": divided[f"{split}_bytes"],
+            "fingerprint": index.fingerprint(out / split),
+        }
+        for split in SPLITS
+    }
+    contents = [words.fingerprint, *(split["fingerprint"] for split in splits.values())]
+    for counts in gaps:
+        for split, known in splits.items():
+            known["gaps"] = {
+                name: counts[f"{split}_{name}"]
+                for name in ("units", "sentences", "gap_sentences", "no_borders")
+            } | {"fingerprint": sidefile.fingerprint(out / split)}
+            contents.append(known["gaps"]["fingerprint"])
+    refused = cleaned + divided
+    lost = rejects(refused, "rejected_characters")
+    return {
+        "format": FORMAT,
+        "fingerprint": f"xxh3-128:{xxhash.xxh3_128_hexdigest(orjson.dumps(contents))}",
+        "tokenizer": {
+            "kind": words.kind,
+            "fingerprint": words.fingerprint,
+            "vocab_size": words.vocab_size,
+            "eod_id": words.eod_id,
+        },
+        "splits": splits,
+        "sources": [
+            {"name": s.name, "kind": s.kind, "documents": cleaned[f"read/{s.name}"]}
+            for s in config.data.sources
+        ],
+        "read": {name: cleaned[f"read_{name}"] for name in ("documents", "characters", "bytes")},
+        "rejects": {
+            reason: {"documents": n, "characters": lost[reason]}
+            for reason, n in rejects(refused).items()
+        },
+        "changed": rejects(cleaned, "changed"),
+    }
+
+
+def replace_folder(sources: Sequence[Path], target: Path) -> None:
+    """Make `target` hold what the sources hold: by hard links, or copies where there are none."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for source in sources:
+        if source.exists():
+            shutil.copytree(source, partial, copy_function=_link, dirs_exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def finished(out: Path, asked: str) -> dict[str, Any] | None:
+    """The manifest, if the folder holds what is asked for, whole."""
+    try:
+        built = orjson.loads((out / "stages" / "built.json").read_bytes())
+        manifest = orjson.loads((out / "manifest.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return None
+    whole = built == {"asked": asked, "sizes": sizes_of(out)}
+    return manifest if whole else None
+
+
+def remember(out: Path, asked: str, kept: Sequence[Stage]) -> None:
+    """Note that this corpus is complete, then drop the folders that nothing needs: stages of older
+    configs, and the shards that were merged into the index."""
+    with aside(out / "stages" / "built.json") as file:
+        file.write(orjson.dumps({"asked": asked, "sizes": sizes_of(out)}))
+    names = {stage.folder.name for stage in kept}
+    for folder in (out / "stages").iterdir():
+        if folder.is_dir() and folder.name not in names:
+            shutil.rmtree(folder)
+
+
+def sizes_of(out: Path) -> dict[str, int]:
+    """Bytes of the files that make the corpus."""
+    files = [
+        out / "manifest.json",
+        *out.glob("*.bin"),
+        *out.glob("*.idx"),
+        *out.glob("*.gaps"),
+        *out.glob("tokenizer/*"),
+    ]
+    return {
+        str(file.relative_to(out)): file.stat().st_size for file in sorted(files) if file.exists()
+    }
+
+
+def rejects(counts: "Counter[str]", what: str = "rejected") -> dict[str, int]:
+    """Counts by reason, or by another family of keys such as changed/."""
+    return {key.partition("/")[2]: n for key, n in counts.items() if key.startswith(f"{what}/")}
