@@ -37,13 +37,12 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats, Stats
 
-from configs.cleaning import Cleaning
 from configs.load import to_dict
-from configs.sources import Source
-from data_pipeline import clean, ingest
-from data_pipeline.shards import PASSING_LEVEL, CorpusError, Record, aside, save_table, shard
+from data_pipeline.shards import CorpusError, aside
 
 logger.remove()  # datatrove's own sink on stderr; each task logs to its stage's folder
+
+__all__ = ["Document"]  # datatrove's own
 
 Documents = Iterator[Document]
 SPLITS = ("train", "valid")
@@ -111,7 +110,7 @@ class Executor(LocalPipelineExecutor):  # type: ignore[misc]
                 _task(rank, self)
             return
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_pipeline.blocks"])
+        context.set_forkserver_preload(["data_pipeline.intake"])
         pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(self,))
         try:
             futures = [pool.submit(_task, rank) for rank in ranks]
@@ -250,120 +249,3 @@ def _peak_rss_mb() -> float:
         pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-# ---- blocks: read -> clean -> store
-
-
-class Read(Block):
-    """The documents of a task's parts of the sources."""
-
-    name = "read"
-    modules: ClassVar = ("ingest",)
-
-    def __init__(self, sources: tuple[Source, ...], tasks: list[tuple[ingest.Part, ...]]) -> None:
-        super().__init__(sources=sources, tasks=[[_where(part) for part in t] for t in tasks])
-        self.sources, self.tasks = sources, tasks
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield documents."""
-        done = 0.0
-        for part in self.tasks[rank]:
-            source, meter = self.sources[part.source], ingest.Meter()
-            for document in ingest.read(source, part, meter):
-                self.counts[f"read/{source.name}"] += 1
-                self.counts["read_documents"] += 1
-                self.counts["read_characters"] += len(document.text)
-                size = len(document.text.encode())
-                self.counts["read_bytes"] += size
-                self.counts["worked_bytes"] += size
-                self.tick(done + meter.share * part.weight, rank)
-                yield Document(document.text, document.id, metadata=document.fields)
-            done += part.weight
-        self.tick(done, rank, final=True)
-
-
-def _where(part: ingest.Part) -> list[Any]:
-    """A part without its folder: a corpus moved elsewhere is the same corpus."""
-    return [part.source, Path(part.path).name, part.number, part.of]
-
-
-class Clean(Block):
-    """Normalised documents that pass the filters; the others go to rejects/REASON/."""
-
-    name = "clean"
-    modules: ClassVar = ("clean",)
-
-    def __init__(self, rules: Cleaning) -> None:
-        super().__init__(rules=rules)
-        self.rules = rules
-
-    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield what is kept."""
-        with Rejects(self.folder / "data" / "rejects", rank) as rejects:
-            for document in data:
-                if len(document.text) > 2 * self.rules.max_characters:
-                    # Normalising takes 15 times a text's bytes: no worker should die of a dump.
-                    self._refuse("too_long", document, rejects)
-                    continue
-                page = clean.normalise(document.text)
-                for what, number in page.changed.items():
-                    self.counts[f"changed/{what}"] += number
-                verdict = clean.judge(page, self.rules)
-                if isinstance(verdict, tuple):
-                    self._refuse(verdict[1], document, rejects)
-                else:
-                    document.text = page.text
-                    document.metadata["digest"] = clean.digest(page)
-                    yield document
-
-    def _refuse(self, reason: str, document: Document, rejects: "Rejects") -> None:
-        self.counts[f"rejected/{reason}"] += 1
-        self.counts[f"rejected_characters/{reason}"] += len(document.text)
-        rejects.add(reason, _record(document))
-
-
-class Store(Block):
-    """Documents into the task's shard, their hashes into its table."""
-
-    name = "store"
-
-    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing: this is where the documents end."""
-        digests = []
-        path = self.folder / "data" / "documents" / f"{rank:05d}.jsonl.zst"
-        with shard(path, PASSING_LEVEL) as add:
-            for document in data:
-                digests.append(document.metadata.pop("digest"))
-                self.counts["documents"] += 1
-                self.counts["characters"] += len(document.text)
-                self.counts["bytes"] += len(document.text.encode())
-                add(_record(document))
-        save_table(self.folder / "data" / "hashes" / f"{rank:05d}.npy", digests)
-        yield from ()
-
-
-def _record(document: Document) -> Record:
-    return {"id": document.id, **document.metadata, "text": document.text}
-
-
-class Rejects:
-    """rejects/REASON/TASK.jsonl.zst, each opened when it is first needed."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
-        self.shards: dict[str, Callable[[Record], None]] = {}
-
-    def __enter__(self) -> "Rejects":
-        self.stack = contextlib.ExitStack().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.stack.__exit__(*error)
-
-    def add(self, reason: str, record: Record) -> None:
-        """Put a document aside."""
-        if reason not in self.shards:
-            path = self.folder / reason / f"{self.rank:05d}.jsonl.zst"
-            self.shards[reason] = self.stack.enter_context(shard(path))
-        self.shards[reason](record)

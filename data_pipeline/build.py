@@ -45,10 +45,7 @@ from data_pipeline import decontaminate, dedup, encode, ingest, report
 from data_pipeline.blocks import (
     SPLITS,
     Block,
-    Clean,
-    Read,
     Stage,
-    Store,
     code_of,
     fingerprint_of,
     run,
@@ -56,6 +53,7 @@ from data_pipeline.blocks import (
 from data_pipeline.dedup import Divide, FindDuplicates
 from data_pipeline.encode import Encode, MakeTokenizer
 from data_pipeline.gaps import FindGaps
+from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
 from data_pipeline.progress import Progress
 from data_pipeline.publish import FORMAT, finished, publish, rejects, remember

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipeline.blocks import Block, Documents, Rejects
+from data_pipeline.blocks import Block, Documents
+from data_pipeline.intake import Rejects
 from data_pipeline.shards import open_table, records, save, shard
 
 DOCUMENTS_PER_BUCKET = 4_000_000  # about 0.4 GB while it is sorted
@@ -166,7 +167,7 @@ class Divide(Block):
     to rejects/REASON/."""
 
     name = "divide"
-    modules: ClassVar = ("dedup",)
+    modules: ClassVar = ("dedup", "intake")
 
     def __init__(
         self,
