@@ -16,10 +16,11 @@
                |                 |
                +------ encode ---+   every shard on its own                    encode.py
                          +--gaps--> sentences and pseudo-summaries, if asked   gaps.py
+                         +--tally--> lengths, sources, tokens in use           tally.py
                          |
                          v
     OUT/ manifest.json  tokenizer/  train.bin .idx  valid.bin .idx  (.gaps)    publish.py
-         documents/  rejects/  stages/
+         documents/  rejects/  stages/  report.html                            report.py
 
 Each arrow is a stage on datatrove's executor (blocks.py) in a folder that is named by everything it
 depends on. A build that was killed goes on where it stood and makes the same bytes; a build that is
@@ -57,7 +58,8 @@ from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
 from data_pipeline.progress import Progress
 from data_pipeline.publish import FORMAT, finished, publish, rejects, remember
-from data_pipeline.shards import CorpusError, open_table, sweep
+from data_pipeline.shards import CorpusError, aside, open_table, sweep
+from data_pipeline.tally import Tally, together
 
 CODE = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
 
@@ -138,7 +140,13 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
     if config.encode.pseudo_summary:
         beside = FindGaps(documents, encoded.data, made.data / "tokenizer")
         stages.append(stage("gaps", [beside], len(tasks), [divided.key, encoded.key], size))
+    count: list[Block] = [Tally(documents, encoded.data, made.data / "tokenizer")]
+    tallied = stage("tally", count, len(tasks), [divided.key, encoded.key], size)
     manifest = publish(config, out, stages, losses)
+    counted = together(tallied.data, len(tasks))
+    scores = sorted((cleaned.data / "scores").glob("*.npy"))
+    with aside(out / "report.html") as file:
+        file.write(report.html(report.Facts(manifest, counted, out, scores)).encode())
     remember(out, asked, [*stages[:4], *losses.stages])
     say.line(report.flow(manifest))
     stages[2:2] = losses.stages
