@@ -18,10 +18,11 @@ import numpy as np
 
 from configs.encoding import Tokenizing
 from data_pipeline import tokenizer, vocabulary, wordpiece
+from data_pipeline.aside import sync_folder
 from data_pipeline.blocks import SPLITS, Block, Documents
 from data_pipeline.index import IndexWriter
 from data_pipeline.ingest import first_place
-from data_pipeline.shards import CorpusError, records, sync_folder
+from data_pipeline.shards import CorpusError, records
 
 BATCH_CHARACTERS = 500_000
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web

@@ -109,7 +109,7 @@ class FindGaps(Block):
     """
 
     name = "gaps"
-    modules: ClassVar = ("gaps", "pseudo_summary", "sidefile")
+    modules: ClassVar = ("gaps", "pseudo_summary", "sidefile", "tablefile")
 
     def __init__(self, documents: Path, encoded: Path, tokenizer: Path) -> None:
         super().__init__()

@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data_pipeline.aside import partial_of, settle
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, borders of documents
@@ -331,7 +333,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _aside(prefix: Path, suffix: str) -> Path:
-    return path_of(prefix, suffix + ".partial")
+    return partial_of(path_of(prefix, suffix))
 
 
 def _file_blocks(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -371,15 +373,6 @@ def _publish(
         for blocks, kind in tables:
             for block in blocks():
                 file.write(np.ascontiguousarray(block, kind).data)
-    for suffix in (".bin", ".idx"):
-        with _aside(prefix, suffix).open("rb") as whole:
-            os.fsync(whole.fileno())
+    whole = [path_of(prefix, suffix) for suffix in (".bin", ".idx")]
     # An old .idx beside a new .bin would be a lie, if only for a moment: without .idx, no index.
-    path_of(prefix, ".idx").unlink(missing_ok=True)
-    for suffix in (".bin", ".idx"):
-        _aside(prefix, suffix).replace(path_of(prefix, suffix))
-    folder = os.open(prefix.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    settle(whole, gone=whole[1:])

@@ -35,10 +35,10 @@ def publish(
         index.merge(
             [encoded.data / f"{split}-{rank:05d}" for rank in range(encoded.tasks)], out / split
         )
-        sidefile.path_of(out / split, sidefile.SUFFIX).unlink(missing_ok=True)
+        sidefile.GAPS.path(out / split).unlink(missing_ok=True)
         for found in gaps:
             shards = [found.data / f"{split}-{rank:05d}" for rank in range(found.tasks)]
-            sidefile.merge(shards, out / split)
+            sidefile.GAPS.merge(shards, out / split)
     replace_folder([made.data / "tokenizer"], out / "tokenizer")
     replace_folder([divided.data / "documents"], out / "documents")
     replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
@@ -76,7 +76,7 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
             known["gaps"] = {
                 name: counts[f"{split}_{name}"]
                 for name in ("units", "sentences", "gap_sentences", "no_borders")
-            } | {"fingerprint": sidefile.fingerprint(out / split)}
+            } | {"fingerprint": sidefile.GAPS.fingerprint(out / split)}
             contents.append(known["gaps"]["fingerprint"])
     refused = cleaned + divided
     lost = rejects(refused, "rejected_characters")
@@ -148,6 +148,7 @@ def sizes_of(out: Path) -> dict[str, int]:
     """Bytes of the files that make the corpus."""
     files = [
         out / "manifest.json",
+        out / "report.html",
         *out.glob("*.bin"),
         *out.glob("*.idx"),
         *out.glob("*.gaps"),

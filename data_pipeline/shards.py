@@ -7,16 +7,17 @@ Whatever a build writes is written aside and renamed when it is whole (`aside`),
 killed at any moment leaves whole files and rubbish that is recognised by its name.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
 import zstandard
+
+from data_pipeline.aside import aside as aside
 
 Record = dict[str, Any]
 
@@ -29,32 +30,6 @@ ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u4")])
 
 class CorpusError(ValueError):
     """A corpus cannot be built as asked; one sentence that names the file or the key to change."""
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sweep(folder: Path) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import pseudo_summary, sidefile, tokenizer
+from data_pipeline import pseudo_summary, tokenizer
 from data_pipeline.gaps import gap_units
 from data_pipeline.index import IndexFault
 from data_pipeline.pseudo_summary import pick
-from data_pipeline.sidefile import Gaps, GapUnit, GapWriter, fingerprint, merge
+from data_pipeline.sidefile import GAPS, Gaps, GapUnit, GapWriter
 
 SAMPLE = Path(pseudo_summary.__file__).parent / "sample" / "sample.jsonl"
 
@@ -109,10 +109,10 @@ def test_written_read_and_merged(tmp_path: Path) -> None:
         with GapWriter(tmp_path / f"part-{part}") as shard:
             for units in documents[start:stop]:
                 shard.add_document(units)
-    merge([tmp_path / f"part-{part}" for part in range(4)], tmp_path / "merged")
+    GAPS.merge([tmp_path / f"part-{part}" for part in range(4)], tmp_path / "merged")
     assert (tmp_path / "merged.gaps").read_bytes() == (tmp_path / "whole.gaps").read_bytes()
-    assert fingerprint(tmp_path / "merged") == fingerprint(tmp_path / "whole")
-    assert fingerprint(tmp_path / "part-3") != fingerprint(tmp_path / "whole")
+    assert GAPS.fingerprint(tmp_path / "merged") == GAPS.fingerprint(tmp_path / "whole")
+    assert GAPS.fingerprint(tmp_path / "part-3") != GAPS.fingerprint(tmp_path / "whole")
     gaps = pickle.loads(pickle.dumps(Gaps(tmp_path / "merged")))
     assert (gaps.documents, gaps.units) == (200, sum(map(len, documents)))
     assert all(same(gaps.document(i), units) for i, units in enumerate(documents))
@@ -140,7 +140,7 @@ def test_damage_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(IndexFault, match="no such file of sentences"):
         Gaps(tmp_path / "y")
     with pytest.raises(IndexFault, match="no file to merge"):
-        merge([], tmp_path / "z")
+        GAPS.merge([], tmp_path / "z")
     gaps = Gaps(tmp_path / "x")
     with pytest.raises(IndexFault, match="document 5 was asked for, it has 5"):
         gaps.document(5)
@@ -156,4 +156,4 @@ def test_damage_is_a_sentence(tmp_path: Path) -> None:
         path.write_bytes(bad)
         with pytest.raises(IndexFault, match=what):
             Gaps(tmp_path / "x")
-        assert sidefile.path_of(tmp_path / "x", sidefile.SUFFIX) == path
+        assert GAPS.path(tmp_path / "x") == path
