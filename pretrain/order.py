@@ -16,7 +16,7 @@
     (dataset d, row): every epoch hands out every row once
 
 World size, micro-batch, workers, the length of the training and restarts appear nowhere, so they
-change nothing. No index file is built; nothing can go stale. numpy only.
+change nothing. No index file is built; nothing can go stale. The arithmetic is permutation.py's.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Ints = NDArray[np.int64]
-Keys = NDArray[np.uint64]
+from pretrain.permutation import Ints, Keys, blend, deal, keyed, rows_of, shape_of
+
 Range = tuple[int, int]
 
 BLOCK_BITS = 12
@@ -37,71 +37,15 @@ UNITS = BLOCK * BLOCK
 """Weights are whole numbers of 1 / UNITS; the smallest positive weight is one of them."""
 _STRIDE = 2531
 """Odd and near BLOCK / golden ratio: turns that spread a dataset's spare samples evenly."""
-_ROUNDS = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_BLEND = np.uint64(0x426C656E64)
+_BLEND = 0x426C656E64
+_BLOCK_SHAPE = shape_of(BLOCK)
 _PATTERNS_KEPT = 4
-_BLOCKS_AT_ONCE = 256
-
-
-def mix(x: Keys) -> Keys:
-    """Scramble 64-bit words (the finaliser of splitmix64, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def keyed(*parts: int | Keys) -> Keys:
-    """One 64-bit key out of several whole numbers or arrays of them, elementwise."""
-    key = np.zeros(1, np.uint64)
-    for part in parts:
-        word = part & 0xFFFFFFFFFFFFFFFF if isinstance(part, int) else part
-        key = mix((key + _GOLDEN) ^ mix(np.atleast_1d(np.asarray(word, np.uint64)) + _GOLDEN))
-    return key
+_BLOCKS_LOOKED_THROUGH = 8
 
 
 def dataset_key(name: str) -> int:
     """A dataset's own 64-bit number, out of its name or fingerprint: the same in every stage."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def permute(x: Ints, size: int, key: Keys) -> Ints:
-    """Image of x under a keyed permutation of [0, size); x and key of one shape (or broadcast).
-
-    An unbalanced Feistel network on ceil(log2(size)) bits; images outside [0, size) walk on along
-    their cycle until they fall inside (Black and Rogaway 2002), fewer than two steps on average.
-    """
-    bits = (size - 1).bit_length()
-    if bits == 0:
-        return np.zeros_like(x)
-    out = x.astype(np.uint64)
-    key = np.broadcast_to(key, out.shape)
-    out = _feistel(out, bits, key)
-    outside = np.flatnonzero(out >= size)
-    while outside.size:
-        walked = _feistel(out[outside], bits, key[outside])
-        out[outside] = walked
-        outside = outside[walked >= size]
-    return out.astype(np.int64)
-
-
-def _feistel(x: Keys, bits: int, key: Keys) -> Keys:
-    low = np.uint64(bits // 2)
-    high_mask, low_mask = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << bits // 2) - 1)
-    high_x, low_x = x >> low, x & low_mask
-    for r in range(_ROUNDS):
-        key = key + _GOLDEN
-        if r % 2:
-            low_x = low_x ^ (_round(high_x, key) & low_mask)
-        else:
-            high_x = high_x ^ (_round(low_x, key) & high_mask)
-    return (high_x << low) | low_x
-
-
-def _round(half: Keys, key: Keys) -> Keys:
-    word = (half ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-    return word >> np.uint64(32)
 
 
 @dataclass(frozen=True)
@@ -168,19 +112,19 @@ class Mixture:
                 "raise its `weight` instead (同一数据集不能重复出现)"
             )
         self._floor, self._extra = _apportion(self.units)
-        self._patterns: dict[int, tuple[Ints, Ints]] = {}
+        self._patterns: dict[int, tuple[NDArray[np.int32], Ints]] = {}
+        self._rows_D = np.asarray([max(d.rows, 1) for d in self.datasets], np.int64)
+        self._start_D = np.asarray([d.start for d in self.datasets], np.int64)
+        leads = [keyed(seed, d.key) for d in self.datasets]
+        self._lead_D: Keys = np.concatenate(leads)
+        self._shape_D4 = np.stack([shape_of(int(rows)) for rows in self._rows_D])
 
     def locate(self, places: ArrayLike) -> tuple[NDArray[np.int32], Ints]:
         """Places in the mixture, any shape flattened -> (dataset int32, row int64), elementwise."""
-        s = np.asarray(places, np.int64).reshape(-1)
+        s = np.ascontiguousarray(np.asarray(places, np.int64).reshape(-1))
         number, k = self._blend(s)
         rows = np.empty_like(k)
-        for d, dataset in enumerate(self.datasets):
-            mine = np.flatnonzero(number == d)
-            if mine.size:
-                epoch, j = np.divmod(k[mine] + dataset.start, dataset.rows)
-                key = keyed(self.seed, dataset.key, epoch.astype(np.uint64))
-                rows[mine] = permute(j, dataset.rows, key)
+        rows_of(number, k, self._rows_D, self._start_D, self._lead_D, self._shape_D4, rows)
         return number, rows
 
     def consumed(self, places: int) -> Ints:
@@ -197,31 +141,35 @@ class Mixture:
         if len(self.datasets) == 1:
             return np.zeros(len(s), np.int32), s.copy()
         number, k = np.empty(len(s), np.int32), np.empty(len(s), np.int64)
-        blocks, which = np.unique(s >> BLOCK_BITS, return_inverse=True)
-        inside = s & (BLOCK - 1)
-        for at, block in enumerate(blocks):
-            mine = np.flatnonzero(which == at) if len(blocks) > 1 else slice(None)
-            pattern, order = self._pattern(int(block))
-            number[mine] = pattern[inside[mine]]
-            k[mine] = order[inside[mine]]
+        if not len(s):
+            return number, k
+        first, last = int(s.min()) >> BLOCK_BITS, int(s.max()) >> BLOCK_BITS
+        if last - first < _BLOCKS_LOOKED_THROUGH:
+            for block in range(first, last + 1):
+                blend(s, block, *self._pattern(block), number, k)
+            return number, k
+        by_block = np.argsort(s, kind="stable")  # places far apart: each block sees its own only
+        s = s[by_block]
+        blocks, starts = np.unique(s >> BLOCK_BITS, return_index=True)
+        number_by, k_by = np.empty_like(number), np.empty_like(k)
+        for block, start, stop in zip(blocks, starts, [*starts[1:], len(s)], strict=True):
+            mine = slice(start, stop)
+            blend(s[mine], int(block), *self._pattern(int(block)), number_by[mine], k_by[mine])
+        number[by_block], k[by_block] = number_by, k_by
         return number, k
 
-    def _pattern(self, block: int) -> tuple[Ints, Ints]:
+    def _pattern(self, block: int) -> tuple[NDArray[np.int32], Ints]:
         """Datasets [BLOCK] of a block's places, and the k [BLOCK] of each.
 
         The k of a dataset rise along the block, so that the rows handed out up to any place are a
         prefix of its order: a stage may end anywhere.
         """
-        if block in self._patterns:
-            return self._patterns[block]
+        if found := self._patterns.get(block):
+            return found
         before, after = self._before(np.asarray([block, block + 1]))
-        counts = after - before
-        dealt = np.repeat(np.arange(len(counts)), counts)
-        pattern = dealt[permute(np.arange(BLOCK), BLOCK, keyed(self.seed, int(_BLEND), block))]
-        by_dataset = np.argsort(pattern, kind="stable")
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        order = np.empty(BLOCK, np.int64)
-        order[by_dataset] = np.arange(BLOCK) - first + before[dealt]
+        pattern, order = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int64)
+        key = keyed(self.seed, _BLEND, block)[0]
+        deal(after - before, before, _BLOCK_SHAPE, key, pattern, order)
         # Replaced, never changed in place: another thread may be reading.
         kept = list(self._patterns.items())[-(_PATTERNS_KEPT - 1) :]
         self._patterns = {**dict(kept), block: (pattern, order)}

@@ -11,12 +11,11 @@ from pretrain.order import (
     Mixture,
     Order,
     dataset_key,
-    keyed,
-    permute,
     skip_samples,
     stream_places,
     weight_units,
 )
+from pretrain.permutation import keyed, permute
 
 U64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
