@@ -7,27 +7,41 @@ data_pipeline/build.py tells the story. Every threshold stands here: nothing abo
 decided by a default hidden in the code.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from configs.cleaning import Cleaning
 from configs.dedup import Dedup, Evaluation
 from configs.encoding import Encoding, Tokenizing
+from configs.executing import Ray, Slurm
 from configs.sources import Source
 
 
 @dataclass(frozen=True)
 class Data:
-    """What goes in, where it comes out, and how many processes work."""
+    """What goes in, where it comes out, and who works."""
 
     out: str
     """The corpus folder: manifest.json, tokenizer/, train.bin ... are made in it."""
     sources: tuple[Source, ...]
     """Read in this order; of equal documents the first one stays."""
     workers: int = 0
-    """Processes at a time; 0 is one for each core. The bytes that are made do not depend on it."""
+    """Tasks at a time; 0 is one for each core, on a cluster as many as it has room for. The bytes
+    that are made do not depend on it."""
     task_mb: int = 64
     """Bytes (10^6, plain or a quarter of it compressed) that one task reads: the unit of work that
     a killed build repeats. The order of documents depends on it."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """Who does the tasks: processes of this machine, Ray, or a Slurm cluster. The bytes that are
+    made do not depend on it."""
+    ray: Ray = field(default_factory=Ray)
+    """With `executor: ray`."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """With `executor: slurm`."""
+
+    def content(self) -> "Data":
+        """The same without what no byte of the corpus depends on: where it lies, who works."""
+        return replace(self, out="", workers=0, executor="local", ray=Ray(), slurm=Slurm())
 
     def problems(self) -> list[str]:
         """No sources, one name twice, numbers outside their range."""

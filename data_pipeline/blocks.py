@@ -1,4 +1,4 @@
-"""Our blocks on datatrove's executors: the door to datatrove.
+"""Our blocks, and the stages of a build that they make: the door to datatrove.
 
     run(name, [block, ...], tasks) -> Stage       one folder OUT/stages/NAME-HASH:
                                                     completions/  datatrove's markers, empty files
@@ -14,17 +14,9 @@ Workers start by forkserver: a script that builds a corpus needs `if __name__ ==
 
 import contextlib
 import hashlib
-import multiprocessing
-import os
-import resource
-import signal
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +24,11 @@ from typing import Any, ClassVar
 
 import orjson
 from datatrove.data import Document
-from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.logging import logger
-from datatrove.utils.stats import PipelineStats, Stats
+from datatrove.utils.stats import Stats
 
 from configs.load import to_dict
-from data_pipeline.shards import CorpusError, aside
-
-logger.remove()  # datatrove's own sink on stderr; each task logs to its stage's folder
+from data_pipeline.executors import Crew, told_to_stop
 
 __all__ = ["Document"]  # datatrove's own
 
@@ -98,82 +86,26 @@ class Block(PipelineStep):  # type: ignore[misc]
             path.write_text(str(int(work)))
 
 
-class Executor(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's local executor with a quiet terminal, summaries, and workers that may die."""
-
-    def run(self) -> None:
-        """Do the tasks that have no marker. CorpusError if a task cannot be done."""
-        ranks = self.get_incomplete_ranks()
-        workers = min(self.workers, len(ranks))
-        if workers <= 1:
-            for rank in ranks:
-                _task(rank, self)
-            return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_pipeline.intake"])
-        pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(self,))
-        try:
-            futures = [pool.submit(_task, rank) for rank in ranks]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                if future.done():
-                    future.result()
-            pool.shutdown()
-        except BrokenProcessPool:
-            raise CorpusError(
-                "a worker process was killed from outside, most likely for want of memory; what is "
-                "done is kept: build again with fewer data.workers. A script that builds a corpus "
-                'needs `if __name__ == "__main__":` (工作进程被杀，多半是内存不足)'
-            ) from None
-        finally:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()  # after an error the others need not finish
-            pool.shutdown(cancel_futures=True)
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        log = Path(self.logging_dir.path) / "logs" / f"chatter_{rank:05d}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        _reset_peak_rss()
-        self._started = time.monotonic(), time.process_time()
-        try:
-            with log.open("w") as file, contextlib.redirect_stderr(file):
-                return super()._run_for_rank(rank, local_rank, node_rank)
-        finally:
-            logger.remove()
-
-    def mark_rank_as_completed(self, rank: int) -> None:
-        """Write what the task counted, then datatrove's marker."""
-        counts: Counter[str] = Counter()
-        for block in self.pipeline:
-            counts.update(block.counts)
-        wall, cpu = self._started
-        measured = {
-            "elapsed_s": time.monotonic() - wall,
-            "cpu_s": time.process_time() - cpu,
-            "peak_rss_mb": _peak_rss_mb(),
-        }
-        with aside(Path(self.logging_dir.path) / "summary" / f"{rank:05d}.json") as file:
-            file.write(orjson.dumps(dict(counts) | measured, option=orjson.OPT_SORT_KEYS))
-        super().mark_rank_as_completed(rank)
-
-
 def run(
     out: Path,
     name: str,
     blocks: Sequence[Block],
     tasks: int,
-    workers: int,
+    crew: Crew,
     inputs: Sequence[Any],
     watch: Callable[[Path, int], contextlib.AbstractContextManager[None]],
 ) -> Stage:
-    """Run a stage, or what is left of it; `inputs` are the keys of what it reads."""
+    """Run a stage, or what is left of it; `inputs` are the keys of what it reads, `crew` (of
+    executors.py) does the tasks."""
     key = stage_key(blocks, tasks, inputs)
     folder = out / "stages" / f"{name}-{key}"
     for block in blocks:
         block.folder = folder
-    executor = Executor(list(blocks), tasks=tasks, workers=workers, logging_dir=str(folder))
-    with watch(folder, len(executor.get_incomplete_ranks())):
-        executor.run()
+    executor = crew(blocks, tasks, folder)
+    left = len(executor.get_incomplete_ranks())
+    with watch(folder, left), told_to_stop():
+        if left:
+            executor.run()
     return Stage(name, folder, key, tasks, _totals(folder, tasks))
 
 
@@ -208,44 +140,3 @@ def _totals(folder: Path, tasks: int) -> "Counter[str]":
         totals.update(counts)
         totals["peak_rss_mb"] = peak
     return totals
-
-
-_executor: Executor | None = None  # a worker's, given to it once
-
-
-def _begin_worker(executor: Executor) -> None:
-    global _executor
-    _executor = executor
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker dies with the build: one that lived on would write under the next one's feet."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _task(rank: int, executor: Executor | None = None) -> None:
-    executor = copy(executor or _executor)
-    assert executor is not None
-    executor.pipeline = [block.fresh() for block in executor.pipeline]
-    executor._run_for_rank(rank)
-
-
-def _reset_peak_rss() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_rss_mb() -> float:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -22,10 +22,11 @@
     OUT/ manifest.json  tokenizer/  train.bin .idx  valid.bin .idx  (.gaps)    publish.py
          documents/  rejects/  stages/  report.html                            report.py
 
-Each arrow is a stage on datatrove's executor (blocks.py) in a folder that is named by everything it
-depends on. A build that was killed goes on where it stood and makes the same bytes; a build that is
-complete is recognised and left alone; a changed config repeats what depends on the change. The old
-corpus stays until the new one is ready; there is no manifest while its files are being replaced.
+Each arrow is a stage (blocks.py) on one of datatrove's executors (executors.py) in a folder that is
+named by everything it depends on. A build that was killed goes on where it stood and makes the same
+bytes; a build that is complete is recognised and left alone; a changed config repeats what depends
+on the change. The old corpus stays until the new one is ready; there is no manifest while its files
+are being replaced.
 """
 
 import fcntl
@@ -42,7 +43,7 @@ import numpy as np
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, dedup, encode, ingest, report
+from data_pipeline import decontaminate, dedup, encode, executors, ingest, report
 from data_pipeline.blocks import (
     SPLITS,
     Block,
@@ -73,8 +74,8 @@ def build(config: CorpusConfig) -> dict[str, Any]:
     out = Path(os.path.expandvars(config.data.out)).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with only_builder(out):
-            return _build(config, out)
+        with only_builder(out), executors.crew(config.data) as crew:
+            return _build(config, out, crew)
     except CorpusError as error:
         raise error.with_traceback(None) from None
     except OSError as error:
@@ -84,9 +85,8 @@ def build(config: CorpusConfig) -> dict[str, Any]:
         ) from None
 
 
-def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
+def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, Any]:
     say = Progress()
-    workers = config.data.workers or len(os.sched_getaffinity(0))
 
     # What is asked for: if it stands there already, nothing is done.
     tasks, files = ingest.plan(config.data)
@@ -94,7 +94,7 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
         xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
     ]
     exams = [xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in decontaminate.files(config)]
-    content = replace(config, data=replace(config.data, out="", workers=0))
+    content = replace(config, data=config.data.content())
     asked = fingerprint_of(
         [FORMAT, content, files, models, exams, encode.versions(), code_of(CODE)]
     )
@@ -104,7 +104,7 @@ def _build(config: CorpusConfig, out: Path) -> dict[str, Any]:
     sweep(out)
 
     def stage(name: str, blocks: list[Block], tasks: int, inputs: list[Any], size: int) -> Stage:
-        return run(out, name, blocks, tasks, workers, inputs, say.watch(name, size))
+        return run(out, name, blocks, tasks, crew, inputs, say.watch(name, size))
 
     # Read, normalise, filter; what is kept goes to shards, its hashes to tables.
     size = sum(part.weight for task in tasks for part in task)

@@ -17,7 +17,7 @@ import pytest
 
 from configs.corpus import CorpusConfig
 from configs.load import from_dict
-from data_pipeline import blocks, build, clean, encode, ingest, progress, tokenizer
+from data_pipeline import blocks, build, clean, encode, executors, ingest, progress, tokenizer
 from data_pipeline.index import Index
 from data_pipeline.shards import CorpusError, records, shard
 
@@ -425,7 +425,9 @@ class Suicide(blocks.Block):
 
 def test_a_worker_that_is_killed_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"worker process was killed .*data\.workers"):
-        blocks.run(tmp_path, "x", [Suicide()], 3, 2, [], progress.Progress().watch("x", 0))
+        blocks.run(
+            tmp_path, "x", [Suicide()], 3, executors.local(2), [], progress.Progress().watch("x", 0)
+        )
 
 
 def test_building_imports_no_torch(tmp_path: Path) -> None:

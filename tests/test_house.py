@@ -27,9 +27,17 @@ DOORS = {
     "rjieba": {"data_pipeline/segment.py"},
     "jieba": {"data_pipeline/segment.py"},
     "datasets": {"data_pipeline/ingest.py"},
-    "datatrove": {"data_pipeline/blocks.py", "data_pipeline/dedup.py"},
+    "datatrove": {
+        "data_pipeline/blocks.py",
+        "data_pipeline/dedup.py",
+        "data_pipeline/executors.py",
+        "data_pipeline/on_ray.py",
+        "data_pipeline/on_slurm.py",
+    },
+    "ray": {"data_pipeline/on_ray.py"},
     "tensorboard": {"pretrain/monitor.py"},
     "torch.utils.tensorboard": {"pretrain/monitor.py"},
+    "opencc": {"data_pipeline/hanzi.py"},
     "yaml": {"configs/load.py"},
 }
 """A guest and the files that may let it in; numba has no door, it lives wherever a kernel does."""
