@@ -27,7 +27,8 @@ from data_pipeline.shards import CorpusError, records
 BATCH_CHARACTERS = 500_000
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
 LARGEST_UINT16_VOCABULARY = 65_500
-TOKENIZERS = ("alphabet", "segment", "tokenizer", "vocabulary", "wordpiece")  # the code of ids
+TOKENIZERS = ("alphabet", "frozen", "segment", "tokenizer", "vocabulary", "wordpiece")
+"""The code of ids and marks."""
 
 _load = lru_cache(maxsize=1)(tokenizer.load)
 

@@ -19,10 +19,8 @@ fingerprint covers the model's bytes, the kind and the version of the rules on t
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ import numpy as np
 import sentencepiece
 
 from data_pipeline import alphabet
+from data_pipeline.frozen import FORMAT, Frozen, TokenizerFault, fingerprint, unicode_text
 
 if TYPE_CHECKING:
     from data_pipeline.wordpiece import WordPiece
@@ -41,7 +40,6 @@ sentencepiece.set_min_log_level(2)  # its C++ writes to the terminal; what fails
 KINDS = ("cpm", "byte_bpe")
 RULES = {"cpm": "1, jieba-0.42.1", "byte_bpe": "1"}
 """The version of what is done beside the model: a change that moves one id changes it."""
-FORMAT = "bajie-tokenizer-1"
 CONTROLS = ("<s>", "</s>", "<sep>", "<pad>", "<mask>", "<eod>")
 
 SAMPLE_BYTES = 20_000_000
@@ -56,11 +54,7 @@ _CPM_MARKS = str.maketrans(" \n", "\u2582\u2583")
 _CPM_MODEL = {3: "\u2583", 4: "<sep>", 5: "<pad>", 6: "<mask>", 7: "<eod>"}
 
 
-class TokenizerFault(ValueError):
-    """A tokenizer missing, damaged or of another kind; a vocabulary that the text cannot give."""
-
-
-class Tokenizer:
+class Tokenizer(Frozen):
     """A frozen vocabulary with its way of reading text; made by `load`, `train`, `from_cpm_model`.
 
     `vocab_size`, `eod_id`, `pad_id`, `mask_id`, `bos_id`; `kind`; `fingerprint` ("sha256:...").
@@ -74,7 +68,7 @@ class Tokenizer:
             self._pieces.load_from_serialized_proto(model)
         except RuntimeError as error:
             raise TokenizerFault(f"not a model of sentencepiece: {error}") from None
-        self.fingerprint = _fingerprint(kind, model)
+        self.fingerprint = fingerprint(f"{kind}\n{RULES[kind]}", model)
         self.vocab_size: int = self._pieces.get_piece_size()
         controls = {name: self._id(name) for name in CONTROLS}
         if controls["<eod>"] is None or controls["<pad>"] is None:
@@ -85,35 +79,35 @@ class Tokenizer:
         self._is_control = np.zeros(self.vocab_size, np.bool_)
         self._is_control[[i for i in controls.values() if i is not None]] = True
         self._unknown: int = self._pieces.piece_to_id("<unk>")
-        if kind == "byte_bpe":
+        if kind == "cpm":  # words are between blanks, and no piece has one but at its beginning
+            pieces = self.pieces(range(self.vocab_size))
+            self._begins = np.array([piece.startswith(_SPACE) for piece in pieces], np.bool_)
+        else:
             self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
+            self._size_of = np.array([len(piece) for piece in self._bytes], np.int64)
             self._space_ids = np.array(
                 [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()], np.int32
             )
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids, int32, without an end of document. A lone surrogate is read as U+FFFD."""
-        return self.encode_batch([text])[0]
-
-    def encode_prompt(self, text: str) -> np.ndarray:
-        """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
-        from data_pipeline.clean import folded
-
-        return self.encode(folded(unicode_text(text)))
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one thread: corpora are read by processes, not threads."""
         texts = [unicode_text(text) for text in texts]
-        if self.kind == "byte_bpe":
-            return self._encode_bytes(texts)
-        from data_pipeline import segment  # compiles on first use: 0.4 s that byte_bpe saves
-
-        out = self._sentencepiece(segment.spaced([text.translate(_CPM_MARKS) for text in texts]))
-        for ids in out:
-            control = self._is_control[ids]
-            if control.any():
-                ids[control] = self._unknown
+        out = self._encode_bytes(texts) if self.kind == "byte_bpe" else self._encode_words(texts)
+        if self.kind == "cpm":
+            self._no_control(out)
         return out
+
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of each text, and which of its tokens begin a word: a bool for each."""
+        texts = [unicode_text(text) for text in texts]
+        if self.kind == "cpm":
+            out = self._encode_words(texts)
+            starts = [self._begins[ids] for ids in out]
+            self._no_control(out)
+        else:
+            out = self._encode_bytes(texts)
+            starts = self._word_starts(texts, out)
+        return list(zip(out, starts, strict=True))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control tokens give none, bytes that are no UTF-8 give U+FFFD."""
@@ -127,23 +121,11 @@ class Tokenizer:
         """The vocabulary's own spelling of token ids: ▁ for a blank, <0xE4> for a byte."""
         return [self._pieces.id_to_piece(int(i)) for i in ids]
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.model and tokenizer.json, each aside and then renamed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "format": FORMAT,
-            "kind": self.kind,
-            "rules": RULES[self.kind],
-            "vocab_size": self.vocab_size,
-            "eod_id": self.eod_id,
-            "pad_id": self.pad_id,
-            "mask_id": self.mask_id,
-            "bos_id": self.bos_id,
-            "fingerprint": self.fingerprint,
-        }
-        write(folder / "tokenizer.model", self._model)
-        write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
+    def _files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model}
+
+    def _rules(self) -> str:
+        return RULES[self.kind]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.kind, self._model)
@@ -155,6 +137,33 @@ class Tokenizer:
 
     def _sentencepiece(self, texts: list[str]) -> list[np.ndarray]:
         return self._pieces.encode(texts, out_type="numpy", num_threads=1) if texts else []
+
+    def _encode_words(self, texts: list[str]) -> list[np.ndarray]:
+        from data_pipeline import segment  # compiles on first use: 0.4 s that byte_bpe saves
+
+        return self._sentencepiece(segment.spaced([text.translate(_CPM_MARKS) for text in texts]))
+
+    def _no_control(self, out: list[np.ndarray]) -> None:
+        """What came out of text is no control token, whatever it looks like."""
+        for ids in out:
+            control = self._is_control[ids]
+            if control.any():
+                ids[control] = self._unknown
+
+    def _word_starts(self, texts: list[str], out: list[np.ndarray]) -> list[np.ndarray]:
+        """Which tokens begin with the first byte of a word (of jieba's, HMM on)."""
+        from data_pipeline import segment
+
+        starts = []
+        for text, ids in zip(texts, out, strict=True):
+            codes_C, border_C = segment.cut(text, hmm=True)
+            bytes_C = 1 + (codes_C > 0x7F) + (codes_C > 0x7FF) + (codes_C > 0xFFFF)
+            first_B = np.zeros(int(bytes_C.sum()) + 1, np.bool_)
+            first_B[:1] = len(text) > 0
+            first_B[bytes_C.cumsum()[border_C]] = True  # where the next word begins
+            size = self._size_of[ids]
+            starts.append(first_B[size.cumsum() - size])
+        return starts
 
     def _encode_bytes(self, texts: list[str]) -> list[np.ndarray]:
         """A literal ▁ would come back as a blank: it goes past sentencepiece, as its bytes."""
@@ -407,29 +416,3 @@ def _known(kind: str) -> str:
             "(未知的种类)"
         )
     return kind
-
-
-def _fingerprint(kind: str, model: bytes) -> str:
-    """sha256 over the kind, the rules' version and the model's bytes."""
-    digest = hashlib.sha256(f"{FORMAT}\n{kind}\n{RULES[kind]}\n".encode())
-    digest.update(model)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def unicode_text(text: str) -> str:
-    """`text` with its surrogates joined to characters, or, where they stand alone, as U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file aside, then put it in its place."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -26,9 +26,7 @@ reads, T tokens of the vocabulary, S slots of its hash table, N numbers of token
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import segment
-from data_pipeline.tokenizer import FORMAT, TokenizerFault, unicode_text, write
+from data_pipeline.frozen import Frozen, TokenizerFault, fingerprint, unicode_text
 
 RULES = f"1, {segment.SEGMENTATION}"
 """The version of what is done beside the vocabulary: a change that moves one id changes it."""
@@ -58,7 +56,7 @@ _UNREAD = -2  # in place of an id: Python has to look
 _NEXT = "\x00"  # between texts that are read as one; in a text it means what \x01 means: nothing
 
 
-class WordPiece:
+class WordPiece(Frozen):
     """A frozen vocab.txt with its way of reading text; the attributes of tokenizer.Tokenizer.
 
     `vocab_size`, `eod_id` ([SEP]), `pad_id`, `mask_id`, `bos_id` ([CLS]); `kind`, `word`;
@@ -82,34 +80,40 @@ class WordPiece:
         self.bos_id: int | None = self._ids["[CLS]"]
         self.eod_id = self._ids["[SEP]"]
         self.mask_id: int | None = self._ids.get("[MASK]")
-        self.fingerprint = _fingerprint(vocabulary, word)
+        self.fingerprint = fingerprint(f"wordpiece\nword {word}\n{RULES}", vocabulary)
         self._texts = {t: i for t, i in self._ids.items() if not is_control(t)}
         self._longest = max(map(len, self._texts), default=1)
         self._read = _Read(self)
-        self._id_of = np.zeros(0, np.int32)
+        self._id_of, self._size_of = np.zeros(0, np.int32), np.zeros(0, np.int64)
         self._table: tuple[np.ndarray, ...] | None = None
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids, int32, without [CLS] and [SEP]. A lone surrogate is nothing, as U+FFFD."""
-        return self.encode_batch([text])[0]
-
-    def encode_prompt(self, text: str) -> np.ndarray:
-        """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
-        from data_pipeline.clean import folded
-
-        return self.encode(folded(unicode_text(text)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one thread; they are read as one: a call has its own price."""
+        ids, bounds = self._together(texts, None)
+        return [ids[a:b].copy() for a, b in bounds]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of each text, and which of its tokens begin a word (of jieba's, HMM off, in the
+        text as it is looked up): a bool for each."""
+        marks: list[np.ndarray] = []
+        ids, bounds = self._together(texts, marks)
+        return [(ids[a:b].copy(), marks[0][a:b].copy()) for a, b in bounds]
+
+    def _together(
+        self, texts: Sequence[str], marks: list[np.ndarray] | None
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The ids of the texts as one, and where each text's begin and end."""
         if not texts:
-            return []
+            if marks is not None:
+                marks.append(np.zeros(0, np.bool_))
+            return np.zeros(0, np.int32), []
         together = _NEXT.join(
             self._lowered(unicode_text(text).replace(_NEXT, "\x01")) for text in texts
         )
-        ids = self._words(together) if self.word else self._characters(together)
+        ids = (self._words if self.word else self._characters)(together, marks)
         ends = np.flatnonzero(ids < 0)
         starts = [0, *(ends + 1).tolist()]
-        return [ids[a:b].copy() for a, b in zip(starts, [*ends.tolist(), len(ids)], strict=True)]
+        return ids, list(zip(starts, [*ends.tolist(), len(ids)], strict=True))
 
     def decode(self, ids: Iterable[int]) -> str:
         """A text of token ids, its blanks guessed as bert4keras does: around what is not Chinese,
@@ -143,24 +147,14 @@ class WordPiece:
         lowered = _without(lowered, _marks())
         return segment.words(lowered, hmm=False) if self.word else list(_basic(lowered, False))
 
-    def save(self, folder: str | Path) -> None:
-        """Write vocab.txt and tokenizer.json, each aside and then renamed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "format": FORMAT,
-            "kind": self.kind,
-            "word": self.word,
-            "rules": RULES,
-            "vocab_size": self.vocab_size,
-            "eod_id": self.eod_id,
-            "pad_id": self.pad_id,
-            "mask_id": self.mask_id,
-            "bos_id": self.bos_id,
-            "fingerprint": self.fingerprint,
-        }
-        write(folder / "vocab.txt", self._vocabulary)
-        write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
+    def _files(self) -> dict[str, bytes]:
+        return {"vocab.txt": self._vocabulary}
+
+    def _rules(self) -> str:
+        return RULES
+
+    def _told(self) -> dict[str, bool]:
+        return {"word": self.word}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WordPiece, (self._vocabulary, self.word)
@@ -171,16 +165,22 @@ class WordPiece:
             text = text.replace("Σ", "σ")  # BERT lowers each character on its own
         return unicodedata.normalize("NFD", text.lower())
 
-    def _words(self, text: str) -> np.ndarray:
+    def _words(self, text: str, marks: list[np.ndarray] | None) -> np.ndarray:
         """Ids of texts with _NEXT between them, -1 for it: words of the vocabulary by the table,
         the others, with the pieces they fall into, through the cache."""
         text = _without(text, _marks())
         codes_C, border_C = segment.cut(text, hmm=False)
         if self._table is None:
             self._table = _table(self._texts)
-        return self._assembled(text, *_look_up_words(codes_C, border_C, *self._table))
+        id_U, start_U, end_U = _look_up_words(codes_C, border_C, *self._table)
+        ids, count_U = self._assembled(text, id_U, start_U, end_U)
+        if marks is not None:  # the first token of each unit that has one
+            first_N = np.zeros(len(ids) + 1, np.bool_)
+            first_N[(count_U.cumsum() - count_U)[count_U > 0]] = True
+            marks.append(first_N[:-1])
+        return ids
 
-    def _characters(self, text: str) -> np.ndarray:
+    def _characters(self, text: str, marks: list[np.ndarray] | None) -> np.ndarray:
         """Ids of texts with _NEXT between them, -1 for it: single characters by one look-up each,
         and between them runs, which go through the cache."""
         if not len(self._id_of):
@@ -199,24 +199,41 @@ class WordPiece:
         end_C = alone_C | (inside_C[1:-1] & ~inside_C[2:])
         id_C = np.where(alone_C, self._id_of[codes_C], _UNREAD)
         start_U = np.flatnonzero(start_C)
-        return self._assembled(text, id_C[start_U], start_U, np.flatnonzero(end_C) + 1)
+        ids, count_U = self._assembled(text, id_C[start_U], start_U, np.flatnonzero(end_C) + 1)
+        if marks is not None:
+            _, border_C = segment.cut(text, hmm=False)
+            word_C = np.ones(len(codes_C) + 1, np.bool_)
+            word_C[1:] = border_C
+            marks.append(word_C[self._places(ids, start_U, count_U)])
+        return ids
+
+    def _places(self, ids: np.ndarray, start_U: np.ndarray, count_U: np.ndarray) -> np.ndarray:
+        """Where in the text each token begins, given where its unit does; [UNK] is a whole unit."""
+        if not len(self._size_of):
+            sizes = [len(token) - 2 * token.startswith("##") for token in self._tokens]
+            sizes = [len(t) if t in "##" else n for t, n in zip(self._tokens, sizes, strict=True)]
+            self._size_of = np.array(sizes, np.int64)
+        size = self._size_of[ids]
+        before = size.cumsum() - size  # since the first token of all
+        first_U = count_U.cumsum() - count_U
+        return np.repeat(start_U - before[first_U], count_U) + before
 
     def _assembled(
         self, text: str, id_U: np.ndarray, start_U: np.ndarray, end_U: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ids of units [start, end) of a text: one of each, or, where it is _UNREAD, what the cache
-        has for it."""
+        has for it; and how many each unit has."""
+        count_U = np.ones(len(id_U), np.int64)
         unread_R = np.flatnonzero(id_U == _UNREAD)
         if not len(unread_R):
-            return id_U
+            return id_U, count_U
         places = zip(start_U[unread_R].tolist(), end_U[unread_R].tolist(), strict=True)
         runs = [self._read[text[start:end]] for start, end in places]
         size_R = np.fromiter(map(len, runs), np.int64, len(runs))
-        count_U = np.ones(len(id_U), np.int64)
         count_U[unread_R] = size_R
         ids = np.repeat(id_U, count_U)
         ids[ids == _UNREAD] = np.fromiter(chain.from_iterable(runs), np.int32, size_R.sum())
-        return ids
+        return ids, count_U
 
     def _look_up(self, word: str) -> tuple[int, ...]:
         """The ids of a word that the vocabulary lacks, or of a run of characters."""
@@ -279,13 +296,6 @@ def tokens_of(vocabulary: bytes) -> list[str]:
     except UnicodeDecodeError as error:
         raise TokenizerFault(f"a vocab.txt is UTF-8, this one is not: {error} (编码错误)") from None
     return list(dict.fromkeys((line.split() or [line.strip()])[0] for line in lines))
-
-
-def _fingerprint(vocabulary: bytes, word: bool) -> str:
-    """sha256 over the kind, the way of reading, the rules' version and the vocabulary's bytes."""
-    digest = hashlib.sha256(f"{FORMAT}\nwordpiece\nword {word}\n{RULES}\n".encode())
-    digest.update(vocabulary)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def normal(text: str) -> str:

@@ -364,9 +364,9 @@ def test_fingerprint_covers_model_kind_and_rules(
     _, (_, model) = byte_bpe.__reduce__()
     said = f"{tokenizers.FORMAT}\nbyte_bpe\n{tokenizers.RULES['byte_bpe']}\n".encode()
     assert byte_bpe.fingerprint == "sha256:" + hashlib.sha256(said + model).hexdigest()
-    prints = {byte_bpe.fingerprint, tokenizers._fingerprint("cpm", model), cpm.fingerprint}
+    prints = {byte_bpe.fingerprint, Tokenizer("cpm", model).fingerprint, cpm.fingerprint}
     monkeypatch.setitem(tokenizers.RULES, "byte_bpe", "2")
-    assert len(prints | {tokenizers._fingerprint("byte_bpe", model)}) == 4
+    assert len(prints | {Tokenizer("byte_bpe", model).fingerprint}) == 4
 
 
 def test_tampering_is_one_sentence(byte_bpe: Tokenizer, cpm: Tokenizer, tmp_path: Path) -> None:

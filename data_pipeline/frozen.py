@@ -1,0 +1,123 @@
+"""What tokenizers of every kind share: a frozen vocabulary, its folder, its fingerprint.
+
+Frozen ── tokenizer.Tokenizer   (cpm, byte_bpe)        tokenizer.model ┐
+     └─── wordpiece.WordPiece   (wordpiece)            vocab.txt       ┴ + tokenizer.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "bajie-tokenizer-1"
+
+
+class TokenizerFault(ValueError):
+    """A tokenizer missing, damaged or of another kind; a vocabulary that the text cannot give."""
+
+
+class Frozen(ABC):
+    """A frozen vocabulary with its way of reading text.
+
+    `vocab_size`, `eod_id`, `pad_id`, `mask_id`, `bos_id`; `kind`; `fingerprint` ("sha256:...").
+    """
+
+    kind: str
+    vocab_size: int
+    eod_id: int
+    pad_id: int
+    mask_id: int | None
+    bos_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32, without an end of document; a lone surrogate is as U+FFFD."""
+        return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
+        from data_pipeline.clean import folded
+
+        return self.encode(folded(unicode_text(text)))
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in one thread: corpora are read by processes, not threads."""
+
+    @abstractmethod
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of each text, and of each of its tokens whether it begins a word of jieba's:
+        whether its first character does, in the text that the vocabulary is applied to (bool)."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; control tokens give none."""
+
+    @abstractmethod
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The vocabulary's own spelling of token ids."""
+
+    @abstractmethod
+    def _files(self) -> dict[str, bytes]:
+        """Name -> contents of the vocabulary's files."""
+
+    @abstractmethod
+    def _rules(self) -> str:
+        """The version of what is done beside the vocabulary."""
+
+    def _told(self) -> dict[str, Any]:
+        """What tokenizer.json says of this kind alone."""
+        return {}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the vocabulary and tokenizer.json, each aside and then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": FORMAT,
+            "kind": self.kind,
+            **self._told(),
+            "rules": self._rules(),
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "pad_id": self.pad_id,
+            "mask_id": self.mask_id,
+            "bos_id": self.bos_id,
+            "fingerprint": self.fingerprint,
+        }
+        for name, contents in self._files().items():
+            write(folder / name, contents)
+        write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
+
+
+def fingerprint(head: str, vocabulary: bytes) -> str:
+    """sha256 over the lines of `head` (kind, rules, settings) and the vocabulary's bytes."""
+    digest = hashlib.sha256(f"{FORMAT}\n{head}\n".encode())
+    digest.update(vocabulary)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def unicode_text(text: str) -> str:
+    """`text` with its surrogates joined to characters, or, where they stand alone, as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file aside, then put it in its place."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
