@@ -62,7 +62,11 @@ from data_pipeline.publish import FORMAT, finished, publish, rejects, remember
 from data_pipeline.shards import CorpusError, aside, open_table, sweep
 from data_pipeline.tally import Tally, together
 
-CODE = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+CODE = sorted(
+    str(path.relative_to(Path(__file__).parent).with_suffix(""))
+    for folder in (".", "sources")
+    for path in (Path(__file__).parent / folder).glob("*.py")
+)
 
 
 def build(config: CorpusConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Read(Block):
     """The documents of a task's parts of the sources."""
 
     name = "read"
-    modules: ClassVar = ("ingest", "intake")
+    modules: ClassVar = (*ingest.MODULES, "intake")
 
     def __init__(self, sources: tuple[Source, ...], tasks: list[tuple[ingest.Part, ...]]) -> None:
         super().__init__(sources=sources, tasks=[[_where(part) for part in t] for t in tasks])

@@ -160,7 +160,7 @@ def test_a_page_that_cannot_be_built(
         ({"path": []}, "data.sources.0.path: is empty"),
         ({"text_field": ""}, "data.sources.0.text_field: is empty"),
         ({"kind": "datasets", "path": ["a", "b"]}, "data.sources.0.path: lists 2 datasets"),
-        ({"kind": "parquet"}, "data.sources.0.kind: is 'parquet'"),
+        ({"kind": "parkett"}, "data.sources.0.kind: is 'parkett'"),
     ],
 )
 def test_a_source_that_cannot_be(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:

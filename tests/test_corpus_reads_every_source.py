@@ -14,6 +14,7 @@ import zstandard
 from configs.corpus import Data
 from configs.sources import Source
 from data_pipeline import ingest
+from data_pipeline.sources import text
 from data_pipeline.ingest import Document, Meter
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_parts_of_an_archive_do_not_depend_on_the_unpacker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another version of zlib or zstd gives its output in other pieces."""
-    monkeypatch.setattr(ingest, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 5000)
     parts = {}
     for frame in (1000, 7777, len(LINES)):
         path = tmp_path / "a.jsonl.zst"
@@ -154,7 +155,7 @@ def test_plain_text_between_blank_lines_or_whole(packing: str, tmp_path: Path) -
 
 
 def test_plain_text_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 64)
     texts = [f"{n}" + "字\n" * (n * 7 % 50) + "末" for n in range(300)]
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(texts), "utf-8")
@@ -261,10 +262,10 @@ SENTENCES = [
         "a.jsonl, line 4, byte 58: the line is no valid UTF-8 (the byte is 0xff)",
     ),
     (
-        "GB18030",
+        "no known encoding",
         "a.txt",
-        "床前明月光".encode("gb18030"),
-        "a.txt, line 1, byte 0: the line is no valid UTF-8",
+        "café au lait".encode("latin-1"),
+        "a.txt, line 1, byte 3: the line is no valid UTF-8",
     ),
     (
         "invalid UTF-8 in a later document",

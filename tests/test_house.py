@@ -26,7 +26,8 @@ DOORS = {
     "sentencepiece": {"data_pipeline/tokenizer.py"},
     "rjieba": {"data_pipeline/segment.py"},
     "jieba": {"data_pipeline/segment.py"},
-    "datasets": {"data_pipeline/ingest.py"},
+    "datasets": {"data_pipeline/sources/tables.py"},
+    "pyarrow": {"data_pipeline/sources/tables.py"},
     "datatrove": {
         "data_pipeline/blocks.py",
         "data_pipeline/dedup.py",
