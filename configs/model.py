@@ -53,6 +53,9 @@ class CPMConfig:
     """Attention scores are multiplied by this; null means head_dim ** -0.5."""
     logit_scale: float = 1.0
     """Logits are multiplied by this."""
+    log_n: int = 0
+    """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
+    at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
 
     def problems(self) -> list[str]:
         """Sizes that make no model."""
@@ -99,6 +102,9 @@ class T5PegasusConfig:
     """Deviation 3: the untied head is scaled; null means hidden ** -0.5, 1.0 is mT5's."""
     softmax_scale: float | None = 1.0
     """T5 does not scale attention scores."""
+    log_n: int = 0
+    """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
+    at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
 
     def problems(self) -> list[str]:
         """Sizes that make no model."""
@@ -143,6 +149,9 @@ class RoFormerConfig:
     """Attention scores are multiplied by this; null means head_dim ** -0.5."""
     logit_scale: float = 1.0
     """Logits are multiplied by this."""
+    log_n: int = 0
+    """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
+    at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
 
     def problems(self) -> list[str]:
         """Sizes that make no model."""
@@ -356,6 +365,8 @@ def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(config, name) < 1:
             found.append(f"{name}: is {getattr(config, name)}, must lie in [0, 1)")
+    if config.log_n < 0 or config.log_n == 1:
+        found.append(f"log_n: is {config.log_n}, must be 0 (off) or a number of keys from 2 on")
     for name in ("norm_eps", "init_std"):
         if getattr(config, name) <= 0:
             found.append(f"{name}: is {getattr(config, name)}, must be above 0")

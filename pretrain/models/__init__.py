@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from configs.model import CPMConfig, ModelConfig
+from configs.model import CPMConfig, ModelConfig, T5PegasusConfig
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -11,7 +11,10 @@ def build(config: ModelConfig) -> nn.Module:
         from pretrain.models.cpm import CPM
 
         return CPM(config)
-    raise ValueError(
-        f"model.family: is {config.family}; its sizes are known, its model is not built yet; "
-        "cpm is (该模型族尚未实现)"
-    )
+    if isinstance(config, T5PegasusConfig):
+        from pretrain.models.t5_pegasus import T5Pegasus
+
+        return T5Pegasus(config)
+    from pretrain.models.roformer import RoFormer
+
+    return RoFormer(config)

@@ -110,7 +110,9 @@ class CPM(nn.Module):
             past = cache.length
             if document_ids_BT is not None:
                 keys_BS = cache.extend_documents(document_ids_BT)
-        seen = see(T, past + T, True, document_ids_BT, keys_BS, tokens_BT.device)
+        documents = (document_ids_BT, keys_BS)
+        log_n = self.config.log_n
+        seen = see(T, past + T, True, *documents, tokens_BT.device, log_n_base=log_n)
         for block in self.decoder.layers:
             x_BTD = block(x_BTD, seen, cache)
         if cache is not None:

@@ -7,7 +7,8 @@ is a module called as module(x), so a part of the heads, of the FFN or of the vo
 the whole does: tensor parallelism swaps the modules from outside.
 
 Attention is a function handed in, `attention(q_BTNH, k_BSNH, v_BSNH, see, scale, dropout)`; who
-sees whom is a value, `Visibility`, made once a forward and used by every layer.
+sees whom, and with what bias, is a value, `Visibility`, made once a forward and used by every
+layer of a stack.
 
 Legend: B rows, T queries, S keys, N heads, H head_dim, D hidden, V vocabulary.
 """
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig, local_shape, tensors
+from pretrain.models.positions import Turn, log_n, turned
 
 Attention = Callable[[Tensor, Tensor, Tensor, "Visibility", float, float], Tensor]
 
@@ -35,10 +37,16 @@ class Visibility:
     """Without a mask: key s is seen by query t if s <= t (as many keys as queries)."""
     visible: Tensor | None = None
     """bool [B or 1, 1, T, S]; None: all, or what `causal` says."""
+    bias: Tensor | None = None
+    """[B or 1, N, T, S], added to the scores; -inf where hidden, so that it is all of the mask."""
+    stretch: Tensor | None = None
+    """[B or 1, T, 1, 1], queries are multiplied by it (log-n scaling); None: 1."""
     _made: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     def additive(self, like_BNTS: Tensor) -> Tensor | None:
-        """0 where seen and -inf where not, in the scores' dtype; None where all is seen."""
+        """The bias, 0 without one, and -inf where hidden; None where nothing is to be added."""
+        if self.bias is not None:
+            return self.bias
         if self.visible is None and not self.causal:
             return None
         if like_BNTS.dtype not in self._made:
@@ -58,20 +66,74 @@ def see(
     query_documents_BT: Tensor | None = None,
     key_documents_BS: Tensor | None = None,
     device: torch.device | None = None,
+    *,
+    bias_BNTS: Tensor | None = None,
+    log_n_base: int = 0,
 ) -> Visibility:
-    """The visibility of the last `queries` of `keys` positions.
+    """The visibility of the last `queries` of `keys` positions of the same rows.
 
     A position sees its own document only (padding, -1, is a document too, so that no row of scores
-    is empty), and with `causal` nothing behind itself.
+    is empty), and with `causal` nothing behind itself. With `log_n_base` queries are stretched by
+    the logarithm of the number of keys that they see (models/positions.py); 0 leaves them.
     """
     visible = None
     if query_documents_BT is not None and key_documents_BS is not None:
         visible = query_documents_BT[:, None, :, None] == key_documents_BS[:, None, None, :]
     causal = causal and queries > 1
-    if causal and (visible is not None or queries != keys):
+    if causal and (visible is not None or queries != keys or bias_BNTS is not None):
         order = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
         visible = order[None, None] if visible is None else visible & order
-    return Visibility(causal and visible is None, visible)
+    return _seen(causal and visible is None, visible, queries, keys, device, bias_BNTS, log_n_base)
+
+
+def see_across(
+    queries_BT: Tensor,
+    keys_BS: Tensor,
+    query_documents_BT: Tensor | None = None,
+    key_documents_BS: Tensor | None = None,
+    *,
+    bias_BNTS: Tensor | None = None,
+    log_n_base: int = 0,
+) -> Visibility:
+    """The visibility of a decoder's tokens over an encoder's: those of the same document.
+
+    Document ids that are None mean that a row is document 0. A position that would see nothing,
+    which padding may be, sees all: its softmax would have no value, and nobody reads it.
+    """
+    visible = None
+    if query_documents_BT is not None or key_documents_BS is not None:
+        of_queries = torch.zeros_like(queries_BT)
+        of_keys = torch.zeros_like(keys_BS)
+        of_queries = of_queries if query_documents_BT is None else query_documents_BT
+        of_keys = of_keys if key_documents_BS is None else key_documents_BS
+        visible = of_queries[:, None, :, None] == of_keys[:, None, None, :]
+        visible = visible | ~visible.any(-1, keepdim=True)
+    T, S = queries_BT.shape[1], keys_BS.shape[1]
+    return _seen(False, visible, T, S, keys_BS.device, bias_BNTS, log_n_base)
+
+
+def _seen(
+    causal: bool,
+    visible: Tensor | None,
+    queries: int,
+    keys: int,
+    device: torch.device | None,
+    bias_BNTS: Tensor | None,
+    log_n_base: int,
+) -> Visibility:
+    stretch = None
+    if log_n_base:
+        if visible is not None:
+            counts = visible.sum(-1).transpose(1, 2)[..., None]
+        elif causal:
+            counts = torch.arange(1, queries + 1, device=device)[None, :, None, None]
+        else:
+            counts = torch.full((1, 1, 1, 1), keys, device=device)
+        stretch = log_n(counts, log_n_base)
+    if bias_BNTS is not None and visible is not None:
+        # Once, here: recomputed layers use it as it is.
+        bias_BNTS = bias_BNTS.masked_fill(~visible, float("-inf"))
+    return Visibility(causal, visible, bias_BNTS, stretch)
 
 
 # ---------------------------------------------------------------- attention
@@ -85,7 +147,7 @@ def attention_sdpa(
         q_BTNH.transpose(1, 2),
         k_BSNH.transpose(1, 2),
         v_BSNH.transpose(1, 2),
-        attn_mask=see.visible,
+        attn_mask=see.visible if see.bias is None else see.bias,
         dropout_p=dropout,
         is_causal=see.causal,
         scale=scale,
@@ -100,7 +162,8 @@ def attention_matmul(
 
     The softmax computes in fp32 inside whatever the dtype; dropout falls on the probabilities.
     """
-    scores_BNTS = (q_BTNH * scale).transpose(1, 2) @ k_BSNH.permute(0, 2, 3, 1)
+    q_BTNH = q_BTNH if scale == 1.0 else q_BTNH * scale
+    scores_BNTS = q_BTNH.transpose(1, 2) @ k_BSNH.permute(0, 2, 3, 1)
     mask = see.additive(scores_BNTS)
     if mask is not None:
         scores_BNTS += mask  # in place: nobody else holds the scores, and a copy costs page faults
@@ -127,7 +190,9 @@ class KeyValueCache:
         self.length = 0
         """Positions held; the model moves it on at the end of a forward."""
         self.documents_BS: Tensor | None = None
+        self.positions_BS: Tensor | None = None
         self._layers: list[tuple[Tensor, Tensor]] = []
+        self._across: list[tuple[Tensor, Tensor]] = []
 
     def extend(self, layer: int, k_BTNH: Tensor, v_BTNH: Tensor) -> tuple[Tensor, Tensor]:
         """Put T positions behind those held; all keys and values [B, S, N, H], as views."""
@@ -144,11 +209,29 @@ class KeyValueCache:
 
     def extend_documents(self, documents_BT: Tensor) -> Tensor:
         """Put T document ids behind those held; all of them [B, S]."""
-        end = self.length + documents_BT.shape[1]
         if self.documents_BS is None:
             self.documents_BS = documents_BT.new_empty(documents_BT.shape[0], self.capacity)
-        self.documents_BS[:, self.length : end] = documents_BT
-        return self.documents_BS[:, :end]
+        return self._put(self.documents_BS, documents_BT)
+
+    def extend_positions(self, positions_BT: Tensor) -> Tensor:
+        """Put T positions behind those held; all of them [B, S]."""
+        if self.positions_BS is None:
+            self.positions_BS = positions_BT.new_empty(positions_BT.shape[0], self.capacity)
+        return self._put(self.positions_BS, positions_BT)
+
+    def across(
+        self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, N, H] of a layer's cross-attention; made at its first use."""
+        if layer == len(self._across):
+            k_BSNH, v_BSNH = (part.transpose(1, 2).contiguous() for part in make())
+            self._across.append((k_BSNH.transpose(1, 2), v_BSNH.transpose(1, 2)))
+        return self._across[layer]
+
+    def _put(self, room_BS: Tensor, new_BT: Tensor) -> Tensor:
+        end = self.length + new_BT.shape[1]
+        room_BS[:, self.length : end] = new_BT
+        return room_BS[:, :end]
 
 
 class SelfAttention(nn.Module):
@@ -173,18 +256,54 @@ class SelfAttention(nn.Module):
         self.attention = attention
 
     def forward(
-        self, x_BTD: Tensor, see: Visibility, cache: KeyValueCache | None = None, layer: int = 0
+        self,
+        x_BTD: Tensor,
+        see: Visibility,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+        turn: Turn | None = None,
     ) -> Tensor:
-        """x_BTD -> what attention adds to it, before dropout."""
-        B, T, _ = x_BTD.shape
-        q_BTNH = self.q(x_BTD).view(B, T, -1, self.head_dim)
-        k_BSNH = self.k(x_BTD).view(B, T, -1, self.head_dim)
-        v_BSNH = self.v(x_BTD).view(B, T, -1, self.head_dim)
+        """x_BTD -> what attention adds to it, before dropout; `turn` is for rotary positions."""
+        q_BTNH, k_BSNH, v_BSNH = self._heads(self.q(x_BTD)), *self.keys_values(x_BTD)
+        if turn is not None:
+            q_BTNH, k_BSNH = turned(q_BTNH, turn), turned(k_BSNH, turn)
         if cache is not None:
             k_BSNH, v_BSNH = cache.extend(layer, k_BSNH, v_BSNH)
+        return self._attend(q_BTNH, k_BSNH, v_BSNH, see)
+
+    def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries look at: k_BSNH, v_BSNH."""
+        return self._heads(self.k(x_BSD)), self._heads(self.v(x_BSD))
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        B, T, _ = x_BTD.shape
+        return x_BTD.view(B, T, -1, self.head_dim)
+
+    def _attend(self, q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, see: Visibility) -> Tensor:
+        if see.stretch is not None:
+            q_BTNH = q_BTNH * see.stretch.to(q_BTNH.dtype)
         dropout = self.dropout if self.training else 0.0
         out_BTNH = self.attention(q_BTNH, k_BSNH, v_BSNH, see, self.scale, dropout)
-        return self.o(out_BTNH.reshape(B, T, -1))
+        return self.o(out_BTNH.flatten(2))
+
+
+class CrossAttention(SelfAttention):
+    """Queries of a decoder over what an encoder has made of its text."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BTD: Tensor,
+        see: Visibility,
+        memory_BSD: Tensor,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x_BTD and the encoder's hidden states -> what attention adds to x_BTD."""
+        q_BTNH = self._heads(self.q(x_BTD))
+        if cache is None:
+            return self._attend(q_BTNH, *self.keys_values(memory_BSD), see)
+        held = cache.across(layer, lambda: self.keys_values(memory_BSD))
+        return self._attend(q_BTNH, *held, see)
 
 
 # ---------------------------------------------------------------- the rest
@@ -204,6 +323,25 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> what the layer adds to it, before dropout."""
         return self.down(self.activation(self.up(x_BTD)))
+
+
+class GatedFeedForward(nn.Module):
+    """activation(gate) x up -> dropout -> down."""
+
+    def __init__(
+        self, hidden: int, ffn: int, activation: Callable[[Tensor], Tensor], dropout: float
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, ffn, bias=False)
+        self.up = nn.Linear(hidden, ffn, bias=False)
+        self.down = nn.Linear(ffn, hidden, bias=False)
+        self.activation, self.dropout = activation, dropout
+        self.drop_within = drop
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x_BTD -> what the layer adds to it, before dropout."""
+        inner_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(self.drop_within(inner_BTF, self.dropout if self.training else 0.0))
 
 
 class TokenEmbedding(nn.Module):
@@ -254,6 +392,11 @@ def drop(x: Tensor, probability: float) -> Tensor:
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh approximation: GPT-2, CPM, mT5 (BERT and RoFormer use erf)."""
     return F.gelu(x, approximate="tanh")
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    """GELU itself: BERT, RoFormer, and T5 PEGASUS as bert4keras trained it."""
+    return F.gelu(x)
 
 
 def check(model: nn.Module, config: ModelConfig, parallel: int = 1) -> None:
