@@ -11,6 +11,10 @@ class Cleaning:
     data_pipeline/clean.py.
     """
 
+    simplify: bool = True
+    """Pages in traditional characters (OpenCC would change over 5 % of their Han) become simplified
+    ones; classical prose and verse stay as they are: data_pipeline/hanzi.py (繁转简)."""
+
     min_characters: int = 20
     """Fewer characters (blanks not counted): `too_short`. Classical quatrains have 24."""
     max_characters: int = 10_000_000

@@ -43,7 +43,7 @@ import numpy as np
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, dedup, encode, executors, ingest, report
+from data_pipeline import decontaminate, dedup, encode, executors, hanzi, ingest, report
 from data_pipeline.blocks import (
     SPLITS,
     Block,
@@ -100,7 +100,7 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     exams = [xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in decontaminate.files(config)]
     content = replace(config, data=config.data.content())
     asked = fingerprint_of(
-        [FORMAT, content, files, models, exams, encode.versions(), code_of(CODE)]
+        [FORMAT, content, files, models, exams, encode.versions(), hanzi.version(), code_of(CODE)]
     )
     if (manifest := finished(out, asked)) is not None:
         say.line(f"{out}: complete, nothing to do (语料已建好)")

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from configs.cleaning import Cleaning
+from data_pipeline import hanzi
 
 # Kinds of characters. Up to DIGIT they make words; from WIDE on normalisation has work to do.
 HAN, LETTER, DIGIT, PUNCTUATION, SYMBOL, BLANK, WIDE, RETURN, LOST, PRIVATE, CONTROL, INVISIBLE = (
@@ -79,7 +80,7 @@ class Page(NamedTuple):
     counts: list[int]
     """Characters of each kind, [KINDS]."""
     changed: Counter[str]
-    """Characters removed (lost, private_use, control, zero_width) or folded (width)."""
+    """Characters removed (lost, private_use, control, zero_width), folded (width), simplified."""
     solid: int
     """Characters that are not blank."""
 
@@ -176,11 +177,23 @@ def _text(codes: "np.ndarray") -> str:
     return codes.astype("<u4").tobytes().decode("utf-32-le")
 
 
+def simplify(page: Page) -> tuple[Page, str]:
+    """A page in traditional characters in simplified ones; also its script (hanzi.script): of
+    "classical" and "simplified" nothing is changed."""
+    script = hanzi.script(page.text)
+    if script != "traditional":
+        return page, script
+    text, number = hanzi.simplified(page.text)
+    changed = page.changed + Counter(simplified=number)
+    return normalise(text)._replace(changed=changed), script
+
+
 def digest(page: Page) -> bytes:
     """16 bytes that are equal for documents with the same letters and digits, whatever stands
-    between them: xxh3-128 of their code points; without any, of all its characters."""
+    between them, in traditional or simplified characters: xxh3-128 of their code points; without
+    any, of all its characters."""
     codes = np.frombuffer(page.text.encode("utf-32-le"), dtype=np.uint32)
-    words = codes[page.kinds <= DIGIT]
+    words = hanzi.folded(codes[page.kinds <= DIGIT])
     return xxhash.xxh3_128_digest((words if len(words) else codes).tobytes())
 
 

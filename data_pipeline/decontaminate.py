@@ -27,6 +27,7 @@ from data_pipeline.blocks import Block, Documents
 from data_pipeline.clean import HAN, folded
 from data_pipeline.dedup import U64
 from data_pipeline.ingest import first_place
+from data_pipeline.kernels import compiled
 from data_pipeline.shards import CorpusError, records, save, shard
 
 HITS_SHOWN = 10  # items named for one document; all are counted
@@ -175,7 +176,7 @@ class Filter:
         return places, hashes[places]
 
 
-@minhash.compiled
+@compiled
 def _marked(hashes, bits):  # type: ignore[no-untyped-def]
     """Places of the hashes whose bit is set."""
     out = np.empty(len(hashes), np.int64)
@@ -218,7 +219,7 @@ class FindContaminated(Block):
     """Which of a shard's documents hold text of an evaluation set, and which item."""
 
     name = "contaminated"
-    modules: ClassVar = ("decontaminate", "minhash", "clean", "ingest")
+    modules: ClassVar = ("decontaminate", "minhash", "hanzi", "clean", "ingest")
 
     def __init__(
         self,

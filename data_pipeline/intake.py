@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from configs.cleaning import Cleaning
 from configs.sources import Source
-from data_pipeline import clean, ingest
+from data_pipeline import clean, hanzi, ingest
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
@@ -49,10 +49,10 @@ class Clean(Block):
     """Normalised documents that pass the filters; the others go to rejects/REASON/."""
 
     name = "clean"
-    modules: ClassVar = ("clean", "intake")
+    modules: ClassVar = ("clean", "hanzi", "intake")
 
     def __init__(self, rules: Cleaning) -> None:
-        super().__init__(rules=rules)
+        super().__init__(rules=rules, characters=hanzi.version())
         self.rules = rules
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
@@ -64,6 +64,9 @@ class Clean(Block):
                     self._refuse("too_long", document, rejects)
                     continue
                 page = clean.normalise(document.text)
+                if self.rules.simplify:
+                    page, script = clean.simplify(page)
+                    self.counts[f"script/{script}"] += 1
                 for what, number in page.changed.items():
                     self.counts[f"changed/{what}"] += number
                 verdict = clean.judge(page, self.rules)

@@ -1,6 +1,6 @@
 """Sketches of documents: how alike two of them are, without laying them side by side.
 
-    text --NFC, letters and digits only--> code points --n in a row--> 64-bit hashes of n-grams
+    text --NFC, letters and digits, simplified--> code points --n in a row--> hashes of n-grams
          --108 times a * hash + b, the lowest stays--> signature --6 numbers at a time--> 18 keys
 
 Two documents share a number of their signatures with a probability equal to the Jaccard similarity
@@ -12,28 +12,19 @@ through them in pieces, so that memory does not grow with a document.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
-import numba
 import numpy as np
 
-from data_pipeline import clean
+from data_pipeline import clean, hanzi
 from data_pipeline.clean import DIGIT
+from data_pipeline.kernels import compiled
 
 PIECE = 1 << 18  # characters at a time: 1 MB of code points, 2 MB of hashes
 BLOCK = 512  # hashes of n-grams that stay in the first cache while all functions see them
 PERMUTATION_SEED = 0xBA51E
 NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled, and kept on disk for the next process if there is a place to write."""
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache folder
-        return numba.njit(function)
 
 
 # ---- texts -> hashes of n-grams
@@ -45,8 +36,9 @@ def kinds() -> np.ndarray:
 
 
 def letters(text: str) -> np.ndarray:
-    """Code points of the letters and digits of a text in NFC, uint32; blanks, punctuation and
-    symbols are left out, and so are wide letters, which a cleaned text does not have."""
+    """Code points of the letters and digits of a text in NFC, Han in simplified form, uint32;
+    blanks, punctuation and symbols are left out, and so are wide letters, which a cleaned text does
+    not have."""
     text = _nfc(text)
     pieces = [_letters_of(text[at : at + PIECE]) for at in range(0, len(text), PIECE)]
     return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
@@ -61,7 +53,7 @@ def _codes(text: str) -> np.ndarray:
 
 
 def _letters_of(text: str) -> np.ndarray:
-    return _solid(_codes(text), kinds())
+    return _solid(_codes(text), kinds(), hanzi.forms())
 
 
 def _pieces(text: str, n: int) -> Iterator[np.ndarray]:
@@ -116,7 +108,7 @@ def signature(text: str, n: int, count: int) -> np.ndarray | None:
     lowest = np.full(count, NOTHING)
     text = _nfc(text)
     if len(text) <= PIECE:
-        found = _sign(_codes(text), kinds(), n, a, b, lowest)
+        found = _sign(_codes(text), kinds(), hanzi.forms(), n, a, b, lowest)
         return lowest if found else None
     empty = True
     for codes in _pieces(text, n):
@@ -140,12 +132,12 @@ def band_keys(signed: np.ndarray, bands: int) -> np.ndarray:
 
 
 @compiled
-def _solid(codes, kinds):  # type: ignore[no-untyped-def]
-    """The code points that make words."""
+def _solid(codes, kinds, forms):  # type: ignore[no-untyped-def]
+    """The code points that make words, in their simplified forms."""
     out = np.empty(len(codes), np.uint32)
     n = 0
     for code in codes:
-        out[n] = code
+        out[n] = forms[code]
         n += kinds[code] <= DIGIT
     return out[:n]
 
@@ -188,9 +180,9 @@ def _lower(hashes, a, b, lowest):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _sign(codes, kinds, n, a, b, lowest):  # type: ignore[no-untyped-def]
+def _sign(codes, kinds, forms, n, a, b, lowest):  # type: ignore[no-untyped-def]
     """The three above in one call, for the many short texts; how many letters there are."""
-    solid = _solid(codes, kinds)
+    solid = _solid(codes, kinds, forms)
     if len(solid):
         _lower(_grams(solid, min(n, len(solid))), a, b, lowest)
     return len(solid)

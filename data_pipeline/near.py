@@ -34,6 +34,7 @@ from configs.dedup import Near
 from data_pipeline import minhash
 from data_pipeline.blocks import Block, Documents, Stage
 from data_pipeline.dedup import U64, buckets, key_range, rows_within
+from data_pipeline.kernels import compiled
 from data_pipeline.shards import records, save
 
 KEY = np.dtype([("key", "<u8"), ("row", "<u4")])
@@ -66,7 +67,7 @@ def sorted_pairs(pairs: np.ndarray) -> np.ndarray:
     return pairs[:, ~again]
 
 
-@minhash.compiled
+@compiled
 def _roots(left, right, count):  # type: ignore[no-untyped-def]
     """Union-find over 0 .. count - 1; the root of each, which is the lowest of its cluster."""
     parent = np.arange(count)
@@ -102,7 +103,7 @@ class Sign(Block):
     """The keys of a shard's documents: bands/RANK.npy, [bands, documents], sorted in each band."""
 
     name = "signatures"
-    modules: ClassVar = ("minhash", "near", "clean")
+    modules: ClassVar = ("minhash", "hanzi", "near", "clean")
 
     def __init__(self, cleaned: Path, rules: Near) -> None:
         super().__init__(ngram=rules.ngram, bands=rules.bands, rows=rules.rows)
@@ -163,7 +164,7 @@ class GatherLetters(Block):
     """The letters of a shard's candidates, one after the other, and where each ends."""
 
     name = "letters"
-    modules: ClassVar = ("near", "minhash", "dedup", "clean")
+    modules: ClassVar = ("near", "minhash", "hanzi", "dedup", "clean")
 
     def __init__(self, cleaned: Path, sizes: list[int], members: list[Path]) -> None:
         super().__init__()
