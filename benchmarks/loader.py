@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.batches import CausalRows, Prefetcher, read_rows
+from pretrain.batches import Prefetcher, read_rows
 from pretrain.order import Dataset, Mixture
+from pretrain.rows import CausalRows
 
 EOD = 7
 

@@ -1,16 +1,15 @@
 """Rows of token indexes -> batches.
 
-    order.locate(samples)         Index.slice (a memmap view)
-        |  dataset, row               |
-        v                             v
-    windows [B, T+1] --- causal_batch: positions, documents, what counts ---> Batch of [B, T]
+    order.locate(samples)     Rows: causal, masked (rows.py), pairs (pairs.py)
+        |  dataset, row           |  fill(): compiled, from the mapped files into the Canvas
+        v                         v
+    read_rows ----------------> Canvas, arrays of [B, T] --------------> Batch, the same as tensors
 
-A causal row r of an index is the window tokens[r*T : r*T + T + 1): T inputs and the T tokens after
-them. Neighbours share one token, which is a target of the first and an input of the second, so
-every token but the first is predicted exactly once an epoch. There are (tokens - 1) // T rows; the
-fewer than T tokens behind the last one are left out, never padded.
+One thread makes batches ahead of the training step. The kernels let the interpreter's lock go, and
+one thread is faster than the bars ask of the loader (benchmarks/loader.py), so there are no
+workers, nothing is forked, and nothing waits for a process.
 
-Legend: B rows, T tokens of a row, N positions whose loss counts.
+Legend: B rows, T tokens of a row, S tokens of an encoder's row, N positions whose loss counts.
 """
 
 from __future__ import annotations
@@ -25,23 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.order import Ints
+from pretrain.compiled import compiled
+from pretrain.permutation import Ints, Keys
 
 PADDING = -1
 """Document id of padding: it sees, and is seen by, padding only."""
-
-
-class Tokens(Protocol):
-    """What is asked of an index (data_pipeline.index.Index)."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all documents together."""
-        ...
-
-    def slice(self, start: int, stop: int) -> NDArray[np.integer]:
-        """Tokens [start, stop) of the stream of all documents."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,111 +81,115 @@ def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | 
     return tensor.to(device)
 
 
-def causal_batch(windows_BU: Ints, eod_id: int, document_boundaries: bool) -> Batch:
-    """Windows [B, T+1] -> the batch that predicts each next token.
+@dataclass(frozen=True)
+class Canvas:
+    """The arrays of a batch while rows are written into them, each row whole, its padding too."""
 
-    With document boundaries a document begins behind every end-of-document token: positions restart
-    there, attention does not look across, and the first token of a document is not predicted (the
-    end before it says nothing about it); the end itself is predicted. Without them a row is one
-    stream, every target counts, and attention is plainly causal (document_ids None).
-    """
-    tokens_BT, targets_BT = windows_BU[:, :-1], windows_BU[:, 1:]
-    across = np.arange(tokens_BT.shape[1])
-    if not document_boundaries:
-        return _batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, bool), across[None], None)
-    ends_BT = tokens_BT == eod_id
-    begins_BT = np.zeros_like(ends_BT)
-    begins_BT[:, 1:] = ends_BT[:, :-1]
-    first_BT = np.maximum.accumulate(np.where(begins_BT, across, 0), axis=1)
-    return _batch(tokens_BT, targets_BT, ~ends_BT, across - first_BT, begins_BT.cumsum(axis=1))
+    tokens_BT: Ints
+    targets_BT: Ints
+    counts_BT: NDArray[np.bool_]
+    """Positions whose loss counts."""
+    positions_BT: Ints
+    documents_BT: Ints | None
+    encoder_tokens_BS: Ints | None = None
+    encoder_positions_BS: Ints | None = None
+    encoder_documents_BS: Ints | None = None
+
+    @classmethod
+    def of(cls, rows: int, seq_len: int, documents: bool, encoder_len: int = 0) -> Canvas:
+        """Arrays that hold nothing yet; `encoder_len` 0: without an encoder's side."""
+
+        def some(length: int) -> Ints:
+            return np.empty((rows, length), np.int64)
+
+        decoder = some(seq_len), some(seq_len), np.empty((rows, seq_len), np.bool_), some(seq_len)
+        encoder = [some(encoder_len) for _ in range(3)] if encoder_len else [None] * 3
+        return cls(*decoder, some(seq_len) if documents else None, *encoder)
+
+    def clear(self, pad_id: int) -> None:
+        """Make every row padding."""
+        self.counts_BT[:] = False
+        for name in ("tokens_BT", "targets_BT", "encoder_tokens_BS"):
+            if (array := getattr(self, name)) is not None:
+                array[:] = pad_id
+        for name in ("positions_BT", "encoder_positions_BS"):
+            if (array := getattr(self, name)) is not None:
+                array[:] = np.arange(array.shape[1])
+        for name in ("documents_BT", "encoder_documents_BS"):
+            if (array := getattr(self, name)) is not None:
+                array[:] = PADDING
+
+    def batch(self) -> Batch:
+        """The same memory as tensors."""
+
+        def tensor(array: NDArray | None) -> torch.Tensor | None:
+            return None if array is None else torch.from_numpy(array)
+
+        at_N = np.empty(self.counts_BT.size, np.int64)
+        return Batch(
+            tokens_BT=torch.from_numpy(self.tokens_BT),
+            targets_BT=torch.from_numpy(self.targets_BT),
+            loss_mask_BT=torch.from_numpy(self.counts_BT),
+            positions_BT=torch.from_numpy(self.positions_BT),
+            document_ids_BT=tensor(self.documents_BT),
+            loss_at_N=torch.from_numpy(at_N[: _where(self.counts_BT.reshape(-1), at_N)]),
+            encoder_tokens_BT=tensor(self.encoder_tokens_BS),
+            encoder_positions_BT=tensor(self.encoder_positions_BS),
+            encoder_document_ids_BT=tensor(self.encoder_documents_BS),
+        )
 
 
-def _batch(
-    tokens_BT: Ints,
-    targets_BT: Ints,
-    counts_BT: NDArray[np.bool_],
-    positions_BT: Ints,
-    documents_BT: Ints | None,
-) -> Batch:
-    def tensor(values: NDArray) -> torch.Tensor:
-        return torch.from_numpy(np.array(np.broadcast_to(values, tokens_BT.shape)))
-
-    return Batch(
-        tokens_BT=tensor(tokens_BT),
-        targets_BT=tensor(targets_BT),
-        loss_mask_BT=tensor(counts_BT),
-        positions_BT=tensor(positions_BT),
-        document_ids_BT=None if documents_BT is None else tensor(documents_BT),
-        loss_at_N=torch.from_numpy(np.flatnonzero(counts_BT)),
-    )
+@compiled
+def _where(true_M, at_M):  # type: ignore[no-untyped-def]
+    """Write where true_M is true to the head of at_M; how many there are."""
+    number = 0
+    for m in range(len(true_M)):
+        at_M[number] = m
+        number += true_M[m]
+    return number
 
 
-class CausalRows:
-    """The causal rows of one index; see the head of this file for what a row is.
+class Rows(Protocol):
+    """The rows of one split of one corpus, for one objective."""
 
-    `eod_id` ends every document of the index; `pad_id` fills the row of an empty batch only.
-    """
-
-    def __init__(
-        self,
-        index: Tokens,
-        seq_len: int,
-        eod_id: int,
-        pad_id: int,
-        document_boundaries: bool = True,
-    ) -> None:
-        self.index, self.seq_len = index, seq_len
-        self.eod_id, self.pad_id = eod_id, pad_id
-        self.document_boundaries = document_boundaries
-        self._rows = (int(index.tokens) - 1) // seq_len
-        if self._rows < 1:
-            raise ValueError(
-                f"data: the index has {index.tokens} tokens, a row of data.seq_len={seq_len} "
-                f"needs {seq_len + 1}; add text or lower data.seq_len "
-                "(语料不足一行, 请增加语料或减小 seq_len)"
-            )
+    pad_id: int
 
     def __len__(self) -> int:
-        return self._rows
+        """Rows of an epoch."""
+        ...
 
-    def fill(self, rows: Ints, windows_BU: Ints) -> None:
-        """Write the windows [len(rows), seq_len + 1] of the rows."""
-        for row, window_U in zip(rows.tolist(), windows_BU, strict=True):
-            if not 0 <= row < self._rows:
-                raise IndexError(f"row {row} of an index of {self._rows} rows")
-            start = row * self.seq_len
-            window_U[:] = self.index.slice(start, start + self.seq_len + 1)
+    def canvas(self, rows: int) -> Canvas:
+        """Room for so many rows."""
+        ...
 
-    def batch(self, rows: Ints) -> Batch:
-        """The rows as one batch; no rows give the empty batch."""
-        return read_rows([self], np.zeros(len(rows), np.int32), rows)
+    def fill(self, rows: Ints, keys: Keys, at: Ints, canvas: Canvas) -> None:
+        """Write rows [R] into rows at [R] of the canvas; keys [R] seed what is drawn in each."""
+        ...
 
 
-def read_rows(sources: Sequence[CausalRows], dataset: NDArray[np.integer], rows: Ints) -> Batch:
+def read_rows(
+    sources: Sequence[Rows],
+    dataset: NDArray[np.integer],
+    rows: Ints,
+    keys: Keys | None = None,
+) -> Batch:
     """Rows of several datasets, as `Order.locate` names them, as one batch.
 
-    No rows give a batch of one row of padding whose loss does not count: what a rank runs when its
-    step has nothing left for it.
+    `keys` seed what is drawn at random in each row; none: as if all were 0. No rows give a batch of
+    one row of padding whose loss does not count: what a rank runs when its step has nothing left.
+    IndexError for a row that is not there.
     """
-    like = sources[0]
+    canvas = sources[0].canvas(max(len(rows), 1))
     if not len(rows):
-        return empty_batch(like.seq_len, like.pad_id, like.document_boundaries)
-    windows_BU = np.empty((len(rows), like.seq_len + 1), np.int64)
-    for number in np.unique(dataset):
-        mine = np.flatnonzero(dataset == number)
-        part = windows_BU if len(mine) == len(rows) else np.empty_like(windows_BU[: len(mine)])
-        sources[number].fill(rows[mine], part)
-        if part is not windows_BU:
-            windows_BU[mine] = part
-    return causal_batch(windows_BU, like.eod_id, like.document_boundaries)
-
-
-def empty_batch(seq_len: int, pad_id: int, document_boundaries: bool) -> Batch:
-    """One row of padding whose loss does not count."""
-    pad_BT = np.full((1, seq_len), pad_id, np.int64)
-    none_BT = np.zeros((1, seq_len), bool)
-    documents_BT = np.full((1, seq_len), PADDING, np.int64) if document_boundaries else None
-    return _batch(pad_BT, pad_BT, none_BT, np.arange(seq_len)[None], documents_BT)
+        canvas.clear(sources[0].pad_id)
+    drawn = np.zeros(len(rows), np.uint64) if keys is None else keys
+    for number in np.unique(dataset).tolist():
+        source, at = sources[number], np.flatnonzero(dataset == number)
+        mine = np.asarray(rows, np.int64)[at]
+        if int(mine.min()) < 0 or int(mine.max()) >= len(source):
+            raise IndexError(f"rows {mine.min()} to {mine.max()} of {len(source)}")
+        source.fill(mine, drawn[at], at, canvas)
+    return canvas.batch()
 
 
 def step_samples(first: int, count: int, data_rank: int, data_size: int, micro: int) -> list[Ints]:

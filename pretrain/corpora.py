@@ -19,8 +19,9 @@ from configs.load import ConfigError
 from configs.run import Data, Objective
 from data_pipeline import index as corpus_index
 from data_pipeline import tokenizer as corpus_tokenizer
-from pretrain.batches import Batch, CausalRows, read_rows, step_samples
+from pretrain.batches import Batch, read_rows, step_samples
 from pretrain.order import Dataset, Order, dataset_key
+from pretrain.rows import CausalRows
 
 CONTENT_BYTES = 8 * 10**9
 """Up to here the content of a corpus is hashed at every start (1-2 GB/s)."""

@@ -9,34 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.batches import (
-    CausalRows,
-    Prefetcher,
-    causal_batch,
-    empty_batch,
-    read_rows,
-    step_samples,
-)
-
-EOD, PAD = 7, 5
-
-
-class ArrayIndex:
-    """What rows ask of an index, over an array in memory."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        self.ids = ids
-        self.tokens = len(ids)
-
-    def slice(self, start: int, stop: int) -> np.ndarray:
-        return self.ids[start:stop]
-
-
-def an_index(tokens: int, seed: int = 0) -> ArrayIndex:
-    ids = np.random.default_rng(seed).integers(8, 90, tokens).astype(np.uint16)
-    ids[np.random.default_rng(seed + 1).random(tokens) < 0.15] = EOD
-    ids[-1] = EOD
-    return ArrayIndex(ids)
+from pretrain.batches import Prefetcher, read_rows, step_samples
+from pretrain.rows import CausalRows
+from tests.windows import EOD, PAD, an_index, causal_batch, empty_batch
 
 
 def test_rows_cover_the_stream_and_every_target_comes_once() -> None:
@@ -102,7 +77,7 @@ def test_too_little_text_and_rows_out_of_range_are_sentences() -> None:
     with pytest.raises(ValueError, match=r"has 16 tokens.*seq_len=16 needs 17"):
         CausalRows(an_index(16), 16, EOD, PAD)
     assert len(CausalRows(an_index(17), 16, EOD, PAD)) == 1
-    with pytest.raises(IndexError, match="row 1 of an index of 1 rows"):
+    with pytest.raises(IndexError, match="rows 1 to 1 of 1"):
         CausalRows(an_index(17), 16, EOD, PAD).batch(np.asarray([1]))
 
 

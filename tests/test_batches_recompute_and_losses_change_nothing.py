@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from configs.model import CPMConfig
 from pretrain import recompute
-from pretrain.batches import Batch, causal_batch, empty_batch
+from pretrain.batches import Batch
 from pretrain.models.cpm import CPM
 from pretrain.models.layers import drop
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.losses import token_losses_plain
+from tests.windows import causal_batch, empty_batch
 
 CONFIG = CPMConfig("cpm", 61, 32, 3, 4, 8, 64, 40)
 
