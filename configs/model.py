@@ -137,6 +137,8 @@ class RoFormerConfig:
     """Rows of the segment embedding."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
+    ramp_steps: int = 0
+    """Steps over which what a sub-layer adds grows from nothing to all of it; 0: all at once."""
     norm_eps: float = 1e-12
     """Epsilon of every norm."""
     dropout: float = 0.1
@@ -158,6 +160,8 @@ class RoFormerConfig:
         found = _size_problems(
             self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "segments")
         )
+        if self.ramp_steps < 0:
+            found.append(f"ramp_steps: is {self.ramp_steps}, must not be negative")
         if self.head_dim % 2:
             found.append(f"head_dim: is {self.head_dim}, rotary positions need an even number")
         return found

@@ -1,0 +1,189 @@
+"""RoFormer: a masked-LM encoder that knows positions by turning queries and keys; v1 and v2.
+
+    v1  tokens + segments -> LN -> dropout -> blocks -> hidden
+        hidden -> dense -> GELU -> LN -> tied head + bias -> logits
+    v2  tokens + segments -> dropout -> RMSNorm -> blocks -> dropout -> hidden
+        hidden -> tied head -> logits
+    block: self-attention -> dropout -> + -> norm -> FFN -> dropout -> + -> norm
+
+v1 is BERT without its position table: LayerNorm, biases, erf GELU. v2 has no bias, ReLU, and an
+RMSNorm without a gain; its + is x + a F(x), where a rises from 0 to 1 over the first steps of
+training: a post-norm network that starts as one without layers trains without trouble. Sources: Su
+et al. 2021, RoFormer (kexue.fm/archives/8265); v2, kexue.fm/archives/8998; the ramp, 8620 and 8998.
+Its tensors: configs/model.py.
+
+Legend: B rows, T tokens, D hidden, N positions to predict, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.model import RoFormerConfig
+from pretrain.models.layers import (
+    Attention,
+    Dropout,
+    FeedForward,
+    SelfAttention,
+    TokenEmbedding,
+    Visibility,
+    attention_by_device,
+    gelu_erf,
+    see,
+)
+from pretrain.models.norms import rms_norm
+from pretrain.models.positions import Turn, turn_of
+
+
+class PlainRMSNorm(nn.Module):
+    """RMSNorm without a gain: nothing to learn."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        return rms_norm(x, self.eps)
+
+
+def _norm(config: RoFormerConfig) -> nn.Module:
+    if config.version == 1:
+        return nn.LayerNorm(config.hidden, eps=config.norm_eps)
+    return PlainRMSNorm(config.norm_eps)
+
+
+class Block(nn.Module):
+    """self-attention -> dropout -> + -> norm -> FFN -> dropout -> + -> norm"""
+
+    def __init__(self, config: RoFormerConfig, attention: Attention) -> None:
+        super().__init__()
+        scale = config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+        v1 = config.version == 1
+        self.self = SelfAttention(
+            config.hidden,
+            config.heads,
+            config.head_dim,
+            v1,
+            scale,
+            config.attention_dropout,
+            attention,
+        )
+        self.self_norm = _norm(config)
+        activation: Callable[[Tensor], Tensor] = gelu_erf if v1 else F.relu
+        self.ffn = FeedForward(config.hidden, config.ffn, v1, activation)
+        self.ffn_norm = _norm(config)
+        self.dropout = Dropout(config.dropout)
+        self.share = 1.0
+        """What a sub-layer adds is multiplied by this."""
+
+    def _add(self, x_BTD: Tensor, more_BTD: Tensor) -> Tensor:
+        more_BTD = self.dropout(more_BTD)
+        return x_BTD + (more_BTD if self.share == 1.0 else more_BTD * self.share)
+
+    def self_sublayer(self, x_BTD: Tensor, see: Visibility, turn: Turn) -> Tensor:
+        """norm(x + self-attention(x))"""
+        return self.self_norm(self._add(x_BTD, self.self(x_BTD, see, turn=turn)))
+
+    def ffn_sublayer(self, x_BTD: Tensor) -> Tensor:
+        """norm(x + FFN(x))"""
+        return self.ffn_norm(self._add(x_BTD, self.ffn(x_BTD)))
+
+    def forward(self, x_BTD: Tensor, see: Visibility, turn: Turn) -> Tensor:
+        """x_BTD -> x_BTD"""
+        return self.ffn_sublayer(self.self_sublayer(x_BTD, see, turn))
+
+
+class Embeddings(nn.Module):
+    """The tables of tokens and segments, and the norm behind them."""
+
+    def __init__(self, config: RoFormerConfig) -> None:
+        super().__init__()
+        self.tokens = TokenEmbedding(config.vocab, config.hidden)
+        self.segments = nn.Embedding(config.segments, config.hidden)
+        self.norm = _norm(config)
+
+
+class Encoder(nn.Module):
+    """The blocks."""
+
+    def __init__(self, config: RoFormerConfig, attention: Attention) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
+
+
+class Head(nn.Module):
+    """dense -> GELU -> LN -> the token table -> + bias"""
+
+    def __init__(self, config: RoFormerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab))
+
+    def forward(self, hidden_ND: Tensor, tokens: nn.Module) -> Tensor:
+        """[..., D] -> [..., V]"""
+        x_ND = self.norm(gelu_erf(self.dense(hidden_ND)))
+        logits_NV: Tensor = tokens(x_ND, project=True)
+        return logits_NV + self.bias
+
+
+class RoFormer(nn.Module):
+    """The encoder; parameters are named as in configs/model.py and come from a State."""
+
+    def __init__(self, config: RoFormerConfig, attention: Attention = attention_by_device) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embeddings(config)
+        self.dropout = Dropout(config.dropout)
+        self.encoder = Encoder(config, attention)
+        if config.version == 1:
+            self.head = Head(config)
+
+    def set_progress(self, step: int) -> None:
+        """Say how many updates came before: decides what share of each sub-layer is added."""
+        ramp = self.config.ramp_steps
+        for block in self.encoder.layers:
+            block.share = min(1.0, (step + 1) / ramp) if ramp else 1.0
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D]: a token sees all of its own document (None: the row is one).
+
+        segments_BT: int64 below config.segments; None: all are of segment 0.
+        """
+        x_BTD = self._embedded(tokens_BT, segments_BT)
+        T, config = tokens_BT.shape[1], self.config
+        documents = (document_ids_BT, document_ids_BT)
+        seen = see(T, T, False, *documents, tokens_BT.device, log_n_base=config.log_n)
+        turn = turn_of(positions_BT, config.head_dim, config.rope_base, x_BTD.dtype)
+        for block in self.encoder.layers:
+            x_BTD = block(x_BTD, seen, turn)
+        # v2's head begins with dropout; here, because a head that works in turns is run again
+        return x_BTD if config.version == 1 else self.dropout(x_BTD)
+
+    def _embedded(self, tokens_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        if segments_BT is None:
+            segments_BT = tokens_BT.new_zeros(1, 1)
+        x_BTD = self.embed.tokens(tokens_BT) + self.embed.segments(segments_BT)
+        if self.config.version == 1:
+            embedded: Tensor = self.dropout(self.embed.norm(x_BTD))
+        else:
+            embedded = self.embed.norm(self.dropout(x_BTD))
+        return embedded
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V] (this rank's part of V, where it is cut)."""
+        if self.config.version == 1:
+            logits_NV = self.head(hidden_ND, self.embed.tokens)
+        else:
+            logits_NV = self.embed.tokens(hidden_ND, project=True)
+        scale = self.config.logit_scale
+        return logits_NV if scale == 1.0 else logits_NV * scale
