@@ -105,7 +105,7 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     if (manifest := finished(out, asked)) is not None:
         say.line(f"{out}: complete, nothing to do (语料已建好)")
         return manifest
-    sweep(out)
+    sweep(out, executors.still_at_work(out, config.data.executor))
 
     def stage(name: str, blocks: list[Block], tasks: int, inputs: list[Any], size: int) -> Stage:
         return run(out, name, blocks, tasks, crew, inputs, say.watch(name, size))

@@ -71,6 +71,16 @@ def crew(data: Data) -> Iterator[Crew]:
         yield on_slurm.crew(data.slurm, data.workers)
 
 
+def still_at_work(out: Path, executor: str) -> list[Path]:
+    """Folders of stages on which the nodes of an earlier build go on. CorpusError if `executor`
+    cannot join them."""
+    if not any(out.glob("stages/*/slurm.json")):
+        return []
+    from data_pipeline import on_slurm
+
+    return on_slurm.still_at_work(out, executor)
+
+
 def local(workers: int) -> Crew:
     """So many processes of this machine."""
     return lambda blocks, tasks, folder: Local(
@@ -88,6 +98,11 @@ class Executor(PipelineExecutor):  # type: ignore[misc]
     def folder(self) -> Path:
         """The stage's."""
         return Path(self.logging_dir.path)
+
+    def say(self, text: str) -> None:
+        """For the line of progress: what the tasks of a cluster wait for."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "queue").write_text(text)
 
     def do(self, rank: int) -> None:
         """Do a task in this process."""
@@ -303,9 +318,9 @@ def raise_again(failure: dict[str, Any]) -> None:
     raise RuntimeError(f"on node {failure['node']}:\n{failure['traceback']}")
 
 
-def where(folder: Path, rank: int) -> str:
+def where(folder: Path, rank: int) -> str | None:
     """The node and process that last began a task."""
     try:
-        return (folder / "where" / f"{rank:05d}").read_text() or "a node that did not say its name"
+        return (folder / "where" / f"{rank:05d}").read_text()
     except OSError:
-        return "a node that did not begin it"
+        return None

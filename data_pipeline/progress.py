@@ -3,6 +3,7 @@
     clean       [############........]  61 %   24.1 MB/s   0:05 left
     clean       208.1 MB   24.3 MB/s   0:09
     clean       [############........]  61 % ...      every half minute, in a file
+    ...   0:05 left   3 running, 9 pending (Priority)    on a cluster
 
 The numbers come from the small files that the tasks of a stage write into its progress/ folder, so
 they are the same whether a task runs in this process, in another one or on another machine.
@@ -63,15 +64,19 @@ class Progress:
     def _move(
         self, name: str, folder: Path, work: float, before: float, over: threading.Event
     ) -> None:
-        started = time.monotonic()
-        while not over.wait(0.5 if self.moves else FILE_EVERY_S):
+        started, looking_s = time.monotonic(), 0.0
+        # Ten thousand tasks on a network disk are not looked at twice a second.
+        while not over.wait(max(0.5 if self.moves else FILE_EVERY_S, 20 * looking_s)):
+            looked = time.monotonic()
             done, elapsed = _done(folder), time.monotonic() - started
+            looking_s = time.monotonic() - looked
             rate = (done - before) / elapsed
             share = min(done / work, 1.0) if work else 0.0
             bar = ("#" * round(share * BAR)).ljust(BAR, ".")
             left = f"{_clock((work - done) / rate)} left" if rate and work > done else ""
             text = f"{name:<11} [{bar}] {share:4.0%} {rate / 1e6:7.1f} MB/s   {left}"
             text = text if work else f"{name:<11} {_clock(elapsed)}"
+            text += _queue(folder)
             self.stream.write(f"\r\x1b[K{text}" if self.moves else f"{text}\n")
             self.stream.flush()
 
@@ -84,6 +89,14 @@ def _done(folder: Path) -> float:
         except (OSError, ValueError):  # being written at this moment
             continue
     return total
+
+
+def _queue(folder: Path) -> str:
+    """What a cluster has to say: how many tasks run, how many wait and what for."""
+    try:
+        return f"   {(folder / 'queue').read_text()}"
+    except OSError:
+        return ""
 
 
 def _clock(seconds: float) -> str:

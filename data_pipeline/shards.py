@@ -32,9 +32,11 @@ class CorpusError(ValueError):
     """A corpus cannot be built as asked; one sentence that names the file or the key to change."""
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed build left half written."""
+def sweep(folder: Path, spare: Sequence[Path] = ()) -> None:
+    """Remove what a killed build left half written; not in `spare`, where others are writing."""
     for path in folder.rglob("*.partial"):
+        if any(path.is_relative_to(busy) for busy in spare):
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
