@@ -38,6 +38,10 @@ class Cleaning:
     """A larger share of the characters in lines that stood before in the same document:
     `repeated_lines`."""
 
+    scores_in_records: bool = False
+    """Write every score of configs/quality.py into each document's field `scores` too; they are
+    stored as columns beside the shards in any case."""
+
     def problems(self) -> list[str]:
         """Numbers outside their range."""
         found = []

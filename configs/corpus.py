@@ -14,6 +14,7 @@ from configs.cleaning import Cleaning
 from configs.dedup import Dedup, Evaluation
 from configs.encoding import Encoding, Tokenizing
 from configs.executing import Ray, Slurm
+from configs.quality import Quality
 from configs.sources import Source
 
 
@@ -99,6 +100,8 @@ class CorpusConfig:
     """Train and validation."""
     clean: Cleaning = field(default_factory=Cleaning)
     """Filters."""
+    quality: Quality = field(default_factory=Quality)
+    """Bounds on scores; another bound costs no cleaning."""
     dedup: Dedup = field(default_factory=Dedup)
     """Duplicates."""
     encode: Encoding = field(default_factory=Encoding)

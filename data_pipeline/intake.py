@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 from configs.cleaning import Cleaning
 from configs.sources import Source
-from data_pipeline import clean, hanzi, ingest
+from data_pipeline import clean, hanzi, ingest, scores
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
+
+COLUMNS = "columns of scores"
+"""What Clean hands to Store in a document's fields: a name that no field of a source has."""
 
 
 class Read(Block):
@@ -49,7 +52,7 @@ class Clean(Block):
     """Normalised documents that pass the filters; the others go to rejects/REASON/."""
 
     name = "clean"
-    modules: ClassVar = ("clean", "hanzi", "intake")
+    modules: ClassVar = ("clean", "hanzi", "scores", "intake")
 
     def __init__(self, rules: Cleaning) -> None:
         super().__init__(rules=rules, characters=hanzi.version())
@@ -75,6 +78,9 @@ class Clean(Block):
                 else:
                     document.text = page.text
                     document.metadata["digest"] = clean.digest(page)
+                    row = document.metadata[COLUMNS] = scores.scores(page)
+                    if self.rules.scores_in_records:
+                        document.metadata["scores"] = scores.as_fields(row)
                     yield document
 
     def _refuse(self, reason: str, document: Document, rejects: "Rejects") -> None:
@@ -84,23 +90,25 @@ class Clean(Block):
 
 
 class Store(Block):
-    """Documents into the task's shard, their hashes into its table."""
+    """Documents into the task's shard, their hashes and scores into its tables."""
 
     name = "store"
-    modules: ClassVar = ("intake",)
+    modules: ClassVar = ("intake", "scores")
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing: this is where the documents end."""
-        digests = []
+        digests, rows = [], []
         path = self.folder / "data" / "documents" / f"{rank:05d}.jsonl.zst"
         with shard(path, PASSING_LEVEL) as add:
             for document in data:
                 digests.append(document.metadata.pop("digest"))
+                rows.append(document.metadata.pop(COLUMNS))
                 self.counts["documents"] += 1
                 self.counts["characters"] += len(document.text)
                 self.counts["bytes"] += len(document.text.encode())
                 add(_record(document))
         save_table(self.folder / "data" / "hashes" / f"{rank:05d}.npy", digests)
+        scores.store(self.folder / "data", rank, rows)
         yield from ()
 
 

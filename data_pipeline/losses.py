@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, near
+from data_pipeline import decontaminate, near, quality
 from data_pipeline.blocks import Stage, fingerprint_of
 
 
@@ -60,6 +60,12 @@ def what_goes(
             numbers = hit.data / "numbers" / part.name
             losses.gone[f"contaminated:{part.name}"] = sorted(numbers.glob("*.npy"))
         losses.stages.append(hit)
+    if rules := config.quality.rules():
+        look = quality.FindPoor(cleaned.data, sizes, config.quality)
+        losses.stages.append(stage("quality", [look], len(sizes), [cleaned.key], 0))
+        for name in rules:
+            numbers = losses.stages[-1].data / "numbers" / name
+            losses.gone[f"quality:{name}"] = sorted(numbers.glob("*.npy"))
     if config.dedup.near is not None:
         gone = [path for paths in losses.gone.values() for path in paths]
         # Keyed by the numbers: another seed of the split finds the same duplicates.
