@@ -70,7 +70,7 @@ def load(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     """
     data = read_yaml(path)
     for text in overrides:
-        _override(data, text)
+        override(data, text)
     try:
         return from_dict(cls, data)
     except ConfigError as error:
@@ -128,7 +128,8 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(data: dict[str, Any], text: str) -> None:
+def override(data: dict[str, Any], text: str) -> None:
+    """Set `a.b=value` of a page of plain data, the value read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{text}': an override is written key=value, e.g. batch.samples=64")

@@ -51,6 +51,7 @@ VERBS = {
     "evaluate": Verb("pretrain.evaluate:main", "loss and scores of a checkpoint", "评测"),
     "generate": Verb("pretrain.generate:main", "let a checkpoint write", "生成文本"),
     "grow": Verb("launch.grow:main", "a larger model of the same function, proven", "模型增长"),
+    "convert": Verb("launch.convert:main", "checkpoints of other formats, in and out", "格式转换"),
     "inspect": Verb("launch.inspect:main", "what a corpus or a checkpoint holds", "查看"),
 }
 

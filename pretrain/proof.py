@@ -14,6 +14,7 @@ logits.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.model import ModelConfig, tensors
+from configs.model import ModelConfig, T5PegasusConfig, tensors
 from pretrain.growth import model_config
 from pretrain.growth.depth import source
 from pretrain.models import build
@@ -93,6 +94,60 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
         "torch": torch.__version__,
         "elapsed_s": round(time.monotonic() - started, 2),
     }
+
+
+def against(
+    state: State,
+    other: Callable[[torch.Tensor, torch.dtype], dict[str, torch.Tensor]],
+    tokens_BT: torch.Tensor,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Compare a state with a model that somebody else wrote, on probes; dropout off.
+
+    `other` gives (tokens, dtype) -> what leaves each block, by our names (decoder.layers.0), and
+    "logits" [B, T, V]. `tolerance` is a share of the logits' standard deviation in float64; in
+    float32 the two may differ by 3 times the error of our own. Returns plain data; if they differ,
+    `differs_at` names the first block at fault.
+    """
+    exact = outputs(state, tokens_BT, torch.float64)
+    theirs = other(tokens_BT, torch.float64)
+    std = float(exact["logits"].std())
+    rounded = outputs(state, tokens_BT, torch.float32)["logits"]
+    own_error = max(_distance(rounded, exact["logits"]), tolerance * std)
+    in_float32 = _distance(other(tokens_BT, torch.float32)["logits"], rounded)
+    far = _distance(theirs["logits"], exact["logits"])
+    found = {
+        "float64": _verdict(far, tolerance * std, std),
+        "float32": _verdict(in_float32, FLOAT32_TOLERANCE * own_error, std),
+    }
+    same = all(part["within"] for part in found.values())
+    return {"same": same, **found, "differs_at": None if same else _first(exact, theirs, tolerance)}
+
+
+def _first(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], share: float) -> str:
+    for name, output_BTD in ours.items():
+        if name in theirs:
+            far, limit = _distance(output_BTD, theirs[name]), share * float(output_BTD.std())
+            if not far <= limit:
+                return f"{name} (differs by {far:.2e}, allowed are {limit:.2e})"
+    return "the rounding of float32 alone"
+
+
+def outputs(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What leaves each block (encoder.layers.0 ...), in the order of computing, and "logits"."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
+            seen[name] = output.clone()
+
+        return hook
+
+    with _model(state, dtype) as model:
+        for name, module in model.named_modules():
+            if re.fullmatch(r"(en|de)coder\.layers\.\d+", name):
+                module.register_forward_hook(keep(name))
+        return seen | {"logits": _run(model, tokens_BT)}
 
 
 def write_proof(folder: Path, proof: dict[str, Any]) -> Path:
@@ -241,7 +296,7 @@ def _model(state: State, dtype: torch.dtype) -> Iterator[nn.Module]:
 
 def _fetcher(state: State, at: str, dtype: torch.dtype) -> Callable[..., None]:
     def fetch(module: nn.Module, arguments: Any) -> None:
-        for name in module._parameters:
+        for name in [n for n, p in module._parameters.items() if p is not None]:
             whole = state.read(f"weights/{at}.{name}").to(dtype)
             module._parameters[name] = nn.Parameter(whole, requires_grad=False)
 
@@ -255,9 +310,12 @@ def _dropper(module: nn.Module, arguments: Any, output: Any) -> None:
 
 
 def _run(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Logits; an encoder-decoder reads the probes on both sides."""
     rows, length = tokens_BT.shape
     positions_BT = torch.arange(length).expand(rows, length)
-    hidden_BTD = model(tokens_BT, positions_BT, None)
+    sides = (tokens_BT, positions_BT, None)
+    twice = isinstance(model.config, T5PegasusConfig)
+    hidden_BTD = model(*sides, *sides) if twice else model(*sides)
     logits_NV: torch.Tensor = model.logits(hidden_BTD.flatten(0, 1))  # type: ignore[operator]
     return logits_NV.view(rows, length, -1)
 

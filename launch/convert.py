@@ -1,0 +1,300 @@
+"""Checkpoints of other houses, in and out: `convert SRC DST --to {native,hf,cpm1,megatron}`.
+
+    SRC --what is it?--> state --rules of the format--> DST --read back--> proof.json
+
+SRC is a checkpoint or a run of ours, a folder of Hugging Face's (GPT2, MT5, RoFormer), CPM-1's
+mp_rank files, or megatron-core's. The proof reads what was written: every tensor must come back to
+the last bit, and where transformers has the model and is installed, its logits must be ours.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import to_dict
+from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, parameter_count
+from data_pipeline import tokenizer as corpus_tokenizer
+from pretrain import checkpoint, growth, proof
+from pretrain.convert import cpm1, hf, hf_config, megatron
+from pretrain.convert.rules import ConversionError, Rule, check, exported, imported
+from pretrain.state import State
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = ("native", "hf", "cpm1", "megatron")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was read."""
+
+    format: str
+    state: State
+    tokenizer: Path | None
+    """A frozen tokenizer/, where there is one."""
+
+
+def main(argv: list[str]) -> int:
+    """Convert; 0 if the proof holds, 1 if not; ValueError for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m launch convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", help="a checkpoint or a run, or a folder of another format")
+    parser.add_argument("target", help="the folder to write; must not exist")
+    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--from", dest="kind", choices=FORMATS, help="else it is found out")
+    parser.add_argument("--tokenizer", help="a frozen tokenizer/ folder, for a source without one")
+    parser.add_argument("--ranks", type=int, help="cpm1, megatron: files to cut it into (2, 1)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the source's files do not say of its model (activation=gelu_erf, heads=32)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the proof as JSON")
+    given = parser.parse_args(argv)
+    target = Path(given.target)
+    if target.exists():
+        raise ValueError(f"{target}: exists already; name another folder (nothing was overwritten)")
+    source = read(Path(given.source), given.kind, given.set, given.tokenizer)
+    found = convert(source, target, given.to, DTYPES[given.dtype], given.ranks)
+    found = {"verb": "convert", "source": str(given.source), **found}
+    proof.write_proof(target, found)
+    print(json.dumps(found, ensure_ascii=False, indent=1) if given.json else _table(found))
+    if not found["kept"]:
+        print(f"{target}: differs from its source, see proof.json (转换有误)", file=sys.stderr)
+    return 0 if found["kept"] else 1
+
+
+# ---- in
+
+
+def read(folder: Path, kind: str | None, options: list[str], words: str | None) -> Source:
+    """A checkpoint of any format as a state of ours."""
+    kind = kind or format_of(folder)
+    if kind == "native":
+        path = checkpoint.resolve(folder)
+        state = checkpoint.read(path)
+        inside = path / "tokenizer"
+        state = _changed(state, options)
+        return Source(kind, state, _tokenizer(words) or (inside if inside.is_dir() else None))
+    if kind == "hf":
+        page, tensors = hf.read(folder)
+        config = hf_config.with_options(hf_config.ours(page), options)
+        positions = int(page.get("max_position_embeddings", hf_config.ROFORMER_POSITIONS))
+        tables = [*hf.rules(config, positions)]
+        entries = imported(_present(tables, tensors), tensors, config, hf.ignored)
+    elif kind == "cpm1":
+        ranks, tensors = cpm1.read(folder)
+        heads = [int(text[6:]) for text in options if re.fullmatch(r"heads=\d+", text)]
+        config = hf_config.with_options(cpm1.ours(ranks, tensors, *heads), [])
+        assert isinstance(config, CPMConfig)
+        entries = imported(cpm1.rules(config, ranks), tensors, config)
+    else:
+        made, ranks, tensors = megatron.read(folder)
+        config = hf_config.with_options(made, options)
+        assert isinstance(config, CPMConfig)
+        entries = imported(megatron.rules(config, ranks), tensors, config, megatron.ignored)
+    inside = folder / hf.TOKENIZER
+    kept = _tokenizer(words) or (inside if inside.is_dir() else None)
+    return Source(kind, State(entries, {"model": to_dict(config)}), kept)
+
+
+def _changed(state: State, options: list[str]) -> State:
+    if not options:
+        return state
+    config = hf_config.with_options(growth.model_config(state), options)
+    return State(state.entries, state.record | {"model": to_dict(config)})
+
+
+def _present(rules: Iterable[Rule], foreign: Any) -> list[Rule]:
+    """Without what follows from the config and older files do not hold."""
+    return [r for r in rules if r.native or any(name in foreign for name in r.foreign)]
+
+
+def format_of(folder: Path) -> str:
+    """What a folder holds. ConversionError if nothing that is known."""
+    if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
+        return "native"
+    if (folder / "config.json").is_file():
+        return "hf"
+    if folder.is_dir() and cpm1.files_in(folder):
+        return "cpm1"
+    if folder.is_dir() and megatron.files_in(folder):
+        return "megatron"
+    raise ConversionError(
+        f"{folder}: holds no checkpoint of ours, no config.json, no mp_rank_00_model_states.pt and "
+        "no mp_rank_00/model_optim_rng.pt; correct the path or give --from (无法识别的检查点)"
+    )
+
+
+def _tokenizer(words: str | None) -> Path | None:
+    if words is None:
+        return None
+    corpus_tokenizer.load(words)  # says what is wrong with it
+    return Path(words)
+
+
+# ---- out
+
+
+def convert(
+    source: Source, target: Path, to: str, dtype: torch.dtype, ranks: int | None
+) -> dict[str, Any]:
+    """Write `source` in another format, aside and renamed; read it back; returns the proof."""
+    config = growth.model_config(source.state)
+    partial = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    notes: list[str] = []
+    if to == "native":
+        record = _begun(source)
+        checkpoint.write_state(target, State(source.state.entries, record), source.tokenizer)
+    else:
+        partial.mkdir(parents=True)
+        _write(source, config, partial, to, dtype, ranks, notes)
+        os.rename(partial, target)
+    found = _prove(source.state, target, to, dtype)
+    return {
+        "from": source.format,
+        "to": to,
+        "target": str(target),
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": source.state.record["model"],
+        "parameters": parameter_count(config),
+        "notes": notes,
+        **found,
+    }
+
+
+def _begun(source: Source) -> dict[str, Any]:
+    """state.json of a checkpoint that starts from elsewhere: a run takes its weights."""
+    fingerprint = corpus_tokenizer.load(source.tokenizer).fingerprint if source.tokenizer else None
+    begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
+    begin |= {"seed": 0, "data": [], "scaler": None, "growth": [], "converted": source.format}
+    return begin | source.state.record | {"tokenizer": fingerprint}
+
+
+def _write(
+    source: Source,
+    config: ModelConfig,
+    folder: Path,
+    to: str,
+    dtype: torch.dtype,
+    ranks: int | None,
+    notes: list[str],
+) -> None:
+    def weight(name: str) -> torch.Tensor:
+        return source.state.read(f"weights/{name}")
+
+    if to == "hf":
+        words = corpus_tokenizer.load(source.tokenizer) if source.tokenizer else None
+        page = hf_config.theirs(config, words)
+        rules = hf.rules(config)
+        check(rules, config)
+        hf.write(folder, page, exported(rules, weight), dtype)
+        notes += hf.write_tokenizer(folder, source.tokenizer)
+        return
+    if not isinstance(config, CPMConfig):
+        raise ConversionError(f"--to {to}: is a format of CPM, not of {config.family} (仅支持 CPM)")
+    wrong = cpm1.unsayable(config)
+    if wrong:
+        raise ConversionError(f"--to {to}: {'; '.join(wrong)} (该格式无法表示)")
+    step = int(source.state.record.get("step", 0))
+    number = ranks or (2 if to == "cpm1" else 1)
+    for axis in ("vocab", "heads", "ffn"):
+        if getattr(config, axis) % number and not (axis == "vocab" and to == "megatron"):
+            raise ConversionError(
+                f"--ranks: is {number}, does not divide {axis}, {getattr(config, axis)} (不能整除)"
+            )
+    if to == "cpm1":
+        rules = cpm1.rules(config, number)
+        check(rules, config)
+        cpm1.write(folder, lambda: exported(rules, weight), number, dtype, step)
+    else:
+        rules = megatron.rules(config, number)
+        check(rules, config)
+        megatron.write(folder, config, lambda: exported(rules, weight), number, dtype, step)
+
+
+# ---- proof
+
+
+def _prove(state: State, target: Path, to: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Read back what was written; compare every tensor, and the outputs with transformers'."""
+    back = read(target, to, _unsaid(state, to), None).state
+    different: list[dict[str, Any]] = []
+    for key in back.entries:
+        was, now = state.read(key), back.read(key)
+        if not torch.equal(was.to(dtype).float(), now.to(dtype).float()):
+            share = float((was - now).abs().max() / was.abs().max().clamp(min=1e-30))
+            different.append({"tensor": key, "relative": share})
+    rounding = torch.finfo(dtype).eps
+    kept = all(entry["relative"] <= rounding for entry in different)
+    found: dict[str, Any] = {"round_trip": {"tensors": len(back.entries), "different": different}}
+    if to == "hf":
+        found["transformers"] = seen = _against_transformers(state, target, dtype)
+        kept = kept and seen.get("same", True)
+    return {"kept": kept, **found}
+
+
+def _unsaid(state: State, to: str) -> list[str]:
+    """What the format does not say of our model, and reading it back must be told."""
+    config = growth.model_config(state)
+    if to == "cpm1" and isinstance(config, CPMConfig):
+        return [f"heads={config.heads}"]
+    if to == "hf" and isinstance(config, T5PegasusConfig):
+        return [f"logit_scale={'null' if config.logit_scale is None else config.logit_scale}"]
+    return []
+
+
+def _against_transformers(state: State, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    if importlib.util.find_spec("transformers") is None:
+        return {"note": "not compared: transformers is not installed (./launch/setup.sh hf)"}
+    if dtype != torch.float32:
+        return {"note": f"not compared: written in {dtype}, the source is in float32"}
+    config = growth.model_config(state)
+    # Its MT5 norm and its RoFormer positions are float32 in every precision.
+    tolerance = proof.FLOAT64_TOLERANCE if isinstance(config, CPMConfig) else 2e-6
+
+    def other(tokens_BT: torch.Tensor, at: torch.dtype) -> dict[str, torch.Tensor]:
+        return hf.outputs(folder, tokens_BT, at)
+
+    probes = proof.probes(None, config)
+    return {
+        "version": importlib.metadata.version("transformers"),
+        **proof.against(state, other, probes, tolerance),
+    }
+
+
+def _table(found: dict[str, Any]) -> str:
+    trip = found["round_trip"]
+    bits = "every bit" if not trip["different"] else f"{len(trip['different'])} rounded"
+    lines = [
+        ("from", f"{found['source']} ({found['from']}, {found['parameters']:,} parameters)"),
+        ("to", f"{found['target']} ({found['to']}, {found['dtype']})"),
+        ("read back", f"{trip['tensors']} tensors, {bits}"),
+    ]
+    seen: dict[str, Any] = found.get("transformers", {})
+    if "float64" in seen:
+        part = seen["float64"]
+        relation = "<=" if part["within"] else "ABOVE"
+        limit = f"{part['max_difference']:.2e} {relation} {part['tolerance']:.2e} in float64"
+        lines.append(("transformers", f"logits differ by {limit}"))
+        if not seen["same"]:
+            lines.append(("differs at", str(seen["differs_at"])))
+    elif seen:
+        lines.append(("transformers", seen["note"]))
+    lines += [("note", note) for note in found["notes"]]
+    lines.append(("proof", f"{found['target']}/proof.json"))
+    return "\n".join(f"{name:<14} {value}" for name, value in lines)

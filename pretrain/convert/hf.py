@@ -1,0 +1,246 @@
+"""Hugging Face's folders: config.json and safetensors (or pytorch_model.bin when read).
+
+    CPM         GPT2LMHeadModel                [in, out] kernels, q | k | v in one
+    T5 PEGASUS  MT5ForConditionalGeneration    the scale of the head folded into lm_head
+    RoFormer v1 RoFormerForMaskedLM            decoder tied to the embedding, its bias twice
+
+What the other side cannot say is refused in a sentence, never dropped: a bias in cross-attention
+(T5 PEGASUS as trained), log-n attention, RoFormer v2, a width that is not heads x head_dim. What it
+says otherwise is folded into weights: a logit scale that is no power of two is undone to half a
+unit in the last place, everything else to the last bit.
+
+transformers is imported by `reference` only, for the proof.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
+from pretrain.convert import files
+from pretrain.convert.hf_config import ROFORMER_POSITIONS
+from pretrain.convert.rules import (
+    ConversionError,
+    Foreign,
+    Rule,
+    derived,
+    same,
+    scaled,
+    stacked,
+    tied,
+)
+
+TOKENIZER = "bajie_tokenizer"
+
+
+# ---- rules
+
+
+def rules(config: ModelConfig, positions: int = ROFORMER_POSITIONS) -> list[Rule]:
+    """Native tensors <-> those of the Hugging Face model of the family."""
+    if isinstance(config, CPMConfig):
+        return list(_gpt2(config))
+    if isinstance(config, T5PegasusConfig):
+        return list(_mt5(config))
+    return list(_roformer(config, positions))
+
+
+def _gpt2(config: CPMConfig) -> Iterator[Rule]:
+    yield same("embed.tokens.weight", "transformer.wte.weight")
+    yield same("embed.positions.weight", "transformer.wpe.weight")
+    for i in range(config.layers):
+        ours, theirs = f"decoder.layers.{i}", f"transformer.h.{i}"
+        for end in ("weight", "bias"):
+            yield same(f"{ours}.self_norm.{end}", f"{theirs}.ln_1.{end}")
+            yield same(f"{ours}.ffn_norm.{end}", f"{theirs}.ln_2.{end}")
+            qkv = [f"{ours}.self.{part}.{end}" for part in "qkv"]
+            yield stacked(qkv, f"{theirs}.attn.c_attn.{end}", transposed=True)
+            kernel = end == "weight"
+            yield same(f"{ours}.self.o.{end}", f"{theirs}.attn.c_proj.{end}", kernel)
+            yield same(f"{ours}.ffn.up.{end}", f"{theirs}.mlp.c_fc.{end}", kernel)
+            yield same(f"{ours}.ffn.down.{end}", f"{theirs}.mlp.c_proj.{end}", kernel)
+    for end in ("weight", "bias"):
+        yield same(f"decoder.final_norm.{end}", f"transformer.ln_f.{end}")
+
+
+def _mt5(config: T5PegasusConfig) -> Iterator[Rule]:
+    yield same("embed.tokens.weight", "shared.weight")
+    for stack in ("encoder", "decoder"):
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        yield same(f"{stack}.position_bias.weight", table)
+        for i in range(config.layers):
+            ours, theirs = f"{stack}.layers.{i}", f"{stack}.block.{i}.layer"
+            parts = [("self", "SelfAttention")]
+            parts += [("cross", "EncDecAttention")] if stack == "decoder" else []
+            for at, (name, their_name) in enumerate(parts):
+                yield same(f"{ours}.{name}_norm.weight", f"{theirs}.{at}.layer_norm.weight")
+                for part in "qkvo":
+                    foreign = f"{theirs}.{at}.{their_name}.{part}.weight"
+                    yield same(f"{ours}.{name}.{part}.weight", foreign)
+            last = len(parts)
+            yield same(f"{ours}.ffn_norm.weight", f"{theirs}.{last}.layer_norm.weight")
+            for name, their_name in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo")):
+                foreign = f"{theirs}.{last}.DenseReluDense.{their_name}.weight"
+                yield same(f"{ours}.ffn.{name}.weight", foreign)
+        yield same(f"{stack}.final_norm.weight", f"{stack}.final_layer_norm.weight")
+    scale = config.hidden**-0.5 if config.logit_scale is None else config.logit_scale
+    if scale == 1.0:
+        yield same("head.weight", "lm_head.weight")
+    else:
+        yield scaled("head.weight", "lm_head.weight", scale)
+
+
+def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
+    head = "cls.predictions"
+    words = ("roformer.embeddings.word_embeddings.weight", f"{head}.decoder.weight")
+    yield tied("embed.tokens.weight", words)
+    yield same("embed.segments.weight", "roformer.embeddings.token_type_embeddings.weight")
+    yield derived("roformer.encoder.embed_positions.weight", lambda: _sinusoids(config, positions))
+    for end in ("weight", "bias"):
+        yield same(f"embed.norm.{end}", f"roformer.embeddings.LayerNorm.{end}")
+    parts = {
+        "self.q": "attention.self.query",
+        "self.k": "attention.self.key",
+        "self.v": "attention.self.value",
+        "self.o": "attention.output.dense",
+        "self_norm": "attention.output.LayerNorm",
+        "ffn.up": "intermediate.dense",
+        "ffn.down": "output.dense",
+        "ffn_norm": "output.LayerNorm",
+    }
+    for i in range(config.layers):
+        for ours, theirs in parts.items():
+            for end in ("weight", "bias"):
+                foreign = f"roformer.encoder.layer.{i}.{theirs}.{end}"
+                yield same(f"encoder.layers.{i}.{ours}.{end}", foreign)
+    for end in ("weight", "bias"):
+        yield same(f"head.dense.{end}", f"{head}.transform.dense.{end}")
+        yield same(f"head.norm.{end}", f"{head}.transform.LayerNorm.{end}")
+    yield tied("head.bias", (f"{head}.bias", f"{head}.decoder.bias"))
+
+
+def _sinusoids(config: RoFormerConfig, positions: int) -> torch.Tensor:
+    """The table that transformers saves: sines in the first half, cosines in the second, fp32."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+# ---- folders
+
+
+def ignored(name: str) -> bool:
+    """Buffers that old files hold, and copies of the embedding; both follow from the rest."""
+    return name.endswith((".attn.bias", ".attn.masked_bias")) or name in (
+        "lm_head.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "roformer.embeddings.position_ids",
+    )
+
+
+def read(folder: Path) -> tuple[dict[str, Any], Foreign]:
+    """config.json and the tensors of a folder, read when asked for."""
+    try:
+        page = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise ConversionError(f"{folder}/config.json: is missing or no JSON (缺少配置)") from None
+    found = _with_prefix(page, files.read(folder))
+    if page.get("model_type") == "mt5" and "shared.weight" in found:
+        found.setdefault("lm_head.weight", found["shared.weight"])  # left out where it is a copy
+    return page, found
+
+
+def _with_prefix(page: dict[str, Any], found: Foreign) -> dict[str, Callable[[], torch.Tensor]]:
+    """Files of a bare model (GPT2Model) lack the prefix of the whole one."""
+    prefix = {"gpt2": "transformer.", "roformer": "roformer."}.get(str(page.get("model_type")))
+    heads = ("lm_head.", "cls.")
+    if prefix is None or any(name.startswith(prefix) for name in found):
+        return dict(found)
+    return {n if n.startswith(heads) else prefix + n: read_it for n, read_it in found.items()}
+
+
+def write(
+    folder: Path,
+    page: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """config.json and the tensors."""
+    page = page | {"dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(page, indent=2) + "\n", "utf-8")
+    files.write(folder, tensors, dtype)
+
+
+WORDS_NOTE = (
+    "no tokenizer of transformers makes these ids: none lowers and decomposes a text before jieba "
+    "cuts it; use bajie_tokenizer/ with bajie (transformers 没有等价的分词器)"
+)
+
+
+def write_tokenizer(folder: Path, frozen: Path | None) -> list[str]:
+    """The tokenizer's files for transformers where it has that tokenizer, and in bajie_tokenizer/
+    as they are; returns what a user must know."""
+    if frozen is None:
+        return ["no tokenizer was at hand; give --tokenizer to export one (未附分词器)"]
+    shutil.copytree(frozen, folder / TOKENIZER)
+    kind = json.loads((frozen / "tokenizer.json").read_text("utf-8"))
+    vocabulary = next(iter(sorted(frozen.glob("vocab.txt"))), None)
+    if vocabulary is not None and not kind.get("word"):
+        shutil.copy(vocabulary, folder / "vocab.txt")
+        page = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(page, indent=2), "utf-8")
+        return ["AutoTokenizer gives the same ids (BertTokenizer)"]
+    return [WORDS_NOTE]
+
+
+def reference(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of transformers that the folder makes, in `dtype`, dropout off."""
+    import transformers
+
+    page = json.loads((folder / "config.json").read_text("utf-8"))
+    kind = getattr(transformers, page["architectures"][0])
+    model, found = kind.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    wrong = {k: v for k, v in found.items() if v and k != "error_msgs"}
+    if any(wrong.values()):
+        raise ConversionError(f"{folder}: transformers loads it with {wrong}")
+    return model.eval()
+
+
+BLOCKS = {
+    "gpt2": {"decoder.layers": "transformer.h"},
+    "mt5": {"encoder.layers": "encoder.block", "decoder.layers": "decoder.block"},
+    "roformer": {"encoder.layers": "roformer.encoder.layer"},
+}
+"""Our blocks -> theirs."""
+
+
+def outputs(folder: Path, tokens_BT: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What leaves each block of transformers' model, by our names, and "logits"; an encoder-decoder
+    reads the tokens on both sides."""
+    model = reference(folder, dtype)
+    kind = model.config.model_type
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            seen[name] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        return hook
+
+    for ours_, theirs_ in BLOCKS[kind].items():
+        for i, block in enumerate(model.get_submodule(theirs_)):
+            block.register_forward_hook(keep(f"{ours_}.{i}"))
+    sides = {"input_ids": tokens_BT}
+    if kind == "mt5":
+        sides["decoder_input_ids"] = tokens_BT
+    with torch.inference_mode():
+        logits = model(**sides).logits
+    return seen | {"logits": logits}
