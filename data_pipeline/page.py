@@ -33,7 +33,7 @@ vertical-align:middle}th{color:var(--soft);font-weight:500}
 th:first-child,td:first-child{text-align:left}td.bar{width:34%}
 .track{background:var(--panel);border-radius:3px;height:.8rem;overflow:hidden}
 .fill{background:var(--bamboo);height:100%;min-width:1px}.fill.lost{background:var(--amber)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1rem}
 figure{margin:0;background:var(--panel);border-radius:8px;padding:.7rem .9rem}
 figcaption{font-size:.9rem}svg{width:100%;height:auto;display:block}
 svg text{fill:var(--soft);font-size:10px}svg .col{fill:var(--bamboo)}svg .out{fill:var(--amber)}

@@ -358,7 +358,9 @@ def examples(folder: Path, number: int = EXAMPLES) -> list[dict[str, Any]]:
     drawn: list[tuple[int, int, dict[str, Any]]] = []
     for path in paths[:FILES_LOOKED_AT]:
         for record in islice(records(path), DOCUMENTS_LOOKED_AT):
-            drawn.append((xxhash.xxh3_64_intdigest(str(record.get("id")).encode()), len(drawn), record))
+            drawn.append(
+                (xxhash.xxh3_64_intdigest(str(record.get("id")).encode()), len(drawn), record)
+            )
         drawn = sorted(drawn, key=lambda entry: entry[:2])[:number]
     return [record for _, _, record in drawn]
 
