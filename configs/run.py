@@ -13,16 +13,7 @@ from typing import Any, Literal
 
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import CPMConfig, ModelConfig, split_problems
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the model learns to predict."""
-
-    name: Literal["causal"] = "causal"
-    """causal: the next token."""
-    document_boundaries: bool = True
-    """Attention and positions stay inside a document; false lets a row read across borders."""
+from configs.objectives import Causal, Objective, Packing, data_problems
 
 
 @dataclass(frozen=True)
@@ -46,14 +37,21 @@ class Data:
     train: tuple[CorpusShare, ...]
     """The mixture; its valid splits are the validation data."""
     seq_len: int
-    """Tokens of a row (a sample)."""
+    """Tokens of a row (a sample); of an encoder's row where there is one."""
+    target_len: int | None = None
+    """Tokens of a decoder's row, where there is an encoder."""
+    packing: Packing | None = None
+    """windows: the stream cut every seq_len tokens; documents: a piece of one document, or one
+    pair, a row, with padding; best_fit: several, packed by a plan. null: windows, and best_fit for
+    pseudo_summary and pairs (排布)."""
 
     def problems(self) -> list[str]:
         """A mixture without corpora, a row without tokens."""
         found = [] if self.train else ["train: names no corpus; give a list of {corpus: FOLDER}"]
-        return found + (
-            [] if self.seq_len > 0 else [f"seq_len: is {self.seq_len}, must be above 0"]
-        )
+        for key in ("seq_len", "target_len"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                found.append(f"{key}: is {value}, must be above 0")
+        return found
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ class RunConfig:
     """The update rule."""
     run: Run
     """Folder, length, rhythm."""
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Causal)
     """What is predicted."""
     schedule: Schedule = Schedule()
     """The learning rate."""
@@ -271,6 +269,9 @@ class RunConfig:
                 f"batch.tokens: is {self.batch.tokens}, less than one row of "
                 f"{self.data.seq_len} tokens (data.seq_len)"
             )
+        found += data_problems(
+            self.objective, self.data.packing, self.data.seq_len, self.data.target_len
+        )
         for number in range(max(1, len(self.stages))):
             try:
                 model = stage_model(self, number)
@@ -279,6 +280,12 @@ class RunConfig:
                 continue
             where = f"stages.{number}.model" if number else "model"
             found += [f"{where}.{s}" for s in split_problems(model, self.parallel.tensor)]
+            if model.family not in self.objective.families:
+                found.append(
+                    f"objective.name: is {self.objective.name}, which trains "
+                    f"{', '.join(self.objective.families)}; {where}.family is {model.family} "
+                    "(目标与模型族不符)"
+                )
             if isinstance(model, CPMConfig) and self.data.seq_len > model.positions:
                 found.append(
                     f"data.seq_len: is {self.data.seq_len}, {where}.positions has "

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.run import CorpusShare, Data, Objective
+from configs.objectives import Causal
+from configs.run import CorpusShare, Data
 from pretrain.corpora import Corpora, open_corpora
 
 Ints = NDArray[np.int64]
@@ -132,7 +133,7 @@ def bits(
     state = read(resolve(checkpoint))
     length = seq_len or state.record.get("config", {}).get("data", {}).get("seq_len")
     length = length or state.record["model"]["positions"]
-    section = Objective()
+    section = Causal()
     _check(samples, int(length), state.record["model"].get("positions"))
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])

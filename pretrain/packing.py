@@ -1,14 +1,14 @@
 """Documents cut into pieces, and pieces packed into rows: plans made once, when a run starts.
 
-    documents --cut()--> pieces of at most a row --best_fit()--> rows: [piece, piece, piece, padding]
+    documents --cut()--> pieces of at most a row --best_fit()--> rows: [piece, piece, ..]
                          (start, length)                          first [rows + 1], piece [pieces]
     pairs (source length, target length) -------best_fit_pairs()--> the same
 
 A plan is a pure function of the index, its marks and the length of a row, made anew at each start
-in seconds (about three million pieces a second) and kept nowhere; it takes 28 bytes a piece. Best fit
-decreasing (Ding et al. 2024, Fewer Truncations Improve Language Modeling): the longest piece first,
-each into the fullest row that still has room, so that almost nothing is padding and no document
-shorter than a row is ever cut.
+(three million pieces a second) and kept nowhere; it takes 28 bytes a piece. Best fit decreasing
+(Ding et al. 2024, Fewer Truncations Improve Language Modeling): the longest piece first, each into
+the fullest row that still has room, so that almost nothing is padding and no document shorter than
+a row is ever cut.
 
 Legend: P pieces or pairs, R rows, R1 rows and one.
 """

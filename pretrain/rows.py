@@ -74,7 +74,9 @@ class Layout:
         if packing == "windows":
             self.rows = max(int(index.tokens) - beyond, 0) // room
         else:
-            self.pieces = cut(np.asarray(index.offsets), room, end_tokens, marks)
+            offsets = np.asarray(index.offsets)
+            self.documents = int((np.diff(offsets) > end_tokens).sum())
+            self.pieces = cut(offsets, room, end_tokens, marks)
             lengths = self.pieces.length_P
             packed = packing == "best_fit"
             self.plan = (
@@ -93,16 +95,19 @@ class Layout:
         return first, self.pieces.start_P[item], self.pieces.length_P[item]
 
     def about(self) -> dict[str, int | float | str]:
-        """What a run says of its rows: how full they are, and how many pieces are parts."""
+        """What a run says of its rows: how full they are, and into how many pieces documents are
+        cut."""
         said: dict[str, int | float | str] = {"packing": self.packing, "rows": self.rows}
         if self.pieces is None:
             return said
         lengths = self.pieces.length_P.astype(np.int64)
         filled = int(lengths.sum()) + self.frame * len(lengths)
         total = max(self.rows * (self.room + self.frame), 1)
-        start, stop = self.pieces.start_P, self.pieces.start_P + lengths
-        parts = int((start[1:] == stop[:-1]).sum()) if self.frame == 0 else 0
-        return said | {"pieces": len(lengths), "filled": filled / total, "joints": parts}
+        return said | {
+            "pieces": len(lengths),
+            "documents": self.documents,
+            "filled": filled / total,
+        }
 
 
 class CausalRows:
@@ -143,7 +148,8 @@ class CausalRows:
         """Write the rows into rows `at` of the canvas; nothing is drawn, `keys` are not used."""
         documents = canvas.documents_BT
         _causal(
-            self._stream, *self.layout.of(rows), at, self.eod_id, self.pad_id, documents is not None,
+            self._stream, *self.layout.of(rows), at,
+            self.eod_id, self.pad_id, documents is not None,
             canvas.tokens_BT, canvas.targets_BT, canvas.counts_BT, canvas.positions_BT,
             NO_DOCUMENTS if documents is None else documents,
         )  # fmt: skip
@@ -172,10 +178,10 @@ def check_rows(rows: int, index: Tokens, seq_len: int, needed: int) -> None:
 
 
 @compiled
-def _causal(
+def _causal(  # type: ignore[no-untyped-def]
     stream, first_R1, start_P, length_P, at_R, eod, pad, boundaries,
     tokens_BT, targets_BT, counts_BT, positions_BT, documents_BT,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     # Slices, not sums of indexes: so numba sees that none is negative, and vectorises.
     last = len(stream) - 1
     for r in range(len(at_R)):

@@ -2,9 +2,19 @@
 
 from typing import Any
 
+from configs.objectives import SEQ2SEQ, Masked
+
 
 def build(section: Any) -> Any:
     """The objective that a run's `objective` section names."""
+    if isinstance(section, SEQ2SEQ):
+        from pretrain.objectives.seq2seq import Seq2Seq
+
+        return Seq2Seq()
+    if isinstance(section, Masked):
+        from pretrain.objectives import masked
+
+        return masked.Masked()
     from pretrain.objectives.causal import Causal
 
-    return {"causal": Causal}[section.name]()
+    return Causal()

@@ -52,17 +52,32 @@ class Causal:
     ) -> tuple[Tensor, Tensor]:
         """(sum of the losses: a scalar that carries gradients, their number: int64 scalar)."""
         hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.document_ids_BT)
-        at_N = batch.loss_at_N
-        if at_N is None:
-            at_N = batch.loss_mask_BT.flatten().nonzero().flatten()
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
-        counted = at_N.shape[0]
-        if counted == 0:
-            # An empty micro-batch runs one position at weight 0: every collective still happens.
-            losses_N = token_losses(model.logits, hidden_ND[:1], targets_N[:1]) * 0.0
-        elif counted == targets_N.shape[0]:
-            losses_N = token_losses(model.logits, hidden_ND, targets_N)
-        else:
-            losses_N = token_losses(model.logits, hidden_ND[at_N], targets_N[at_N])
-        count = torch.full((), counted, dtype=torch.int64, device=hidden_BTD.device)
-        return losses_N.sum(), count
+        return summed(model.logits, hidden_BTD, batch, token_losses)
+
+
+class Counted(Protocol):
+    """What tells which positions count, and their targets."""
+
+    targets_BT: Tensor
+    loss_mask_BT: Tensor
+    loss_at_N: Tensor | None
+
+
+def summed(
+    logits: LogitsFn, hidden_BTD: Tensor, batch: Counted, token_losses: TokenLosses
+) -> tuple[Tensor, Tensor]:
+    """(sum of the losses at the positions that count, their number); the head sees no others."""
+    at_N = batch.loss_at_N
+    if at_N is None:
+        at_N = batch.loss_mask_BT.flatten().nonzero().flatten()
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
+    counted = at_N.shape[0]
+    if counted == 0:
+        # An empty micro-batch runs one position at weight 0: every collective still happens.
+        losses_N = token_losses(logits, hidden_ND[:1], targets_N[:1]) * 0.0
+    elif counted == targets_N.shape[0]:
+        losses_N = token_losses(logits, hidden_ND, targets_N)
+    else:
+        losses_N = token_losses(logits, hidden_ND[at_N], targets_N[at_N])
+    count = torch.full((), counted, dtype=torch.int64, device=hidden_BTD.device)
+    return losses_N.sum(), count
