@@ -14,7 +14,8 @@ when parallel.tensor is above 1.
 
 Random numbers: the generators of a tensor group are seeded alike, so what is drawn on the residual
 stream is the same on all its ranks; what is drawn inside the cut region (dropout of the attention
-probabilities) differs, because split_dropout() draws it from a seed of its own.
+probabilities and of a gated layer's inner values) differs, because split_dropout() draws it from a
+seed of its own.
 
 Legend: N positions whose loss counts, D hidden, V vocabulary (this rank's part where it is cut).
 """
@@ -185,7 +186,7 @@ def shard(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             continue
         old = model.get_submodule(where)
         assert all(p.is_meta for p in old.parameters()), f"{where} must be cut on the meta device"
-        if tensor.op == "linear" or tensor.tied_to == "head":
+        if tensor.op in ("linear", "lookup"):
             kind = "tokens" if tensor.op == "lookup" else ("column", "row")[split_dim(tensor) or 0]
             parent, _, name = where.rpartition(".")
             new = _layers()[kind](old)
@@ -199,6 +200,8 @@ def shard(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
     for module in model.modules():
         if callable(attention := vars(module).get("attention")):
             vars(module)["attention"] = split_dropout(attention, mesh)
+        if callable(drop := vars(module).get("drop_within")):
+            vars(module)["drop_within"] = split_dropout(drop, mesh)
     _check(model, config, mesh)
 
 
@@ -210,25 +213,25 @@ def mark(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
         parameters[tensor.name].tensor_model_parallel = is_cut  # type: ignore[attr-defined]
 
 
-def split_dropout(attention: Callable[..., Tensor], mesh: Mesh) -> Callable[..., Tensor]:
-    """attention(q, k, v, see, scale, dropout) whose dropout differs on the ranks of a tensor group.
+def split_dropout(function: Callable[..., Tensor], mesh: Mesh) -> Callable[..., Tensor]:
+    """function(..., dropout) whose dropout differs on the ranks of a tensor group.
 
     Its seed is drawn from the common CPU generator, so that recomputation repeats it and the common
     stream goes on alike on all ranks.
     """
 
-    @functools.wraps(attention)
-    def attend(q: Tensor, k: Tensor, v: Tensor, see: Any, scale: float, dropout: float) -> Tensor:
-        if not dropout:
-            return attention(q, k, v, see, scale, dropout)
+    @functools.wraps(function)
+    def apart(*given: Any) -> Tensor:
+        if not given[-1]:
+            return function(*given)
         seed = int(torch.randint(0, 2**62, ())) + mesh.tensor_rank
         on_gpu = mesh.device.type != "cpu"
         devices = [mesh.device] if on_gpu else []
         with torch.random.fork_rng(devices, device_type=mesh.device.type if on_gpu else "cuda"):
             torch.manual_seed(seed)
-            return attention(q, k, v, see, scale, dropout)
+            return function(*given)
 
-    return attend
+    return apart
 
 
 @contextlib.contextmanager
