@@ -15,7 +15,7 @@ from configs.dedup import Dedup, Evaluation
 from configs.encoding import Encoding, Tokenizing
 from configs.executing import Ray, Slurm
 from configs.quality import Quality
-from configs.sources import Source
+from configs.sources import BadLines, Source
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Data:
     task_mb: int = 64
     """Bytes (10^6, plain or a quarter of it compressed) that one task reads: the unit of work that
     a killed build repeats. The order of documents depends on it."""
+    bad_lines: BadLines = "reject"
+    """What becomes of a line, row or page that cannot be read. reject: it is put aside, counted and
+    shown, the build goes on; stop: it ends the build. A source may say otherwise."""
     executor: Literal["local", "ray", "slurm"] = "local"
     """Who does the tasks: processes of this machine, Ray, or a Slurm cluster. The bytes that are
     made do not depend on it."""
@@ -39,6 +42,12 @@ class Data:
     """With `executor: ray`."""
     slurm: Slurm = field(default_factory=Slurm)
     """With `executor: slurm`."""
+
+    def sources_in_full(self) -> tuple[Source, ...]:
+        """The sources, with what they leave to this section."""
+        return tuple(
+            replace(source, bad_lines=source.bad_lines or self.bad_lines) for source in self.sources
+        )
 
     def content(self) -> "Data":
         """The same without what no byte of the corpus depends on: where it lies, who works."""

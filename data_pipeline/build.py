@@ -61,6 +61,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.publish import FORMAT, finished, publish, rejects, remember
 from data_pipeline.shards import CorpusError, aside, open_table, sweep
 from data_pipeline.tally import Tally, together
+from data_pipeline.unreadable import unread
 
 CODE = sorted(
     str(path.relative_to(Path(__file__).parent).with_suffix(""))
@@ -112,9 +113,11 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
 
     # Read, normalise, filter; what is kept goes to shards, its hashes to tables.
     size = sum(part.weight for task in tasks for part in task)
-    blocks = [Read(config.data.sources, tasks), Clean(config.clean), Store()]
+    blocks = [Read(config.data.sources_in_full(), tasks), Clean(config.clean), Store()]
     cleaned = stage("clean", blocks, len(tasks), files, size)
     unchanged_sources(config, files, cleaned)
+    if lost := unread(config.data.sources, cleaned):
+        say.line(lost)
     something_left(cleaned.counts)
 
     # Compare the hashes; divide what is distinct into train and valid.

@@ -30,7 +30,7 @@ from data_pipeline.sources.documents import Document, Fault, Faults, Meter, Part
 from data_pipeline.sources.places import files, first_place, opened
 
 __all__ = [
-    "CorpusError", "Document", "Fault", "Faults", "Meter", "Part", "files", "first_place",
+    "CorpusError", "Document", "Fault", "Faults", "Meter", "Part", "files", "first_place", "stop",
 ]  # fmt: skip
 
 MODULES = (
@@ -141,5 +141,12 @@ def _glance(path: Path, size: int) -> str:
 def read(source: Source, part: Part, meter: Meter, faults: Faults = stop) -> Iterator[Document]:
     """The documents of one part; what cannot be read goes to `faults`, which by default raises
     CorpusError with file, line and byte."""
-    yield from READERS[source.kind](source, part, meter, faults)
+    try:
+        yield from READERS[source.kind](source, part, meter, faults)
+    except OSError as error:
+        raise CorpusError(
+            f"source '{source.name}': {part.path} could not be read to its end: "
+            f"{error.strerror or error}; bring it back and build again: what is done is kept "
+            "(来源在读取时消失或出错)"
+        ) from None
     meter.share = 1.0

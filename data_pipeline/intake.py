@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from configs.cleaning import Cleaning
 from configs.sources import Source
-from data_pipeline import clean, hanzi, ingest, scores
+from data_pipeline import clean, hanzi, ingest, scores, unreadable
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
@@ -19,27 +19,31 @@ class Read(Block):
     """The documents of a task's parts of the sources."""
 
     name = "read"
-    modules: ClassVar = (*ingest.MODULES, "intake")
+    modules: ClassVar = (*ingest.MODULES, "intake", "unreadable")
 
     def __init__(self, sources: tuple[Source, ...], tasks: list[tuple[ingest.Part, ...]]) -> None:
         super().__init__(sources=sources, tasks=[[_where(part) for part in t] for t in tasks])
         self.sources, self.tasks = sources, tasks
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield documents."""
+        """Yield documents; what cannot be read goes to rejects/unreadable:KIND/, or stops."""
         done = 0.0
-        for part in self.tasks[rank]:
-            source, meter = self.sources[part.source], ingest.Meter()
-            for document in ingest.read(source, part, meter):
-                self.counts[f"read/{source.name}"] += 1
-                self.counts["read_documents"] += 1
-                self.counts["read_characters"] += len(document.text)
-                size = len(document.text.encode())
-                self.counts["read_bytes"] += size
-                self.counts["worked_bytes"] += size
-                self.tick(done + meter.share * part.weight, rank)
-                yield Document(document.text, document.id, metadata=document.fields)
-            done += part.weight
+        with Rejects(self.folder / "data" / "rejects", rank) as rejects:
+            for part in self.tasks[rank]:
+                source, meter = self.sources[part.source], ingest.Meter()
+                faults = unreadable.faults_of(source, self.counts, rejects.add)
+                for document in ingest.read(source, part, meter, faults):
+                    self.counts[f"read/{source.name}"] += 1
+                    self.counts["read_documents"] += 1
+                    self.counts["read_characters"] += len(document.text)
+                    size = len(document.text.encode())
+                    self.counts["read_bytes"] += size
+                    self.counts["worked_bytes"] += size
+                    self.tick(done + meter.share * part.weight, rank)
+                    yield Document(document.text, document.id, metadata=document.fields)
+                for what, number in meter.met.items():
+                    self.counts[f"met/{source.name}/{what}"] += number
+                done += part.weight
         self.tick(done, rank, final=True)
 
 

@@ -52,7 +52,7 @@ def test_what_the_text_is_to_blame_for(workers: int, tmp_path: Path) -> None:
         {"kind": "jsonl", "name": "one", "path": str(one)},
         {"kind": "jsonl", "name": "two", "path": str(two)},
     ]
-    data = {"sources": sources, "workers": workers, "task_mb": 1}
+    data = {"sources": sources, "workers": workers, "task_mb": 1, "bad_lines": "stop"}
     assert "one.jsonl, line 2, byte 14: the line has no text" in said(tmp_path, data=data)
 
 

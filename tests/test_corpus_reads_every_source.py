@@ -14,8 +14,8 @@ import zstandard
 from configs.corpus import Data
 from configs.sources import Source
 from data_pipeline import ingest
-from data_pipeline.sources import text
 from data_pipeline.ingest import Document, Meter
+from data_pipeline.sources import text
 
 ROOT = Path(__file__).parents[1]
 ROWS = [

@@ -51,7 +51,7 @@ class Decoder:
             if encoding == "utf-8":
                 return text
             if self.asked != "auto" or looks_chinese(text):
-                self.meter.encodings[encoding] += 1
+                self.meter.met[encoding] += 1
                 return text
         raise self._refused(data)
 

@@ -45,13 +45,12 @@ class Part:
 
 @dataclass
 class Meter:
-    """How far the reading of a part has come, from 0 to 1, and what it met on its way."""
+    """How far the reading of a part has come, from 0 to 1, and what it met that is no fault."""
 
     share: float = 0.0
-    encodings: "Counter[str]" = field(default_factory=Counter)
-    """Records that were not UTF-8, by encoding."""
-    left_out: "Counter[str]" = field(default_factory=Counter)
-    """What the source itself marks as not to be read: repeated_paragraphs ..."""
+    met: "Counter[str]" = field(default_factory=Counter)
+    """Records in another encoding than UTF-8 (gb18030 ...), mended (control_characters), or left
+    out because the source marks them so (repeated_files, repeated_paragraphs)."""
 
 
 class Unusable(Exception):

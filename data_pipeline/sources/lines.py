@@ -10,6 +10,7 @@ paragraphs stand, as a JSON text, in `text`.
 """
 
 import csv
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ from data_pipeline.sources.documents import (
 from data_pipeline.sources.text import BYTE_ORDER_MARK, Text
 
 Parse = Callable[[bytes, str], Document | None]
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _BLANK_LINE = re.compile(rb"^[ \t\r\f\v]*\n", re.MULTILINE)
 
 
@@ -74,15 +76,34 @@ def _object(data: bytes, decoder: Decoder) -> dict[str, Any]:
     try:
         record = orjson.loads(data if decoder.is_utf_8 else decoder.decode(data))
     except orjson.JSONDecodeError as error:
-        # Its encoding may be the reason, and then the sentence speaks of that.
-        again = decoder.decode(data)
-        try:
-            record = orjson.loads(again)
-        except orjson.JSONDecodeError:
-            raise Unusable("broken_json", f"is no valid JSON ({error.msg})") from None
+        record = _mended(data, decoder, error.msg)
     if not isinstance(record, dict):
         raise Unusable("broken_json", "is no JSON object, must be {...}")
     return record
+
+
+def _mended(data: bytes, decoder: Decoder, reason: str) -> Any:
+    """The record of a line that is no JSON in UTF-8: in its own encoding, or with bare control
+    characters in its texts (NUL, tab), which cleaning removes and counts."""
+    bare = data.strip(b"\0")
+    if not bare:
+        raise Unusable("nul_bytes", f"holds nothing but {len(data):,} NUL bytes")
+    words = decoder.decode(bare)
+    try:
+        record = orjson.loads(words)
+        decoder.meter.met["control_characters"] += len(bare) < len(data)
+        return record
+    except orjson.JSONDecodeError as error:
+        reason = error.msg
+    if _CONTROL.search(words):
+        try:
+            record = json.loads(words, strict=False)
+            orjson.dumps(record)  # refuses halves of characters, which are no text
+            decoder.meter.met["control_characters"] += 1
+            return record
+        except (ValueError, TypeError, RecursionError):
+            pass
+    raise Unusable("broken_json", f"is no valid JSON ({reason})")
 
 
 def _paragraphs(
@@ -90,7 +111,7 @@ def _paragraphs(
 ) -> Document | None:
     """One of MNBVC's files; None if it is marked as a copy of another one."""
     if record.get("是否重复文件") is True and not source.keep_repeated:
-        meter.left_out["repeated_files"] += 1
+        meter.met["repeated_files"] += 1
         return None
     paragraphs = record.get("段落", record.get(source.text_field))
     if isinstance(paragraphs, str):
@@ -110,7 +131,7 @@ def _paragraphs(
         if source.keep_repeated or not repeated:
             kept.append(paragraph["内容"])
         else:
-            meter.left_out["repeated_paragraphs"] += 1
+            meter.met["repeated_paragraphs"] += 1
     name = record.get("文件名")
     fields = {"source": source.name}
     if isinstance(name, str):

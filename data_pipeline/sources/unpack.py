@@ -26,7 +26,6 @@ from data_pipeline.sources.places import opened
 
 LARGEST_ZSTD_WINDOW = 1 << 31
 LARGEST_XZ_MEMORY = 1 << 30
-READ_BYTES = 1 << 16
 ERRORS = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError)
 
 
@@ -40,6 +39,8 @@ class Packing:
     decoder: Callable[[], Any]
     padded: bool = False
     """Zeros may follow a frame."""
+    read_bytes: int = 1 << 16
+    """Packed bytes at a time: what they become is in memory at once, which zstd may make much."""
 
 
 PACKINGS = (
@@ -53,6 +54,7 @@ PACKINGS = (
         "zstd",
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame; one to skip (pzstd)
         lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj(),
+        read_bytes=1 << 14,
     ),
     Packing("bzip2", re.compile(rb"BZh[1-9]\x31\x41\x59\x26\x53\x59"), bz2.BZ2Decompressor),
     Packing(
@@ -138,7 +140,7 @@ def _frames(file: BinaryIO, packing: Packing, meter: Meter) -> Pieces:
     """What lies in one frame after the other. A decoder that waits at the end was cut short."""
     size = max(os.fstat(file.fileno()).st_size, 1)
     at = begin = 0  # where `data` begins in the file, and the frame in hand
-    data = file.read(READ_BYTES)
+    data = file.read(packing.read_bytes)
     decoder = None
     while data:
         if decoder is None:
@@ -164,7 +166,7 @@ def _frames(file: BinaryIO, packing: Packing, meter: Meter) -> Pieces:
                 data = decoder.unused_data if decoder.eof else b""
                 at -= len(data)
                 decoder = None if decoder.eof else decoder
-        data = data or file.read(READ_BYTES)
+        data = data or file.read(packing.read_bytes)
     if decoder is not None:
         what = f"is truncated: its {packing.name} data stops before the end"
         yield Damage("truncated", what)
@@ -179,7 +181,7 @@ def _before_damage(
     file.seek(begin)
     try:
         while begin < at:
-            data = file.read(min(READ_BYTES, at - begin))
+            data = file.read(min(packing.read_bytes, at - begin))
             decoder.decompress(data)
             begin += len(data)
         for byte in file.read(length):
