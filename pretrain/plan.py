@@ -5,10 +5,11 @@
                                       +--> bytes per device by ZeRO stage: weights, gradients,
                                            masters, moments; activations by recompute, logits
 
-FLOPs per token are 6 N + 12 L H Q T: N the parameters that take part in a matrix product (a tied
-embedding once, learned positions not), L layers, H heads, Q head_dim, T seq_len; attention counted
-in full as nanoGPT and llm.c do, so that figures compare. The causal count, which leaves out what
-the mask throws away, stands beside it. Recomputed work is not counted.
+How FLOPs and activations are counted: pretrain/costs.py. FLOPs of CPM are 6 N + 12 L H Q T a token:
+N the parameters that take part in a matrix product (a tied embedding once, learned positions not),
+L layers, H heads, Q head_dim, T seq_len; attention counted in full, so that figures compare. The
+causal count, which leaves out what the mask throws away, stands beside it. Recomputed work is not
+counted.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from typing import Any
 
 import configs
 from configs.load import load, to_dict
-from configs.model import CPMConfig, ModelConfig, Tensor, local_shape, parameter_count, shape
+from configs.model import ModelConfig, T5PegasusConfig, local_shape, parameter_count
 from configs.model import tensors as table_of
+from configs.objectives import Masked
 from configs.run import RunConfig, stage_model, stages, step_samples, total_steps, world_problems
+from pretrain.costs import WIDTH, Row, activation_bytes, flops_per_token, parameters_by_part
 
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of an activation or of a working weight."""
 MFU = 0.40
 """Assumed share of the peak; plain decoders on one node reach 0.35 to 0.52."""
 CONTEXT_BYTES = 1.5 * 2**30
@@ -99,70 +100,10 @@ def device_peak(gpu_name: str, precision: str) -> tuple[float, str]:
     return peak * 1e12, f"{key.upper()} {peak:,.0f} TFLOP/s dense {precision}"
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> tuple[float, float]:
-    """FLOPs of forward and backward for one token: (attention in full, attention causal)."""
-    config = _planned(config)
-    looked_up = [t for t in table_of(config) if t.op in ("lookup", "table") and not t.tied_to]
-    in_products = parameter_count(config) - sum(prod(shape(config, t)) for t in looked_up)
-    attention = 12.0 * config.layers * config.heads * config.head_dim * seq_len
-    causal = attention * (seq_len + 1) / (2 * seq_len)
-    return 6.0 * in_products + attention, 6.0 * in_products + causal
-
-
-def _planned(config: ModelConfig) -> CPMConfig:
-    if not isinstance(config, CPMConfig):
-        raise PlanError(f"model.family: is {config.family}, plan counts cpm so far (暂只支持 cpm)")
-    return config
-
-
-def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part of the model; they add up to parameter_count()."""
-    parts: dict[str, int] = {}
-    for tensor in table_of(config):
-        parts[_part(tensor)] = parts.get(_part(tensor), 0) + prod(shape(config, tensor))
-    assert sum(parts.values()) == parameter_count(config)
-    return parts
-
-
-def _part(tensor: Tensor) -> str:
-    if tensor.op == "norm":
-        return "norms"
-    if tensor.layer is None:
-        return tensor.name.removesuffix(".weight").removesuffix(".bias")
-    inner = tensor.name.split(".layers.")[1].split(".")[1]
-    return {"self": "attention", "cross": "cross-attention", "ffn": "feed-forward"}[inner]
-
-
-def activation_bytes(
-    config: ModelConfig,
-    seq_len: int,
-    rows: int,
-    precision: str,
-    recompute: str,
-    tensor: int = 1,
-    masked: bool = True,
-) -> float:
-    """Bytes kept on a GPU for the backward pass of a micro-batch of `rows` rows, without logits.
-
-    A pre-norm block keeps, a token: the stream twice, both norms' outputs and statistics, q, k, v,
-    the attention's output and its log-sums, the feed-forward layer before and after its activation,
-    and a byte for each value that dropout may have cut (Korthikanti et al. 2022: 34 s b h). With
-    document boundaries (`masked`) the fused attention of each layer keeps its mask too.
-    """
-    config, width = _planned(config), WIDTH[precision]
-    hidden, heads, ffn = config.hidden, config.heads // tensor, config.ffn // tensor
-    cut = hidden if config.dropout else 0
-    norm = 2 * width * hidden + 8
-    mask = width * seq_len if masked else 0
-    attention = norm + width * 4 * heads * config.head_dim + 4 * heads + cut + mask
-    feed_forward = norm + width * 2 * ffn + cut
-    a_layer, once = {
-        "none": (attention + feed_forward, 0),
-        "sublayer": (2 * width * hidden, max(attention, feed_forward)),
-        "full": (width * hidden, attention + feed_forward),
-    }[recompute]
-    outside = norm + cut + (seq_len if masked else 0)  # final norm, embeddings' dropout, mask
-    return float(rows * seq_len * (config.layers * a_layer + once + outside))
+def row_of(config: RunConfig) -> Row:
+    """What a row of the run is made of."""
+    share = config.objective.ratio if isinstance(config.objective, Masked) else 1.0
+    return Row(config.data.seq_len, config.data.target_len, share)
 
 
 def memory(
@@ -177,8 +118,9 @@ def memory(
     if zero == 0 and precision != "fp32":
         zero = 1  # as the engine runs it
     sizes = [prod(local_shape(model, t, tensor)) for t in table_of(model)]
-    values, width, seq_len = sum(sizes), WIDTH[precision], config.data.seq_len
-    logits = min(micro * seq_len * model.vocab / tensor, LOGITS_AT_ONCE)
+    values, width, row = sum(sizes), WIDTH[precision], row_of(config)
+    tokens = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
+    logits = min(micro * tokens * row.predicted * model.vocab / tensor, LOGITS_AT_ONCE)
     masked = config.objective.document_boundaries
     parts = {
         # under ZeRO 3 the largest matrix is whole while it is used
@@ -186,9 +128,7 @@ def memory(
         "gradients (fp32)": 4 * values / (data if zero >= 2 else 1),
         "masters (fp32)": 4 * values / data if zero else 0.0,
         "moments (fp32)": 8 * values / (data if zero else 1),
-        "activations": activation_bytes(
-            model, seq_len, micro, precision, recompute, tensor, masked
-        ),
+        "activations": activation_bytes(model, row, micro, precision, recompute, tensor, masked),
         "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
         "messages": 4.0 * min(BUCKET_VALUES, values),
         "context": CONTEXT_BYTES,
@@ -207,7 +147,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     samples, micro = step_samples(config), config.batch.micro
     tokens, budget = samples * config.data.seq_len, found.memory_gib * 2**30
     each = [
-        _stage(model, stage.steps, tokens, config.data.seq_len, gpus * peak * mfu)
+        _stage(model, stage.steps, tokens, row_of(config), gpus * peak * mfu)
         for stage, model in zip(stages(config), models, strict=True)
     ]
     by_stage = [memory(config, last, zero, data) for zero in range(4)]
@@ -252,11 +192,9 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     }
 
 
-def _stage(
-    model: ModelConfig, steps: int, tokens: int, seq_len: int, rate: float
-) -> dict[str, Any]:
+def _stage(model: ModelConfig, steps: int, tokens: int, row: Row, rate: float) -> dict[str, Any]:
     """One stage at `rate` FLOP/s of all devices together."""
-    full, causal = flops_per_token(model, seq_len)
+    full, causal = flops_per_token(model, row)
     return {
         "steps": steps,
         "parameters": parameter_count(model),
@@ -346,8 +284,11 @@ def _model_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         [name, f"{count:,}", f"{count / total:.1%}"] for name, count in found["parameters"].items()
     ]
     flops = found["stages"][-1]["flops_per_token"]
-    rows.append(["FLOPs per token, 6N+12LHQT", f"{flops['full'] / 1e6:,.1f} M"])
-    rows.append(["  the causal half counted", f"{flops['causal'] / 1e6:,.1f} M"])
+    what = {"cpm": ", 6N+12LHQT", "t5_pegasus": " of the encoder, the decoder's work with it"}
+    label = f"FLOPs per token{what.get(found['model']['family'], '')}"
+    rows.append([label, f"{flops['full'] / 1e6:,.1f} M"])
+    if flops["causal"] != flops["full"]:
+        rows.append(["  the causal half counted", f"{flops['causal'] / 1e6:,.1f} M"])
     return "parameters (参数)", rows
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from configs.load import ConfigError, dump, from_dict, load, read_yaml, to_dict
-from configs.model import CPMConfig, parameter_count
+from configs.model import CPMConfig, ModelConfig, parameter_count
 from configs.run import (
     RunConfig,
     stage_model,
@@ -41,19 +42,38 @@ def test_every_shipped_run_loads_and_comes_back(path: Path) -> None:
     assert config.problems() == []
 
 
-@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+PUBLISHED = {
+    "cpm/tiny": 11_101_696,
+    "cpm/small": 108_882_432,
+    "cpm/medium": 334_080_000,
+    "cpm/large": 2_597_073_920,
+    "t5_pegasus/tiny": 10_393_344,
+    "t5_pegasus/small": 95_262_080,
+    "t5_pegasus/base": 275_029_248,
+    "t5_pegasus/large": 819_751_936,
+    "roformer/tiny": 5_282_368,
+    "roformer/small": 30_046_928,
+    "roformer/base": 124_099_664,
+    "roformer/large": 354_615_120,
+    "roformer_v2/tiny": 5_194_240,
+    "roformer_v2/small": 15_225_600,
+    "roformer_v2/base": 94_152_192,
+    "roformer_v2/large": 314_279_936,
+}
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: f"{p.parent.stem}-{p.stem}")
 def test_every_shipped_size_is_the_published_one(path: Path) -> None:
-    published = {
-        "tiny": 11_101_696,
-        "small": 108_882_432,
-        "medium": 334_080_000,
-        "large": 2_597_073_920,
-    }
-    config = load(SMALL, RunConfig, [f"model.{k}={v}" for k, v in read_yaml(path)["model"].items()])
-    assert parameter_count(config.model) == published[path.stem]
+    @dataclass(frozen=True)
+    class Size:
+        model: ModelConfig
+
+    published = PUBLISHED[f"{path.parent.stem}/{path.stem}"]
+    model = from_dict(Size, read_yaml(path)).model
+    assert model.problems() == [] and parameter_count(model) == published
     first_line = path.read_text("utf-8").splitlines()[0]
     if path.stem != "tiny":
-        assert f"{published[path.stem]:,}" in first_line
+        assert f"{published:,}" in first_line
 
 
 def test_the_page_needs_no_torch() -> None:

@@ -5,18 +5,26 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.load import load
-from configs.model import CPMConfig, parameter_count
+from configs.model import (
+    CPMConfig,
+    ModelConfig,
+    RoFormerConfig,
+    T5PegasusConfig,
+    parameter_count,
+)
 from configs.run import RunConfig
 from launch import cli
-from pretrain import plan
+from pretrain import models, plan
+from pretrain.costs import Row
 from pretrain.models.cpm import CPM
-from pretrain.models.layers import attention_sdpa
+from pretrain.models.layers import Visibility, attention_sdpa
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sorted(ROOT.glob("configs/runs/*.yaml"))
@@ -27,6 +35,17 @@ TOY = CPMConfig(
 )
 
 
+OFF = {"dropout": 0.0, "attention_dropout": 0.0}
+T5 = T5PegasusConfig("t5_pegasus", 500, 128, 3, 4, 32, 192, **OFF)
+ROFORMER = RoFormerConfig("roformer", 1, 500, 128, 3, 4, 32, 512, **OFF)
+FAMILIES = {"t5": T5, "roformer": ROFORMER, "roformer v2": dataclasses.replace(ROFORMER, version=2)}
+PAGES = {
+    "cpm": SMALL,
+    "t5_pegasus": ROOT / "configs/runs/t5-pegasus-tiny-cpu.yaml",
+    "roformer": ROOT / "configs/runs/roformer-tiny-cpu.yaml",
+}
+
+
 def page(path: Path = SMALL, *overrides: str) -> RunConfig:
     return load(path, RunConfig, overrides)
 
@@ -34,18 +53,37 @@ def page(path: Path = SMALL, *overrides: str) -> RunConfig:
 # ---- counting ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: f"{p.parent.stem}-{p.stem}")
 def test_parts_add_up_to_the_model(path: Path) -> None:
-    model = page(SMALL, *_model_of(path)).model
+    """To the table's count and to that of the model built on the meta device."""
+    model = sized(path).model
     parts = plan.parameters_by_part(model)
+    with torch.device("meta"):
+        built = models.build(model)
     assert sum(parts.values()) == parameter_count(model)
-    assert {"embed.tokens", "embed.positions", "attention", "feed-forward", "norms"} == set(parts)
+    assert sum(parts.values()) == sum(p.numel() for p in built.parameters())
+    expected = {
+        "cpm": {"embed.tokens", "embed.positions", "norms"},
+        "t5_pegasus": {
+            "embed.tokens", "encoder.position_bias", "decoder.position_bias", "head", "norms",
+            "cross-attention",
+        },
+        "roformer": {"embed.tokens", "embed.segments"},
+    }[model.family]  # fmt: skip
+    if isinstance(model, RoFormerConfig) and model.version == 1:
+        expected = expected | {"head", "head.dense", "norms"}
+    assert set(parts) == expected | {"attention", "feed-forward"}
+    said = path.read_text("utf-8").splitlines()[0]
+    n = parameter_count(model)
+    assert f"{n:,} parameters" in said or f"{n / 1e6:.1f} M parameters" in said
 
 
-def _model_of(path: Path) -> list[str]:
+def sized(path: Path) -> RunConfig:
+    """A run of a shipped size, on the page of its family."""
     from configs.load import read_yaml
 
-    return [f"model.{key}={value}" for key, value in read_yaml(path)["model"].items()]
+    model = read_yaml(path)["model"]
+    return page(PAGES[model["family"]], *(f"model.{key}={value}" for key, value in model.items()))
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -59,6 +97,48 @@ def test_flops_are_those_that_torch_counts() -> None:
     # torch counts matrix products; 6 N counts biases and norms as well, less than 1 %
     assert full * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert causal == full - 12 * 3 * 4 * 32 * 256 * (1 - 257 / 512)
+
+
+def rows_of(config: ModelConfig, row: Row, rows: int) -> list[torch.Tensor | None]:
+    """What the model of a family is called with."""
+
+    def side(length: int) -> list[torch.Tensor | None]:
+        tokens = torch.randint(config.vocab, (rows, length))
+        return [tokens, torch.arange(length).expand_as(tokens), torch.zeros_like(tokens)]
+
+    encoder = side(row.seq_len)
+    return side(row.targets) + encoder if isinstance(config, T5PegasusConfig) else encoder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("row", [Row(96, 40, 1.0), Row(96, 40, 0.25), Row(60)])
+def test_flops_of_every_family_are_the_products_that_run(family: str, row: Row) -> None:
+    """To the last product: forward and backward of a whole row, the head on a share of it."""
+    config = FAMILIES[family]
+    model = models.build(config)
+    for p in model.parameters():
+        p.data.normal_(0, 0.02)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(*rows_of(config, row, 2)).flatten(0, 1)
+        model.logits(hidden[: int(len(hidden) * row.predicted)]).sum().backward()
+    full, _ = plan.flops_per_token(config, row)
+    assert full * row.seq_len * 2 == pytest.approx(counter.get_total_flops(), rel=1e-12)
+    # Negative control: a row that is one longer costs more.
+    longer = dataclasses.replace(row, seq_len=row.seq_len + 1)
+    assert plan.flops_per_token(config, longer)[0] * (row.seq_len + 1) > full * row.seq_len * 1.005
+
+
+def test_flops_of_t5_pegasus_by_hand() -> None:
+    """A row of 3 and 2 tokens, one layer: every product of the forward written out, times 3."""
+    config = T5PegasusConfig("t5_pegasus", 11, 4, 1, 2, 3, 5)
+    S, T, D, inner, F, V = 3, 2, 4, 6, 5, 11
+    encoder = S * (4 * D * inner + 3 * D * F) + 2 * S * S * inner
+    own = T * (4 * D * inner + 3 * D * F) + 2 * T * T * inner
+    across = T * 2 * D * inner + S * 2 * D * inner + 2 * T * S * inner
+    forward = 2 * (encoder + own + across + T * D * V)
+    assert plan.flops_per_token(config, Row(S, T))[0] == pytest.approx(3 * forward / S)
+    full, causal = plan.flops_per_token(config, Row(S, T))
+    assert (full - causal) * S == pytest.approx(12 * (T * T - T * (T + 1) / 2) * inner)
 
 
 def test_flops_of_record() -> None:
@@ -92,12 +172,68 @@ def test_activations_are_those_that_autograd_keeps(precision: str, masked: bool)
     assert counted == pytest.approx(estimate, rel=0.03)
 
 
-def test_recompute_keeps_less() -> None:
-    config = page().model
+class _Fused(torch.autograd.Function):
+    """Attention that keeps what a fused kernel with a bias keeps on a GPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        out = torch.zeros_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.zeros(q.shape[:3]), bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise AssertionError("only what is kept is looked at")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["t5", "roformer"])
+def test_activations_of_the_families(family: str, precision: str) -> None:
+    """As above; T5's bias and its gradient have the size of one [heads, T, S] a stack and row."""
+    config, row, rows = FAMILIES[family], Row(192, 64), 2
+    biases: dict[int, torch.Tensor] = {}
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, see: Visibility, *_: float
+    ) -> torch.Tensor:
+        if see.bias is not None:
+            biases[see.bias.data_ptr()] = see.bias
+        bias = see.bias if see.bias is not None else see.additive(q[:1, :1].transpose(1, 2))
+        return _Fused.apply(q, k, v, bias)  # type: ignore[no-any-return]
+
+    model = models.build(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    for module in model.modules():
+        if hasattr(module, "attention"):
+            module.attention = attention
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        kept[values.untyped_storage().data_ptr()] = values
+        return values
+
+    given = rows_of(config, row, rows)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
+        model(*given)
+    counted = sum(v.untyped_storage().nbytes() for at, v in kept.items() if at not in own)
+    counted += sum(b.untyped_storage().nbytes() for b in biases.values())  # their gradients
+    layers, seq_len = config.layers, row.seq_len
+    if not biases:  # each layer's mask: here one for all
+        counted += (layers - 1) * rows * seq_len * seq_len * plan.WIDTH[precision]
+    estimate = plan.activation_bytes(config, row, rows, precision, "none")
+    assert counted == pytest.approx(estimate, rel=0.05)
+
+
+@pytest.mark.parametrize("config", [page().model, *FAMILIES.values()], ids=["cpm", *FAMILIES])
+def test_recompute_keeps_less(config: ModelConfig) -> None:
+    config = dataclasses.replace(config, layers=24)
     none, sub, full = (
-        plan.activation_bytes(config, 1024, 16, "bf16", how) for how in ("none", "sublayer", "full")
+        plan.activation_bytes(config, 256, 16, "bf16", how, masked=False)
+        for how in ("none", "sublayer", "full")
     )
-    assert full < sub < none and full < none / 3
+    assert full < sub < none and full < none / 2
 
 
 def test_zero_stages_divide_what_they_say() -> None:
@@ -113,6 +249,14 @@ def test_zero_stages_divide_what_they_say() -> None:
     assert plain["weights"] == 4 * n and plain["masters (fp32)"] == 0
     assert plain["moments (fp32)"] == 8 * n
     assert all(s["total"] == sum(v for k, v in s.items() if k != "total") for s in stages)
+
+
+@pytest.mark.parametrize("family", ["t5_pegasus", "roformer"])
+def test_logits_are_those_of_the_positions_that_are_predicted(family: str) -> None:
+    config = page(PAGES[family], "precision=fp32")
+    tokens = {"t5_pegasus": 4 * 128, "roformer": 16 * 128 * 0.15}[family]
+    found = plan.memory(config, config.model, 1, 2)
+    assert found["logits"] == pytest.approx(tokens * 8000 * 8)
 
 
 def test_tensor_parallelism_divides_the_matrices() -> None:
@@ -207,9 +351,9 @@ def test_every_shipped_run_plans_and_fits_the_card_it_is_for(path: Path) -> None
     assert "ASSUMED" in plan.text(found)
 
 
-@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: f"{p.parent.stem}-{p.stem}")
 def test_every_shipped_size_plans(path: Path) -> None:
-    found = plan.plan(page(SMALL, *_model_of(path)), 1, "h200")
+    found = plan.plan(sized(path), 1, "h200")
     assert f"{found['parameters']['total']:,}" in plan.text(found)
 
 
