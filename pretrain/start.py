@@ -20,7 +20,7 @@ from configs.load import ConfigError, dump, to_dict
 from configs.run import RunConfig, stage_model, stages, total_steps
 from pretrain import checkpoint
 from pretrain.corpora import Corpora, changes
-from pretrain.growth import FREE, refusal
+from pretrain.growth import FREE, model_config, refusal
 from pretrain.state import State, fresh
 
 if TYPE_CHECKING:
@@ -159,7 +159,9 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
     if record["stage"] >= len(stages(config)):
         found.append(f"stages: {path} stands in stage {record['stage']}, the config has fewer")
     else:
-        have, want = record["model"], to_dict(stage_model(config, record["stage"]))
+        # A checkpoint from before an option existed has the option's default.
+        have = to_dict(model_config(state))
+        want = to_dict(stage_model(config, record["stage"]))
         found += [
             f"model.{key}: is {want.get(key)}, the checkpoint {path} has {have.get(key)}"
             for key in sorted(have | want)

@@ -123,10 +123,11 @@ def _enter_stage(job: Job, state: "State") -> "State":
     number, step = int(state.record["stage"]), int(state.record["step"])
     if step < ends[number] or number + 1 == len(ends):
         return state
+    from pretrain.growth import model_config
     from pretrain.state import State
 
     target = stage_model(job.config, number + 1)
-    if to_dict(target) == state.record["model"]:
+    if target == model_config(state):
         return State(state.entries, state.record | {"stage": number + 1})
     return _grow(job, state, number + 1)
 
