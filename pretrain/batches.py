@@ -152,7 +152,10 @@ def _where(true_M, at_M):  # type: ignore[no-untyped-def]
 class Rows(Protocol):
     """The rows of one split of one corpus, for one objective."""
 
+    index: Any
+    """The tokens (data_pipeline.index.Index)."""
     pad_id: int
+    """What padding is."""
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -164,6 +167,10 @@ class Rows(Protocol):
 
     def fill(self, rows: Ints, keys: Keys, at: Ints, canvas: Canvas) -> None:
         """Write rows [R] into rows at [R] of the canvas; keys [R] seed what is drawn in each."""
+        ...
+
+    def batch(self, rows: Ints) -> Batch:
+        """The rows as one batch, drawn as if their keys were 0."""
         ...
 
 

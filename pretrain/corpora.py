@@ -1,10 +1,12 @@
 """The corpora of a run, opened and checked: they must hold what the run was started on.
 
-    corpus folders --manifest.json, tokenizer/, train.*, valid.*--> rows to train on, to measure
+    corpus folders --manifest.json, tokenizer/, train.*, valid.*--> rows (pretrain/reading.py)
     sample numbers --order (pretrain/order.py)--> rows --batches (pretrain/batches.py)--> Batch
 
-A corpus that changed since the run began would silently change every later sample, so its content
-is hashed (up to CONTENT_BYTES; beyond that its sizes are compared) and the run refuses.
+What an objective draws at random in a row (masks, spans) is keyed by the run's seed and the
+sample's place in the stream alone, in a measured row by its number. A corpus that changed since the
+run began would silently change every later sample, so its content, side files included, is hashed
+(up to CONTENT_BYTES; beyond that its sizes are compared) and the run refuses.
 """
 
 import json
@@ -16,23 +18,27 @@ from typing import Any
 import numpy as np
 
 from configs.load import ConfigError
-from configs.run import Data, Objective
+from configs.objectives import Objective
+from configs.run import Data
 from data_pipeline import index as corpus_index
 from data_pipeline import tokenizer as corpus_tokenizer
-from pretrain.batches import Batch, read_rows, step_samples
-from pretrain.order import Dataset, Order, dataset_key
-from pretrain.rows import CausalRows
+from pretrain.batches import Batch, Rows, read_rows, step_samples
+from pretrain.order import Dataset, Order, dataset_key, stream_places
+from pretrain.permutation import Keys, keyed
+from pretrain.reading import Side, check_sides, needs, open_rows
 
 CONTENT_BYTES = 8 * 10**9
 """Up to here the content of a corpus is hashed at every start (1-2 GB/s)."""
+_DRAWS, _MEASURED = 0x447261777320, 0x4D65617375726564
+"""What the keys of drawn things are apart by: samples of the run, measured rows."""
 
 
 @dataclass(frozen=True)
 class Corpora:
     """Everything of a run that reads tokens."""
 
-    train: tuple[CausalRows, ...]
-    valid: tuple[CausalRows, ...]
+    train: tuple[Rows, ...]
+    valid: tuple[Rows, ...]
     order: Order
     tokenizer: Any
     tokenizer_folder: Path
@@ -47,8 +53,13 @@ class Corpora:
         batches = []
         for samples in parts:
             _, dataset, rows = self.order.locate(samples)
-            batches.append(read_rows(self.train, dataset, rows))
+            batches.append(read_rows(self.train, dataset, rows, self.keys(samples)))
         return batches, [int(samples[0]) if len(samples) else first + count for samples in parts]
+
+    def keys(self, samples: np.ndarray) -> Keys:
+        """What seeds the draws in each of some samples of the run."""
+        places = stream_places(samples, self.order.skips)
+        return keyed(self.order.seed, _DRAWS, places.astype(np.uint64))
 
     def measured(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, row) of `count` validation rows, spread evenly; always the same ones."""
@@ -62,14 +73,18 @@ class Corpora:
         """This rank's share of the measured rows, in micro-batches; equally many on every rank."""
         dataset, rows = self.measured(count)
         for part in step_samples(0, len(rows), data_rank, data_size, micro):
-            yield read_rows(self.valid, dataset[part], rows[part])
+            yield self._measured_batch(dataset[part], rows[part])
+
+    def _measured_batch(self, dataset: np.ndarray, rows: np.ndarray) -> Batch:
+        keys = keyed(_MEASURED, dataset.astype(np.uint64), rows.astype(np.uint64))
+        return read_rows(self.valid, dataset, rows, keys)
 
     def measured_characters(self, count: int) -> int:
         """Characters of the text that the measured targets spell (ends of documents left out)."""
         total = 0
         dataset, rows = self.measured(count)
-        for number, row in zip(dataset.tolist(), rows.tolist(), strict=True):
-            batch = self.valid[number].batch(np.asarray([row], np.int64))
+        for at in range(len(rows)):
+            batch = self._measured_batch(dataset[at : at + 1], rows[at : at + 1])
             targets = batch.targets_BT[batch.loss_mask_BT].numpy()
             total += len(self.tokenizer.decode(targets[targets != self.tokenizer.eod_id]))
         return total
@@ -79,9 +94,11 @@ def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Cor
     """Open the corpora that a run names.
 
     Raises ConfigError for a folder that is no corpus, files that do not fit their manifest,
-    tokenizers that differ, or a vocabulary larger than the model's.
+    tokenizers that differ, a vocabulary larger than the model's, or one that lacks what the
+    objective reads.
     """
     folders = [Path(share.corpus) for share in data.train]
+    sides = needs(objective, data)
     manifests = [_manifest(folder) for folder in folders]
     prints = {m["tokenizer"]["fingerprint"]: f for m, f in zip(manifests, folders, strict=True)}
     if len(prints) > 1:
@@ -96,10 +113,11 @@ def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Cor
             "tokens; model.vocab must be at least that (词表过小)"
         )
     for folder, manifest in zip(folders, manifests, strict=True):
-        _check_content(folder, manifest)
+        check_sides(folder, manifest, sides)
+        _check_content(folder, manifest, sides)
 
-    def rows(split: str) -> tuple[CausalRows, ...]:
-        return tuple(_rows(folder / split, data, objective, tokenizer) for folder in folders)
+    def rows(split: str) -> tuple[Rows, ...]:
+        return tuple(open_rows(f / split, data, objective, tokenizer, vocab) for f in folders)
 
     train = rows("train")
     keys = [dataset_key(m["splits"]["train"]["fingerprint"]) for m in manifests]
@@ -141,19 +159,6 @@ def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
     return found
 
 
-def _rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any) -> CausalRows:
-    try:
-        return CausalRows(
-            corpus_index.Index(prefix),
-            data.seq_len,
-            tokenizer.eod_id,
-            tokenizer.pad_id,
-            objective.document_boundaries,
-        )
-    except ValueError as error:
-        raise ConfigError(f"{prefix}: {error}") from None
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
@@ -171,7 +176,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _check_content(folder: Path, manifest: dict[str, Any]) -> None:
+def _check_content(folder: Path, manifest: dict[str, Any], sides: Sequence[Side]) -> None:
     paths = [folder / f"{s}{end}" for s in ("train", "valid") for end in (".bin", ".idx")]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -183,13 +188,23 @@ def _check_content(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{folder / split}.bin/.idx: holds {tokens} tokens, the manifest says "
                 f"{manifest['splits'][split]['tokens']}; build the corpus again (语料与清单不符)"
             )
+    beside = [(side, split) for side in sides for split in ("train", "valid")]
+    paths += [side.layout.path(folder / split) for side, split in beside]
     if sum(path.stat().st_size for path in paths) > CONTENT_BYTES:
         return
     for split in ("train", "valid"):
-        want = manifest["splits"][split]["fingerprint"]
+        known = manifest["splits"][split]
         have = corpus_index.fingerprint(folder / split)
-        if have != want:
-            raise ConfigError(
-                f"{folder / split}.bin/.idx: the content has the fingerprint {have}, the manifest "
-                f"says {want}; build the corpus again (语料内容与清单不符)"
-            )
+        _check_same(f"{folder / split}.bin/.idx", have, known["fingerprint"])
+    for side, split in beside:
+        have = side.layout.fingerprint(folder / split)
+        want = manifest["splits"][split][side.entry]["fingerprint"]
+        _check_same(str(side.layout.path(folder / split)), have, want)
+
+
+def _check_same(what: str, have: str, want: str) -> None:
+    if have != want:
+        raise ConfigError(
+            f"{what}: the content has the fingerprint {have}, the manifest says {want}; build the "
+            "corpus again (语料内容与清单不符)"
+        )

@@ -246,7 +246,7 @@ class Order:
         stages: Sequence[tuple[int, Sequence[Dataset]]],
         skips: Sequence[Range] = (),
     ) -> None:
-        self.skips = normalised(skips)
+        self.seed, self.skips = seed, normalised(skips)
         self.first = np.asarray([first for first, _ in stages], np.int64)
         if not len(stages) or self.first[0] != 0 or (np.diff(self.first) < 0).any():
             raise ValueError(

@@ -1,0 +1,212 @@
+"""The rows of a split of a corpus, for an objective: which files it needs, and what is missing.
+
+    objective --needs()--> .marks | .gaps | .fields --opened--> Rows (rows.py, masking.py, pairs.py)
+
+A corpus that was built without what an objective needs is refused with the key that builds it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from configs.load import ConfigError
+from configs.objectives import (
+    Causal,
+    Masked,
+    Objective,
+    Pairs,
+    Prefix,
+    PseudoSummary,
+    SpanCorruption,
+    packing_of,
+)
+from configs.run import Data
+from data_pipeline import index as corpus_index
+from data_pipeline import sidefile
+from pretrain.batches import Rows
+from pretrain.contents import Corrupted, Prefixed, Spans, longest_row, noise_of
+from pretrain.masking import Controls, MaskedRows
+from pretrain.pairs import PairRows, frame_of
+from pretrain.permutation import Ints
+from pretrain.rows import CausalRows, Layout
+
+
+class Side(NamedTuple):
+    """A file beside the index."""
+
+    entry: str
+    """Its entry in the manifest of a corpus."""
+    layout: Any
+    """Its format (data_pipeline/sidefile.py)."""
+    key: str
+    """The key of a corpus that builds it, and how."""
+
+
+MARKS = Side("boundaries", sidefile.MARKS, "encode.boundaries=true")
+GAPS = Side("gaps", sidefile.GAPS, "encode.pseudo_summary=true")
+FIELDS = Side("fields", sidefile.FIELDS, "`fields` of a source in data.sources")
+
+
+def needs(objective: Objective, data: Data) -> list[Side]:
+    """What has to lie beside the index."""
+    if isinstance(objective, Masked):
+        packed = packing_of(objective, data.packing) != "windows"
+        return [MARKS] if packed or objective.masking != "token" else []
+    sides: Mapping[type, Side] = {PseudoSummary: GAPS, Pairs: FIELDS}
+    return [sides[type(objective)]] if type(objective) in sides else []
+
+
+def check_sides(folder: Path, manifest: Mapping[str, Any], sides: list[Side]) -> None:
+    """ConfigError for a corpus that was built without one of the files, or has lost it."""
+    for side in sides:
+        if any(side.entry not in known for known in manifest["splits"].values()):
+            raise ConfigError(
+                f"data.train: {folder} has no {side.layout.suffix} files ({side.layout.holds}), "
+                f"this objective needs them; build the corpus with {side.key} "
+                f"(语料缺少{side.layout.chinese})"
+            )
+        paths = [side.layout.path(folder / split) for split in manifest["splits"]]
+        if missing := [str(path) for path in paths if not path.is_file()]:
+            raise ConfigError(f"data.train: {', '.join(missing)} is missing (文件缺失)")
+
+
+def open_rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any, vocab: int) -> Rows:
+    """The rows of the split at PREFIX. ConfigError for what does not make a row."""
+    try:
+        return _rows(prefix, data, objective, tokenizer, vocab)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}: {error}") from None
+
+
+def _rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any, vocab: int) -> Rows:
+    index = corpus_index.Index(prefix)
+    packing = packing_of(objective, data.packing)
+    if isinstance(objective, Causal):
+        return CausalRows(
+            index,
+            data.seq_len,
+            tokenizer.eod_id,
+            tokenizer.pad_id,
+            objective.document_boundaries,
+            packing,
+        )
+    controls = _controls(tokenizer, objective)
+    if isinstance(objective, Masked):
+        marked = needs(objective, data)
+        return MaskedRows(
+            index,
+            data.seq_len,
+            controls,
+            _marks(prefix, index) if marked else None,
+            masking=objective.masking,
+            ratio=objective.ratio,
+            mask_special=objective.mask_special,
+            document_boundaries=objective.document_boundaries,
+            packing=packing,
+        )
+    target_len = _given(data.target_len)
+    rooms = data.seq_len - frame_of(controls), target_len - 1
+    contents: Any
+    if isinstance(objective, PseudoSummary | Pairs):
+        rooms = objective.source_tokens - frame_of(controls), objective.target_tokens - 2
+        _, tables = (GAPS if isinstance(objective, PseudoSummary) else FIELDS).layout.open(prefix)
+    if isinstance(objective, PseudoSummary):
+        contents = Spans.of_gaps(index, tables, *rooms)
+    elif isinstance(objective, Pairs):
+        names = sidefile.Fields(prefix).names
+        _check_names(prefix, objective, names)
+        contents = Spans.of_fields(index, tables, names, objective.source, objective.target, *rooms)
+    elif isinstance(objective, SpanCorruption):
+        contents = _corrupted(index, data, objective, tokenizer, vocab, rooms)
+    else:
+        assert isinstance(objective, Prefix)
+        room = _room(min(rooms) + 1, data)
+        contents = Prefixed(index, Layout(index, packing, room, end_tokens=1))
+    return PairRows(index, contents, data.seq_len, target_len, controls, packing)
+
+
+def _corrupted(
+    index: Any,
+    data: Data,
+    objective: SpanCorruption,
+    tokenizer: Any,
+    vocab: int,
+    rooms: tuple[int, int],
+) -> Corrupted:
+    ratio, span = objective.ratio, objective.span
+    room = _room(longest_row(*rooms, ratio, span), data)
+    sentinels = sentinels_of(tokenizer, vocab)
+    spans = noise_of(room, ratio, span)[1]
+    if spans > len(sentinels):
+        raise ConfigError(
+            f"model.vocab: is {vocab}, rows of {room} tokens need {spans} sentinels and the "
+            f"vocabulary of {tokenizer.vocab_size} has {len(sentinels)}; raise model.vocab to "
+            f"{tokenizer.vocab_size + spans} or more, or shorten data.seq_len (哨兵符不足)"
+        )
+    packing = packing_of(objective, data.packing)
+    return Corrupted(
+        index, Layout(index, packing, room, end_tokens=1), ratio, span, sentinels, tokenizer.eod_id
+    )
+
+
+def sentinels_of(tokenizer: Any, vocab: int) -> Ints:
+    """The ids that stand for spans cut out: [unused1], [unused2] ... of a BERT vocabulary, else the
+    ids of the model above the tokenizer's own, from the highest down, as in T5."""
+    if tokenizer.kind == "wordpiece":
+        pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        unused = {piece: number for number, piece in enumerate(pieces) if piece[:7] == "[unused"}
+        names = [f"[unused{number}]" for number in range(1, len(unused) + 1)]
+        if found := [unused[name] for name in names if name in unused]:
+            return np.asarray(found, np.int64)
+    return np.arange(vocab - 1, tokenizer.vocab_size - 1, -1)
+
+
+def _controls(tokenizer: Any, objective: Objective) -> Controls:
+    if isinstance(objective, Masked) and tokenizer.mask_id is None:
+        raise ConfigError(
+            f"objective.name: is {objective.name}, the corpus' vocabulary has no [MASK]; encode "
+            "it by a tokenizer that has one (词表缺少 [MASK])"
+        )
+    mask = tokenizer.pad_id if tokenizer.mask_id is None else tokenizer.mask_id
+    size = tokenizer.vocab_size
+    return Controls(tokenizer.eod_id, tokenizer.pad_id, mask, tokenizer.bos_id, size)
+
+
+def _marks(prefix: Path, index: Any) -> np.ndarray:
+    marks = sidefile.Marks(prefix)
+    if marks.tokens != index.tokens:
+        raise ConfigError(
+            f"{prefix}.marks: speaks of {marks.tokens} tokens, the index has {index.tokens}; "
+            "build the corpus again (附属文件与索引不符)"
+        )
+    return marks.slice(0, marks.tokens)
+
+
+def _check_names(prefix: Path, objective: Pairs, names: tuple[str, ...]) -> None:
+    for side in ("source", "target"):
+        if unknown := [name for name in getattr(objective, side) if name not in names]:
+            raise ConfigError(
+                f"objective.{side}: names {', '.join(unknown)}, {prefix} has the fields "
+                f"{', '.join(names) or 'none'} (没有该字段)"
+            )
+
+
+def _room(room: int, data: Data) -> int:
+    if room < 2:
+        raise ConfigError(
+            f"data.seq_len, data.target_len: are {data.seq_len} and {data.target_len}, too short "
+            "for a row of two tokens; raise them (行长过短)"
+        )
+    return room
+
+
+Given = TypeVar("Given")
+
+
+def _given(value: Given | None) -> Given:
+    assert value is not None  # RunConfig.problems() says so
+    return value
