@@ -128,7 +128,9 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     sizes = [len(open_table(table)) for table in tables]
     losses = what_goes(config, stage, cleaned, found, sizes, exams)
     below = limit_of_lots(config, found, tables, losses)
-    divide = Divide(cleaned.data, sizes, losses.gone, losses.kept, config.split.seed, below)
+    divide = Divide(
+        cleaned.data, sizes, losses.gone, losses.why, losses.kept, config.split.seed, below
+    )
     size = cleaned.counts["bytes"]
     divided = stage("divide", [divide], len(tasks), [cleaned.key, found.key, *losses.keys], size)
     both_splits(config, divided.counts)

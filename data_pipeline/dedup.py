@@ -4,7 +4,7 @@
     shard 1   (hash, row) sorted by hash --+-> that begin alike, is one slice of every shard's table
     ...                                    |
                                            +-> bucket k: of equal hashes all but the first document
-                                               (by shard, then row) are duplicates
+                                               (by shard, then row) are duplicates of that one
 
 Which copy stays depends on the order of the documents alone, never on which worker came first. The
 same hash, mixed with a seed, is the document's lot in the draw of the validation split: equal text
@@ -19,12 +19,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_pipeline import names
 from data_pipeline.blocks import Block, Documents
 from data_pipeline.intake import Rejects
-from data_pipeline.shards import open_table, records, save, shard
+from data_pipeline.shards import Record, open_table, records, save, shard
 
 DOCUMENTS_PER_BUCKET = 4_000_000  # about 0.4 GB while it is sorted
 U64 = np.uint64
+WHY = np.dtype([("kept", "<u8"), ("alike", "<u8"), ("jaccard", "<f4")])
+"""Why a document goes: the number of the one that stays, of the one that it was compared with, and
+how alike it is to that one (not a number: their letters and digits are equal)."""
 
 
 def buckets(documents: int) -> int:
@@ -38,6 +42,8 @@ class Findings:
 
     duplicates: np.ndarray
     """Numbers of the documents that stand before under the same hash, sorted, uint64."""
+    kept: np.ndarray
+    """For each of them the first document under that hash, uint64."""
     lots: np.ndarray
     """The lowest lots among the distinct documents, sorted, uint64."""
     distinct: int
@@ -55,7 +61,9 @@ def search(tables: Sequence[Path], bucket: int, of: int, seed: int, lowest: int)
     again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     first = lots(high[~again], low[~again], seed)
     drawn = np.sort(np.partition(first, lowest - 1)[:lowest] if 0 < lowest < len(first) else first)
-    return Findings(np.sort(number[again]), drawn[:lowest], len(first))
+    stays = number[~again][np.cumsum(~again)[again] - 1]
+    by_number = np.argsort(number[again])
+    return Findings(number[again][by_number], stays[by_number], drawn[:lowest], len(first))
 
 
 def _slices(
@@ -105,13 +113,24 @@ def below(drawn: np.ndarray, limit: int) -> np.ndarray:
     return np.ones(len(drawn), dtype=bool) if limit >= 1 << 64 else drawn < U64(limit)
 
 
+def numbers_in(files: Sequence[Path]) -> np.ndarray:
+    """All numbers of sorted files in one array, sorted, uint64: 8 bytes a document."""
+    return np.sort(np.concatenate([np.empty(0, U64), *(np.load(path) for path in files)]))
+
+
+def marks_within(numbers: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Which of the `count` documents from number `first` on are among sorted numbers, bool."""
+    marks = np.zeros(count, dtype=bool)
+    start, stop = np.searchsorted(numbers, np.array([first, first + count], dtype=U64))
+    marks[numbers[start:stop] - U64(first)] = True
+    return marks
+
+
 def rows_within(duplicates: Sequence[Path], first: int, count: int) -> np.ndarray:
     """Which of the `count` documents from number `first` on are duplicates, bool."""
     marks = np.zeros(count, dtype=bool)
     for path in duplicates:
-        numbers = np.load(path, mmap_mode="r")
-        start, stop = np.searchsorted(numbers, np.array([first, first + count], dtype=U64))
-        marks[numbers[start:stop] - U64(first)] = True
+        marks |= marks_within(np.load(path, mmap_mode="r"), first, count)
     return marks
 
 
@@ -125,15 +144,29 @@ def reasons_within(gone: dict[str, list[Path]], first: int, count: int) -> list[
     return reasons
 
 
+def why_within(beside: Sequence[tuple[Path, Path]], first: int, count: int) -> dict[int, Any]:
+    """Row -> WHY, for those of the `count` documents from number `first` on that stand in one of
+    the pairs of files (numbers, sorted; their WHY)."""
+    found: dict[int, Any] = {}
+    for path, other in beside:
+        numbers = np.load(path, mmap_mode="r")
+        start, stop = np.searchsorted(numbers, np.array([first, first + count], dtype=U64))
+        if start < stop:
+            rows = (numbers[start:stop] - U64(first)).tolist()
+            found |= zip(rows, np.load(other, mmap_mode="r")[start:stop], strict=True)
+    return found
+
+
 def limit_of_the_rest(
     tables: Sequence[Path], gone: Sequence[Path], seed: int, wanted: int
 ) -> tuple[int, int]:
     """The limit below which `wanted` of the documents that are not gone have their lots, and how
     many those documents are."""
     lowest, first, left = np.empty(0, U64), 0, 0
+    numbers = numbers_in(gone)
     for path in tables:
         table = open_table(path)
-        stay = shard_lots(table, seed)[~rows_within(gone, first, len(table))]
+        stay = shard_lots(table, seed)[~marks_within(numbers, first, len(table))]
         first, left = first + len(table), left + len(stay)
         lowest = np.unique(np.concatenate([lowest, stay]))[:wanted]  # equal text, equal lots
     return (int(lowest[-1]) + 1 if len(lowest) else 0), left
@@ -153,9 +186,13 @@ class FindDuplicates(Block):
         self.tables, self.seed, self.lowest = tables, seed, lowest
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing; write data/duplicates/ and data/lots/."""
+        """Yield nothing; write data/duplicates/, data/why/ and data/lots/."""
         found = search(self.tables, rank, world_size, self.seed, self.lowest)
+        why = np.empty(len(found.kept), dtype=WHY)
+        why["kept"] = why["alike"] = found.kept
+        why["jaccard"] = np.nan
         save(self.folder / "data" / "duplicates" / f"{rank:05d}.npy", found.duplicates)
+        save(self.folder / "data" / "why" / f"{rank:05d}.npy", why)
         save(self.folder / "data" / "lots" / f"{rank:05d}.npy", found.lots)
         self.counts["distinct_documents"] += found.distinct
         self.counts["duplicate_documents"] += len(found.duplicates)
@@ -164,28 +201,30 @@ class FindDuplicates(Block):
 
 class Divide(Block):
     """A shard's documents into train and valid; what was found twice, or in an evaluation set, goes
-    to rejects/REASON/."""
+    to rejects/REASON/, with the id of the document that stays (`kept`), how alike it is to that one
+    (`jaccard`), or to a third one (`alike`) by which the two came into one cluster."""
 
     name = "divide"
-    modules: ClassVar = ("dedup", "intake")
+    modules: ClassVar = ("dedup", "names", "intake")
 
     def __init__(
         self,
         cleaned: Path,
         sizes: list[int],
         gone: dict[str, list[Path]],
+        why: list[tuple[Path, Path]],
         kept: Path | None,
         seed: int,
         below: int,
     ) -> None:
         super().__init__(gone=list(gone), near=kept is not None, seed=seed, below=str(below))
         self.cleaned, self.sizes, self.gone, self.kept = cleaned, sizes, gone, kept
-        self.seed, self.below = seed, below
+        self.why, self.seed, self.below = why, seed, below
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing; write data/documents/train-*.jsonl.zst and valid-*."""
         reasons = reasons_within(self.gone, sum(self.sizes[:rank]), self.sizes[rank])
-        copies = self._copies(rank)
+        copies, why = self._copies(rank), self._why(rank)
         table = open_table(self.cleaned / "hashes" / f"{rank:05d}.npy")
         held_out = below(shard_lots(table, self.seed), self.below)
         folder, file = self.folder / "data", f"{rank:05d}.jsonl.zst"
@@ -200,7 +239,7 @@ class Divide(Block):
                 done += size
                 self.tick(done, rank)
                 if reason := reasons[row]:
-                    rejects.add(reason, record)
+                    rejects.add(reason, _explained(record, why.get(row)))
                     self.counts[f"rejected/{reason}"] += 1
                     self.counts[f"rejected_characters/{reason}"] += len(record["text"])
                     continue
@@ -216,6 +255,20 @@ class Divide(Block):
         self.tick(done, rank, final=True)
         yield from ()
 
+    def _why(self, rank: int) -> dict[int, Record]:
+        """Row -> what its reject says of the document that stays."""
+        found = why_within(self.why, sum(self.sizes[:rank]), self.sizes[rank])
+        numbers = [int(why[which]) for why in found.values() for which in ("kept", "alike")]
+        ids = names.named(self.cleaned / "ids", self.sizes, np.array(numbers, dtype=np.int64))
+        said: dict[int, Record] = {}
+        for row, why in found.items():
+            said[row] = {"kept": ids[int(why["kept"])]}
+            if why["alike"] != why["kept"]:
+                said[row]["alike"] = ids[int(why["alike"])]
+            if not np.isnan(why["jaccard"]):
+                said[row]["jaccard"] = round(float(why["jaccard"]), 4)
+        return said
+
     def _copies(self, rank: int) -> np.ndarray | None:
         """How many documents went in favour of each of a shard's, if that was looked for."""
         if self.kept is None:
@@ -226,3 +279,14 @@ class Divide(Block):
         mine = slice(*np.searchsorted(numbers, borders))
         copies[numbers[mine] - U64(first)] = sizes[mine]
         return copies
+
+
+def _explained(record: Record, why: Record | None) -> Record:
+    """A record with what is said of it before its text."""
+    if why is None:
+        return record
+    return (
+        {name: value for name, value in record.items() if name != "text"}
+        | why
+        | {"text": record["text"]}
+    )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from configs.cleaning import Cleaning
 from configs.sources import Source
-from data_pipeline import clean, hanzi, ingest, scores, unreadable
+from data_pipeline import clean, hanzi, ingest, names, scores, unreadable
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
@@ -97,21 +97,23 @@ class Store(Block):
     """Documents into the task's shard, their hashes and scores into its tables."""
 
     name = "store"
-    modules: ClassVar = ("intake", "scores")
+    modules: ClassVar = ("intake", "names", "scores")
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing: this is where the documents end."""
-        digests, rows = [], []
+        digests, rows, ids = [], [], []
         path = self.folder / "data" / "documents" / f"{rank:05d}.jsonl.zst"
         with shard(path, PASSING_LEVEL) as add:
             for document in data:
                 digests.append(document.metadata.pop("digest"))
                 rows.append(document.metadata.pop(COLUMNS))
+                ids.append(document.id)
                 self.counts["documents"] += 1
                 self.counts["characters"] += len(document.text)
                 self.counts["bytes"] += len(document.text.encode())
                 add(_record(document))
         save_table(self.folder / "data" / "hashes" / f"{rank:05d}.npy", digests)
+        names.keep(self.folder / "data" / "ids", rank, ids)
         scores.store(self.folder / "data", rank, rows)
         yield from ()
 

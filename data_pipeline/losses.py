@@ -21,6 +21,8 @@ class Losses:
 
     gone: dict[str, list[Path]] = field(default_factory=dict)
     """Reason -> files with the numbers of documents."""
+    why: list[tuple[Path, Path]] = field(default_factory=list)
+    """Such a file, and for each of its documents the one that stays (dedup.WHY)."""
     kept: Path | None = None
     """The documents that stand for near duplicates, with how many."""
     stages: list[Stage] = field(default_factory=list)
@@ -49,6 +51,7 @@ def what_goes(
     losses = Losses()
     if config.dedup.exact:
         losses.gone["duplicate"] = sorted((found.data / "duplicates").glob("*.npy"))
+        losses.why += _pairs(found.data, losses.gone["duplicate"])
     if config.decontaminate:
         look = decontaminate.FindContaminated(
             cleaned.data / "documents", sizes, config.decontaminate, exams
@@ -73,5 +76,11 @@ def what_goes(
         losses.stages += near.search(stage, cleaned, sizes, gone, key, config.dedup.near)
         clustered = losses.stages[-1].data
         losses.gone["near_duplicate"] = [clustered / "dropped" / "00000.npy"]
+        losses.why += _pairs(clustered, losses.gone["near_duplicate"])
         losses.kept = clustered / "kept" / "00000.npy"
     return losses
+
+
+def _pairs(data: Path, files: list[Path]) -> list[tuple[Path, Path]]:
+    """Files of numbers, each with the file in why/ that has its name."""
+    return [(path, data / "why" / path.name) for path in files]

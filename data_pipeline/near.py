@@ -10,7 +10,7 @@
         |       similarity of at least dedup.near.jaccard                     joined/
         |
     clusters    pairs joined (union-find); of each cluster the document
-                that comes first stays                                        dropped/, kept/
+                that comes first stays                                        dropped/, why/, kept/
 
 "First" is the order of the documents alone, as among equal ones (dedup.py): sources in their order,
 and within them the order of the text. So neither the number of workers nor a kill decides.
@@ -24,7 +24,7 @@ same key and with the first 16: all pairs of a usual bucket, and a line through 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,13 +33,22 @@ import numpy as np
 from configs.dedup import Near
 from data_pipeline import minhash
 from data_pipeline.blocks import Block, Documents, Stage
-from data_pipeline.dedup import U64, buckets, key_range, rows_within
+from data_pipeline.dedup import (
+    U64,
+    WHY,
+    buckets,
+    key_range,
+    marks_within,
+    numbers_in,
+    rows_within,
+)
 from data_pipeline.kernels import compiled
 from data_pipeline.shards import records, save
 
 KEY = np.dtype([("key", "<u8"), ("row", "<u4")])
 PARTNERS = 16
 HELD_BYTES = 100_000_000  # sets of n-grams that wait for their next comparison
+OPEN_SHARDS = 100  # three files each; a process may often open no more than 1024
 
 
 def pairs_of(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -68,9 +77,8 @@ def sorted_pairs(pairs: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def _roots(left, right, count):  # type: ignore[no-untyped-def]
-    """Union-find over 0 .. count - 1; the root of each, which is the lowest of its cluster."""
-    parent = np.arange(count)
+def _join(parent, left, right):  # type: ignore[no-untyped-def]
+    """Union-find, in place: the root of a cluster is its lowest."""
     for k in range(len(left)):
         a, b = left[k], right[k]
         while parent[a] != a:
@@ -80,20 +88,55 @@ def _roots(left, right, count):  # type: ignore[no-untyped-def]
             parent[b] = parent[parent[b]]
             b = parent[b]
         parent[max(a, b)] = min(a, b)
-    for k in range(count):
-        parent[k] = parent[parent[k]]  # the parent is lower, and has its root already
-    return parent
 
 
-def clusters(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join pairs, uint64 [2, pairs]. Returns the numbers of the documents that go (sorted), of
-    those that stay (sorted), and how many each of these stands for besides itself."""
-    numbers, places = np.unique(pairs, return_inverse=True)
-    left, right = places.reshape(2, -1)
-    root = _roots(left, right, len(numbers))
+@compiled
+def _flatten(parent):  # type: ignore[no-untyped-def]
+    """The root of each in the place of its parent, which is lower and has its root already."""
+    for k in range(len(parent)):
+        parent[k] = parent[parent[k]]
+
+
+@compiled
+def _nearest(root, left, right, jaccard, other, best):  # type: ignore[no-untyped-def]
+    """For each that goes: its root if it was compared with it, else the most alike; in place."""
+    for k in range(len(left)):
+        for one, two in ((left[k], right[k]), (right[k], left[k])):
+            if root[one] == one or other[one] == root[one]:
+                continue
+            if two == root[one] or jaccard[k] > best[one]:
+                other[one], best[one] = two, jaccard[k]
+
+
+Joined = tuple[np.ndarray, np.ndarray]
+"""Pairs, uint64 [2, pairs], and the Jaccard similarity of each, float32."""
+
+
+def clusters(parts: Callable[[], Iterable[Joined]]) -> tuple[np.ndarray, ...]:
+    """Join pairs, of which `parts` gives a shard's at a time. Returns the numbers of the documents
+    that go (sorted), for each of them why (dedup.WHY), the numbers of those that stay (sorted), and
+    how many each of these stands for besides itself. What is held: 28 bytes a document that is in a
+    pair (60 while the answer is made), and one shard's pairs."""
+    numbers, waiting, held = np.empty(0, U64), list[np.ndarray](), 0
+    for pairs, _ in parts():
+        waiting.append(np.unique(pairs))
+        held += len(waiting[-1])
+        if held > len(numbers):
+            numbers, waiting, held = np.unique(np.concatenate([numbers, *waiting])), [], 0
+    numbers = np.unique(np.concatenate([numbers, *waiting]))
+    root = np.arange(len(numbers), dtype=np.int64)
+    for pairs, _ in parts():
+        _join(root, *np.searchsorted(numbers, pairs))
+    _flatten(root)
+    other, best = np.full(len(root), -1, dtype=np.int64), np.zeros(len(root), dtype=np.float32)
+    for pairs, jaccard in parts():
+        _nearest(root, *np.searchsorted(numbers, pairs), jaccard, other, best)
     goes = root != np.arange(len(numbers))
+    why = np.empty(int(goes.sum()), dtype=WHY)
+    why["kept"], why["alike"] = numbers[root[goes]], numbers[other[goes]]
+    why["jaccard"] = best[goes]
     stays, sizes = np.unique(root[goes], return_counts=True)
-    return numbers[goes], numbers[stays], sizes.astype(U64)
+    return numbers[goes], why, numbers[stays], sizes.astype(U64)
 
 
 # ---- blocks
@@ -145,11 +188,12 @@ class FindCandidates(Block):
         """Yield nothing."""
         band, bucket = rank % self.bands, rank // self.bands
         keys, numbers = [np.empty(0, U64)], [np.empty(0, U64)]
+        gone = numbers_in(self.gone)
         for shard, path in enumerate(self.tables):
             table = np.load(path, mmap_mode="r")[band]
             first, count = sum(self.sizes[:shard]), self.sizes[shard]
             rows = np.array(table[key_range(table, bucket, world_size // self.bands)])
-            rows = rows[~rows_within(self.gone, first, count)[rows["row"]]]
+            rows = rows[~marks_within(gone, first, count)[rows["row"]]]
             keys.append(rows["key"])
             numbers.append(rows["row"].astype(U64) + U64(first))
         key, number = np.concatenate(keys), np.concatenate(numbers)
@@ -202,6 +246,8 @@ class Sets:
         if number not in self.held:
             shard = int(np.searchsorted(self.firsts, number, side="right")) - 1
             if shard not in self.open:
+                if len(self.open) == OPEN_SHARDS:
+                    self.open.clear()
                 self.open[shard] = tuple(
                     np.load(self.letters / what / f"{shard:05d}.npy", mmap_mode="r")
                     for what in ("letters", "ends", "rows")
@@ -228,7 +274,7 @@ class Compare(Block):
         self.pairs, self.letters, self.sizes, self.rules = pairs, letters, sizes, rules
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing; write joined/, uint64 [2, pairs]."""
+        """Yield nothing; write joined/, uint64 [2, pairs], and alike/, float32."""
         first = sum(self.sizes[:rank])
         borders = np.array([first, first + self.sizes[rank]], dtype=U64)
         found = [np.empty((2, 0), U64)]
@@ -237,35 +283,47 @@ class Compare(Block):
             found.append(np.array(table[:, slice(*np.searchsorted(table[0], borders))]))
         pairs = sorted_pairs(np.concatenate(found, axis=1))
         sets = Sets(self.letters, self.sizes, self.rules.ngram)
-        joined = np.fromiter(self._alike(pairs, sets), dtype=bool, count=pairs.shape[1])
+        alike = np.fromiter(_alike(pairs, sets), dtype=np.float64, count=pairs.shape[1])
+        joined = alike >= self.rules.jaccard
         save(self.folder / "data" / "joined" / f"{rank:05d}.npy", pairs[:, joined])
+        save(self.folder / "data" / "alike" / f"{rank:05d}.npy", alike[joined].astype(np.float32))
         self.counts["candidate_pairs"] += pairs.shape[1]
         self.counts["joined_pairs"] += int(joined.sum())
         yield from ()
 
-    def _alike(self, pairs: np.ndarray, sets: Sets) -> Iterator[bool]:
-        for one, two in pairs.T.tolist():
-            yield minhash.jaccard(sets[one], sets[two]) >= self.rules.jaccard
+
+def _alike(pairs: np.ndarray, sets: Sets) -> Iterator[float]:
+    for at in range(0, pairs.shape[1], 1 << 16):  # Python's own numbers take 5 times the memory
+        for one, two in pairs[:, at : at + (1 << 16)].T.tolist():
+            yield minhash.jaccard(sets[one], sets[two])
 
 
 class Cluster(Block):
     """Joined pairs into clusters; of each, the first document stays."""
 
     name = "clusters"
-    modules: ClassVar = ("near",)
+    modules: ClassVar = ("near", "dedup")
 
-    def __init__(self, joined: list[Path]) -> None:
+    def __init__(self, compared: Path, tasks: int) -> None:
         super().__init__()
-        self.joined = joined
+        self.compared, self.tasks = compared, tasks
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing; write dropped/ (numbers), kept/ (numbers, and how many went)."""
-        goes, stays, sizes = clusters(np.concatenate([np.load(p) for p in self.joined], axis=1))
+        """Yield nothing; write dropped/ (numbers), why/ (dedup.WHY of each), kept/ (numbers, and
+        how many went)."""
+        goes, why, stays, sizes = clusters(self._parts)
         save(self.folder / "data" / "dropped" / "00000.npy", goes)
+        save(self.folder / "data" / "why" / "00000.npy", why)
         save(self.folder / "data" / "kept" / "00000.npy", np.stack([stays, sizes]))
         self.counts["near_clusters"] += len(stays)
         self.counts["near_duplicate_documents"] += len(goes)
         yield from ()
+
+    def _parts(self) -> Iterator[Joined]:
+        for rank in range(self.tasks):
+            file = f"{rank:05d}.npy"
+            pairs = np.load(self.compared / "joined" / file)
+            yield pairs, np.load(self.compared / "alike" / file)
 
 
 # ---- the stages
@@ -294,8 +352,7 @@ def search(
     pairs = sorted((found.data / "pairs").glob("*.npy"))
     compare = Compare(pairs, gathered.data, sizes, rules)
     compared = stage("compare", [compare], tasks, [found.key, gathered.key], 0)
-    joined = sorted((compared.data / "joined").glob("*.npy"))
-    clustered = stage("clusters", [Cluster(joined)], 1, [compared.key], 0)
+    clustered = stage("clusters", [Cluster(compared.data, tasks)], 1, [compared.key], 0)
     return [signed, found, gathered, compared, clustered]
 
 

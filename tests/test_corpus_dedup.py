@@ -1,12 +1,13 @@
 """Of equal documents the first one stays: the same answer as comparing all pairs."""
 
+import itertools
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline import dedup
+from data_pipeline import dedup, names
 from data_pipeline.clean import digest, normalise
 from data_pipeline.shards import open_table, save_table
 
@@ -39,15 +40,17 @@ def tables(folder: Path, texts: list[list[str]]) -> list[Path]:
 def test_duplicates_equal_brute_force(of: int, tmp_path: Path) -> None:
     texts = shards(random.Random(of), [500, 0, 1, 700, 300])
     paths = tables(tmp_path, texts)
-    seen: set[str] = set()
-    expected = []
+    seen: dict[str, int] = {}
+    expected, stays = [], []
     for number, text in enumerate(text for shard in texts for text in shard):
         letters = "".join(filter(str.isalnum, text))
         if letters in seen:
             expected.append(number)
-        seen.add(letters)
+            stays.append(seen[letters])
+        seen.setdefault(letters, number)
     found = [dedup.search(paths, bucket, of, seed=0, lowest=5) for bucket in range(of)]
-    assert sorted(np.concatenate([f.duplicates for f in found]).tolist()) == expected
+    pairs = [zip(f.duplicates.tolist(), f.kept.tolist(), strict=True) for f in found]
+    assert sorted(itertools.chain(*pairs)) == list(zip(expected, stays, strict=True))
     assert sum(f.distinct for f in found) == len(seen)
 
     for number, f in enumerate(found):
@@ -58,6 +61,16 @@ def test_duplicates_equal_brute_force(of: int, tmp_path: Path) -> None:
         marks += dedup.rows_within(again, first, len(shard)).tolist()
         first += len(shard)
     assert np.flatnonzero(marks).tolist() == expected
+
+
+def test_ids_are_found_by_number(tmp_path: Path) -> None:
+    shards = [["甲/1", "b"], [], ["c", "", "丁" * 50]]
+    for rank, ids in enumerate(shards):
+        names.keep(tmp_path, rank, ids)
+    sizes = [len(ids) for ids in shards]
+    assert names.named(tmp_path, sizes, np.array([4, 0, 2, 0])) == {0: "甲/1", 2: "c", 4: "丁" * 50}
+    assert names.named(tmp_path, sizes, np.array([1, 3])) == {1: "b", 3: ""}
+    assert names.named(tmp_path, sizes, np.array([], dtype=np.int64)) == {}
 
 
 def test_texts_without_letters_are_compared_by_their_signs() -> None:

@@ -1,5 +1,6 @@
 """Of documents that are nearly the same the first one stays: found by MinHash, joined by proof."""
 
+import functools
 import itertools
 import json
 import random
@@ -14,7 +15,7 @@ import pytest
 from configs.corpus import CorpusConfig
 from configs.dedup import Near
 from configs.load import ConfigError, from_dict
-from data_pipeline import build, minhash, near
+from data_pipeline import build, hanzi, minhash, near
 from data_pipeline.clean import normalise
 from data_pipeline.shards import records, shard
 from tests import dev_corpus
@@ -22,12 +23,18 @@ from tests.test_corpus_build import SAMPLE, contents, kept, page, start
 
 NEAR = {"near": {}}
 RULES = Near()
+SIMPLE = {code: int(hanzi.forms()[code]) for code in range(0x2E80, 0xA000)}
 HAN = [chr(code) for code in range(0x4E00, 0x5200)]
 
 
 def letters(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
-    return "".join(c for c in text if unicodedata.category(c)[0] in "LMN")
+    return "".join(filter(_is_letter, text)).translate(SIMPLE)
+
+
+@functools.cache
+def _is_letter(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LMN"
 
 
 def true_jaccard(one: str, two: str, n: int = 5) -> float:
@@ -194,6 +201,8 @@ def test_clusters_equal_a_walk_through_the_pairs() -> None:
     draw = random.Random(4)
     drawn = [sorted(draw.sample(range(0, 900, 3), 2)) for _ in range(200)]
     pairs = near.sorted_pairs(np.array(drawn, np.uint64).T)
+    jaccard = np.array([draw.random() for _ in pairs.T], np.float32)
+    parts = [(pairs[:, k : k + 7], jaccard[k : k + 7]) for k in range(0, pairs.shape[1], 7)]
     label = {n: n for pair in drawn for n in pair}
     changed = True
     while changed:
@@ -202,12 +211,21 @@ def test_clusters_equal_a_walk_through_the_pairs() -> None:
             low = min(label[one], label[two])
             changed |= label[one] != low or label[two] != low
             label[one] = label[two] = low
-    goes, stays, sizes = near.clusters(pairs)
+    goes, why, stays, sizes = near.clusters(lambda: parts)
     assert goes.tolist() == sorted(n for n in label if label[n] != n)
     assert stays.tolist() == sorted(set(label.values()))
     of = list(label.values())
     assert sizes.tolist() == [of.count(n) - 1 for n in stays.tolist()]
-    assert [len(part) for part in near.clusters(np.empty((2, 0), np.uint64))] == [0, 0, 0]
+    assert why["kept"].tolist() == [label[n] for n in goes.tolist()]
+    alike = dict(zip(map(tuple, pairs.T.tolist()), jaccard.tolist(), strict=True))
+    for n, stay, other, said in zip(
+        goes.tolist(), *(why[k].tolist() for k in why.dtype.names), strict=True
+    ):
+        mine = {a + b - n: j for (a, b), j in alike.items() if n in (a, b)}
+        nearest = stay if stay in mine else max(mine, key=mine.__getitem__)
+        assert (other, said) == (nearest, mine[nearest])
+    nothing = (np.empty((2, 0), np.uint64), np.empty(0, np.float32))
+    assert [len(part) for part in near.clusters(lambda: [nothing])] == [0, 0, 0, 0]
 
 
 def recall(texts: list[str], share: float, folder: Path, seed: int) -> float:
@@ -343,6 +361,24 @@ def test_the_first_of_a_cluster_stays(built: Path) -> None:
         alike = [r for r in stand_for if true_jaccard(r["text"], row["text"]) >= 0.5]
         assert alike
         assert min(map(order, alike)) < order(row)
+
+
+def test_a_reject_names_the_document_that_stays_and_how_alike_it_is(built: Path) -> None:
+    stay = {row["id"]: row for split in ("train", "valid") for row in kept(built, split)}
+    gone = {
+        reason: [r for path in (built / "rejects" / reason).iterdir() for r in records(path)]
+        for reason in ("duplicate", "near_duplicate")
+    }
+    by_id = stay | {row["id"]: row for rows in gone.values() for row in rows}
+    assert all(row["kept"] in stay for row in gone["near_duplicate"])
+    for row in gone["near_duplicate"][::20]:
+        other = by_id[row.get("alike", row["kept"])]
+        assert round(true_jaccard(row["text"], other["text"]), 4) == row["jaccard"] >= 0.5
+    for row in gone["duplicate"]:
+        assert letters(row["text"]) == letters(by_id[row["kept"]]["text"])
+        assert "jaccard" not in row
+    assert all("kept" not in row for row in stay.values())
+    assert gone["duplicate"] and gone["near_duplicate"]
 
 
 def test_near_duplicates_do_not_depend_on_workers(
