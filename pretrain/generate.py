@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.load import from_dict
-from configs.model import ModelConfig
+from configs.model import CPMConfig, ModelConfig, T5PegasusConfig
 from pretrain import checkpoint, models
 from pretrain.models.layers import KeyValueCache
 from pretrain.state import State
@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod_id: int
     pad_id: int
+    bos_id: int | None
+    """[CLS], where there is one."""
+    mask_id: int | None
+    """[MASK], where there is one."""
 
     def encode_prompt(self, text: str) -> Any:
         """Token ids of a text from outside the corpus, without an end of document."""
@@ -151,20 +155,44 @@ def write(
         )
     # The last token written is never read, so it needs no position.
     rooms = [min(decoding.max_new_tokens, capacity - length + 1) for length in lengths]
-    steps = max(rooms)
-    tokens_BT, positions_BT, documents_BT = _padded(prompts, pad_id, device)
+    held = KeyValueCache(max(lengths) + max(rooms)) if cache else None
+    given = _padded(prompts, pad_id, device)
+
+    def ahead(next_B: Tensor | None) -> Tensor:
+        nonlocal given
+        if next_B is not None:
+            given = _grown(given, next_B, capacity, cache)
+        hidden_BTD: Tensor = model(*given, held)
+        return hidden_BTD[:, -1]
+
+    return spell(model, ahead, prompts, rooms, decoding, eod_id, vocab)
+
+
+@torch.no_grad()
+def spell(
+    model: Any,
+    ahead: Callable[[Tensor | None], Tensor],
+    prompts: Sequence[Sequence[int]],
+    rooms: Sequence[int],
+    decoding: Decoding,
+    eod_id: int,
+    vocab: int | None,
+) -> list[Written]:
+    """Token after token behind prompts, each row at most as many as its room.
+
+    ahead: the tokens chosen last [B] (None at first) -> the hidden states [B, D] that predict the
+    next ones.
+    """
+    device, steps = next(model.parameters()).device, max(rooms)
     rooms_B = torch.tensor(rooms, device=device)
-    held = KeyValueCache(max(lengths) + steps) if cache else None
     draws = None if decoding.greedy else _uniform(prompts, steps, decoding.seed).to(device)
     written: list[Tensor] = []
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    given = (tokens_BT, positions_BT, documents_BT)
     was_training = model.training
     model.eval()
     try:
         for step in range(steps):
-            hidden_BTD = model(*given, held)
-            logits_BV = model.logits(hidden_BTD[:, -1])[:, :vocab]
+            logits_BV = model.logits(ahead(written[-1] if written else None))[:, :vocab]
             logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
             if step < decoding.min_new_tokens:
                 logits_BV[:, eod_id] = -torch.inf
@@ -174,7 +202,6 @@ def write(
             ended_B = ended_B | (next_B == eod_id) | (rooms_B <= step + 1)
             if ended_B.all():
                 break
-            given = _grown(given, next_B, capacity, cache)
     finally:
         model.train(was_training)
     rows = torch.stack(written, 1).tolist()
@@ -269,17 +296,42 @@ def truncated(logits_BV: Tensor, top_k: int, top_p: float, eod_id: int) -> Tenso
 def generate(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[str], **decoding: Any
 ) -> list[str]:
-    """The continuations of prompts, one text each, without the prompt; see `Decoding`."""
-    ids = [[int(i) for i in tokenizer.encode_prompt(prompt)] for prompt in prompts]
-    written = write(
-        model,
-        ids,
-        Decoding(**decoding),
-        tokenizer.eod_id,
-        tokenizer.pad_id,
-        tokenizer.vocab_size,
-    )
-    return [tokenizer.decode(w.ids) for w in written]
+    """What the model makes of each prompt, without the prompt; see `Decoding`.
+
+    A decoder goes on with it, an encoder-decoder answers it, an encoder fills its masks (the middle
+    token, where none is masked) and gives the whole text, 今天[天||气||我]很好.
+    """
+    return [text for text, _ in texts(model, tokenizer, prompts, Decoding(**decoding))]
+
+
+def texts(
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], decoding: Decoding
+) -> list[tuple[str, Written]]:
+    """generate(), and the tokens that were written."""
+    from pretrain import answer
+
+    rows = [[int(i) for i in tokenizer.encode_prompt(prompt)] for prompt in prompts]
+    known = (tokenizer.eod_id, tokenizer.pad_id, tokenizer.vocab_size)
+    if isinstance(model.config, CPMConfig):
+        written = write(model, rows, decoding, *known)
+        return [(tokenizer.decode(w.ids), w) for w in written]
+    framed = [answer.framed(row, tokenizer.bos_id, tokenizer.eod_id) for row in rows]
+    if isinstance(model.config, T5PegasusConfig):
+        start = tokenizer.pad_id if tokenizer.bos_id is None else tokenizer.bos_id
+        written = answer.answer(model, framed, decoding, start, *known)
+        return [(tokenizer.decode(w.ids), w) for w in written]
+    mask = tokenizer.mask_id
+    if mask is None:
+        raise ValueError("prompt: this tokenizer has no mask to fill (分词器没有 [MASK])")
+    framed = [
+        [*row[: len(row) // 2], mask, *row[len(row) // 2 + 1 :]] if mask not in row else row
+        for row in framed
+    ]
+    filled = answer.fill(model, framed, mask, tokenizer.pad_id, tokenizer.vocab_size)
+    return [
+        (answer.shown(f, row, mask, tokenizer), Written([c[0][0] for c in f.choices], True))
+        for f, row in zip(filled, framed, strict=True)
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -318,32 +370,30 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = corpus_tokenizer.load(folder / "tokenizer")
     place = ("cuda", torch.bfloat16) if words.gpu else ("cpu", torch.float32)
     model = load_model(checkpoint.read(folder), *place)
-    prompts = [[int(i) for i in tokenizer.encode_prompt(prompt)] for prompt in words.prompt]
     start = time.perf_counter()
-    written = write(
-        model, prompts, decoding, tokenizer.eod_id, tokenizer.pad_id, tokenizer.vocab_size
-    )
+    found = texts(model, tokenizer, words.prompt, decoding)
     elapsed_s = time.perf_counter() - start
-    _show(words, str(folder), [tokenizer.decode(w.ids) for w in written], written, elapsed_s)
+    goes_on = isinstance(model.config, CPMConfig)
+    _show(words, str(folder), found, elapsed_s, "" if goes_on else " => ")
     return 0
 
 
 def _show(
     words: argparse.Namespace,
     folder: str,
-    texts: list[str],
-    written: list[Written],
+    found: list[tuple[str, Written]],
     elapsed_s: float,
+    between: str,
 ) -> None:
     if not words.json:
-        for prompt, text in zip(words.prompt, texts, strict=True):
-            print(prompt + text)
+        for prompt, (text, _) in zip(words.prompt, found, strict=True):
+            print(prompt + between + text)
         return
     rows = [
         {"prompt": prompt, "text": text, "tokens": len(w.ids), "ended": w.ended}
-        for prompt, text, w in zip(words.prompt, texts, written, strict=True)
+        for prompt, (text, w) in zip(words.prompt, found, strict=True)
     ]
-    speed = sum(len(w.ids) + w.ended for w in written) / elapsed_s
-    found = {"checkpoint": folder, "generated": rows, "tokens_per_s": round(speed, 1)}
-    json.dump(found, sys.stdout, ensure_ascii=False)
+    speed = sum(len(w.ids) + w.ended for _, w in found) / elapsed_s
+    said = {"checkpoint": folder, "generated": rows, "tokens_per_s": round(speed, 1)}
+    json.dump(said, sys.stdout, ensure_ascii=False)
     print()
