@@ -1,6 +1,10 @@
 """Which documents of a corpus are kept: every threshold, and why it is what it is."""
 
+import difflib
 from dataclasses import dataclass
+
+PRIVATE_KINDS = ("email", "id", "card", "qq", "wechat", "phone", "ip")
+"""What data_pipeline/private.py can find."""
 
 
 @dataclass(frozen=True)
@@ -10,10 +14,6 @@ class Cleaning:
     Normalisation itself (NFC, narrow width fold, private use, control, zero-width) has no choices:
     data_pipeline/clean.py.
     """
-
-    simplify: bool = True
-    """Pages in traditional characters (OpenCC would change over 5 % of their Han) become simplified
-    ones; classical prose and verse stay as they are: data_pipeline/hanzi.py (繁转简)."""
 
     min_characters: int = 20
     """Fewer characters (blanks not counted): `too_short`. Classical quatrains have 24."""
@@ -38,6 +38,19 @@ class Cleaning:
     """A larger share of the characters in lines that stood before in the same document:
     `repeated_lines`."""
 
+    max_mojibake_ratio: float = 0.02
+    """A larger share of characters that a wrong decoding makes (锟斤拷, ÖÐÎÄ, ä¸­æ–‡, 鐨勬槸):
+    `mojibake`: data_pipeline/mojibake.py (乱码)."""
+    simplify: bool = True
+    """Pages in traditional characters (OpenCC would change over 5 % of their Han) become simplified
+    ones; classical prose and verse stay as they are: data_pipeline/hanzi.py (繁转简)."""
+    strip_markup: bool = False
+    """Entities, tags and wiki markup that a page's source left in its text become what they stand
+    for, or go: data_pipeline/leftovers.py. For crawled text; a book about HTML means its tags."""
+    mask_private: bool | tuple[str, ...] = False
+    """Replace telephone, identity and card numbers, e-mail, QQ, WeChat and IP addresses by [电话]
+    and the like: data_pipeline/private.py; true for all, or a list of email, id, card, qq, wechat,
+    phone, ip (隐私脱敏)."""
     scores_in_records: bool = False
     """Write every score of configs/quality.py into each document's field `scores` too; they are
     stored as columns beside the shards in any case."""
@@ -55,4 +68,17 @@ class Cleaning:
         for name in vars(self):
             if "_ratio" in name and not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}: is {getattr(self, name)}, must lie in [0, 1]")
+        for kind in self.mask_private if isinstance(self.mask_private, tuple) else ():
+            if kind not in PRIVATE_KINDS:
+                near = difflib.get_close_matches(kind, PRIVATE_KINDS, 1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                found.append(
+                    f"mask_private: '{kind}' is none of {', '.join(PRIVATE_KINDS)}{hint} (未知类别)"
+                )
         return found
+
+    def private_kinds(self) -> tuple[str, ...]:
+        """What is masked."""
+        if isinstance(self.mask_private, tuple):
+            return self.mask_private
+        return PRIVATE_KINDS if self.mask_private else ()

@@ -24,7 +24,11 @@ import numpy as np
 import xxhash
 
 from configs.cleaning import Cleaning
-from data_pipeline import hanzi
+from data_pipeline import hanzi, leftovers, mojibake, private
+from data_pipeline.kernels import compiled
+
+MODULES = ("clean", "hanzi", "kernels", "leftovers", "mojibake", "private")
+"""What a page depends on."""
 
 # Kinds of characters. Up to DIGIT they make words; from WIDE on normalisation has work to do.
 HAN, LETTER, DIGIT, PUNCTUATION, SYMBOL, BLANK, WIDE, RETURN, LOST, PRIVATE, CONTROL, INVISIBLE = (
@@ -83,6 +87,8 @@ class Page(NamedTuple):
     """Characters removed (lost, private_use, control, zero_width), folded (width), simplified."""
     solid: int
     """Characters that are not blank."""
+    codes: "np.ndarray"
+    """Every character's code point, uint32 [characters]."""
 
 
 @cache
@@ -119,8 +125,18 @@ def _tables() -> "tuple[np.ndarray, np.ndarray]":
 def _look(text: str) -> "tuple[np.ndarray, np.ndarray, list[int]]":
     """Code points, their kinds, and how many there are of each kind."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    kinds = _tables()[0][codes]
-    return codes, kinds, np.bincount(kinds, minlength=KINDS).tolist()
+    kinds, counts = _kinds(codes, _tables()[0])
+    return codes, kinds, counts.tolist()
+
+
+@compiled
+def _kinds(codes, table):  # type: ignore[no-untyped-def]
+    """The kind of each code point, and how many there are of each."""
+    kinds, counts = np.empty(len(codes), np.uint8), np.zeros((2, KINDS), np.int64)
+    for k in range(len(codes)):
+        kinds[k] = table[codes[k]]
+        counts[k & 1, kinds[k]] += 1  # two rows: neighbours seldom wait for each other
+    return kinds, counts[0] + counts[1]
 
 
 def normalise(text: str) -> Page:
@@ -143,8 +159,8 @@ def normalise(text: str) -> Page:
         text = _GAPS.sub("\n\n", text)
     text = text.strip(" \t\n")
     if text is not before and text != before:
-        _, kinds, counts = _look(text)
-    return Page(text, kinds, counts, changed, len(text) - counts[BLANK])
+        codes, kinds, counts = _look(text)
+    return Page(text, kinds, counts, changed, len(text) - counts[BLANK], codes)
 
 
 def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]) -> str:
@@ -188,11 +204,29 @@ def simplify(page: Page) -> tuple[Page, str]:
     return normalise(text)._replace(changed=changed), script
 
 
+def prepared(text: str, rules: Cleaning) -> Page:
+    """A text normalised, and changed as the rules ask for: markup, script, private data. What was
+    done is in `changed`, its script (hanzi.script) too, as `script/NAME`."""
+    found: Counter[str] = Counter()
+    if rules.strip_markup:
+        text, found = leftovers.strip(text)
+    page = normalise(text)
+    if rules.simplify:
+        page, script = simplify(page)
+        found[f"script/{script}"] += 1
+    if kinds := rules.private_kinds():
+        text, masked = private.mask(page.text, kinds)
+        if masked:
+            page = normalise(text)._replace(changed=page.changed)
+            found.update({f"private_{kind}": number for kind, number in masked.items()})
+    return page._replace(changed=page.changed + found) if found else page
+
+
 def digest(page: Page) -> bytes:
     """16 bytes that are equal for documents with the same letters and digits, whatever stands
     between them, in traditional or simplified characters: xxh3-128 of their code points; without
     any, of all its characters."""
-    codes = np.frombuffer(page.text.encode("utf-32-le"), dtype=np.uint32)
+    codes = page.codes
     words = hanzi.folded(codes[page.kinds <= DIGIT])
     return xxhash.xxh3_128_digest((words if len(words) else codes).tobytes())
 
@@ -207,6 +241,12 @@ def not_lost(page: Page, rules: Cleaning) -> Verdict:
     """Few U+FFFD: the text was decoded with the right encoding."""
     share = page.changed["lost"] / max(page.solid + page.changed["lost"], 1)
     return share <= rules.max_lost_ratio or (False, "lost_characters")
+
+
+def not_mojibake(page: Page, rules: Cleaning) -> Verdict:
+    """Few characters that only a wrong decoding makes."""
+    made = mojibake.traces(page.text, page.codes)
+    return made <= rules.max_mojibake_ratio * page.solid or (False, "mojibake")
 
 
 def not_private(page: Page, rules: Cleaning) -> Verdict:
@@ -260,6 +300,7 @@ def no_echo(page: Page, rules: Cleaning) -> Verdict:
 FILTERS: tuple[Filter, ...] = (
     not_lost,
     not_private,
+    not_mojibake,
     long_enough,
     short_enough,
     chinese,

@@ -56,7 +56,7 @@ class Clean(Block):
     """Normalised documents that pass the filters; the others go to rejects/REASON/."""
 
     name = "clean"
-    modules: ClassVar = ("clean", "hanzi", "scores", "intake")
+    modules: ClassVar = (*clean.MODULES, "scores", "intake")
 
     def __init__(self, rules: Cleaning) -> None:
         super().__init__(rules=rules, characters=hanzi.version())
@@ -70,12 +70,9 @@ class Clean(Block):
                     # Normalising takes 15 times a text's bytes: no worker should die of a dump.
                     self._refuse("too_long", document, rejects)
                     continue
-                page = clean.normalise(document.text)
-                if self.rules.simplify:
-                    page, script = clean.simplify(page)
-                    self.counts[f"script/{script}"] += 1
+                page = clean.prepared(document.text, self.rules)
                 for what, number in page.changed.items():
-                    self.counts[f"changed/{what}"] += number
+                    self.counts[what if "/" in what else f"changed/{what}"] += number
                 verdict = clean.judge(page, self.rules)
                 if isinstance(verdict, tuple):
                     self._refuse(verdict[1], document, rejects)

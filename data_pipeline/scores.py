@@ -81,11 +81,10 @@ def _work() -> tuple[np.ndarray, ...]:
 
 def scores(page: Page) -> np.ndarray:
     """All scores of a document, float32 [SCORES] in the order of configs.quality.SCORES."""
-    codes = np.frombuffer(page.text.encode("utf-32-le"), dtype=np.uint32)
     out = np.zeros(len(SCORES), dtype=np.float32)
-    if len(codes):
+    if len(page.codes):
         han, *others = page.counts[HAN : SYMBOL + 1]
-        _score(codes, page.kinds, han, *others, _marks(), _products(), _work(), out)
+        _score(page.codes, page.kinds, han, *others, _marks(), _products(), _work(), out)
     return out
 
 

@@ -2,12 +2,15 @@
 
 import random
 import unicodedata
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from configs.cleaning import Cleaning
 from data_pipeline import clean
-from data_pipeline.clean import FILTERS, digest, folded, judge, normalise
+from data_pipeline.clean import FILTERS, digest, folded, judge, normalise, prepared
+from data_pipeline.scores import scores
 
 HAN = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少"
 
@@ -123,6 +126,7 @@ JUDGED = [
     ("numbers", "电话一二三四 0102 0304", "many_digits"),
     ("drawing", "┌──┐│春眠不觉晓处处│└──┘", "many_symbols"),
     ("decoded wrongly", HAN + "\ufffd", "lost_characters"),
+    ("read with another encoding", HAN + "ÖÐÎÄ", "mojibake"),
     ("private font", HAN + "\ue000\ue001", "private_use"),
     ("echo", "\n".join(["春眠不觉晓处处"] * 4), "repeated_lines"),
     ("a refrain", "春眠不觉晓\n处处闻啼鸟\n春眠不觉晓\n花落知多少", True),
@@ -141,7 +145,7 @@ def test_filters_by_hand(text: str, verdict: bool | str) -> None:
 def test_every_filter_answers_true_or_a_reason_and_every_threshold_is_used() -> None:
     refused = {row[2] for row in JUDGED if row[2] is not True}
     assert len(refused) == len(FILTERS)
-    loose = Cleaning(1, 10**9, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    loose = Cleaning(1, 10**9, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, max_mojibake_ratio=1.0)
     for _, text, _ in JUDGED[:-1]:
         assert judge(normalise(text), loose) is True
 
@@ -174,3 +178,99 @@ def test_pages_with_code_are_counted_again_without_it() -> None:
     assert judge(drowned, rules) == (False, "few_han")
     formula = normalise(said + "$$" + "x_{1}+y^{2}=" * 8 + "$$" + "<br/><strong>" * 5)
     assert judge(formula, rules) is True
+
+
+WRONG = [("gbk", "latin-1"), ("gbk", "cp1252"), ("utf-8", "cp1252"), ("utf-8", "gbk")]
+
+
+@pytest.mark.parametrize(("wrote", "read"), WRONG)
+def test_a_text_read_with_the_wrong_encoding_is_told(wrote: str, read: str) -> None:
+    text = (
+        "人民日报的文章说，中国的科学家们在这个方面有了很大的进步。他们认为，不同的方法可以得到"
+        "相同的结果，但是需要更多的时间来研究，我们应该把经验总结下来，让后来的人少走弯路。"
+    ) * 3
+    spoilt = text.encode(wrote).decode(read, "ignore")
+    rules = Cleaning(min_han_ratio=0.0, min_han_ratio_with_code=0.0, max_symbol_ratio=1.0)
+    rules = replace(rules, max_repeated_line_ratio=1.0, max_private_use_ratio=1.0)
+    assert judge(normalise(spoilt), rules) == (False, "mojibake")
+    if read != "gbk":  # a part of a page is told where its characters alone tell it
+        assert judge(normalise(text + spoilt[:80] + text), rules) == (False, "mojibake")
+    assert judge(normalise(text), rules) is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "烫烫烫烫烫烫是没有初始化的内存，" * 2,
+        "锟斤拷锟斤拷" * 5 + HAN,
+        "ﾖﾐｹﾎﾄﾕﾂ" * 4 + HAN,
+    ],
+)
+def test_famous_mojibake_is_told(text: str) -> None:
+    assert judge(normalise(text), Cleaning(min_characters=5)) == (False, "mojibake")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "“锟斤拷”是把错误解码后的字符再次用国标编码读出来的结果，" + HAN * 8,
+        "À l'été, Françoise a déjà goûté le café «Ñandú» à Zürich, naïve et heureuse." + HAN,
+        "鐘鏡銀鍾鄉開關門間聞鏈錄鐵銅錢鎮，" + "這是傳統漢字寫的文章，銀行開門的時間。" * 3,
+        "拼音：āáǎà ōóǒò ēéěè īíǐì ūúǔù ǖǘǚǜü，" + HAN,
+        "——……“”‘’——……“”·····×÷±°§" + HAN * 2,
+        "カタカナと漢字：ｱｲｳ" + HAN,
+    ],
+)
+def test_good_text_is_not_taken_for_mojibake(text: str) -> None:
+    rules = Cleaning(min_characters=5, min_han_ratio=0.0, min_han_ratio_with_code=0.0)
+    assert judge(normalise(text), rules) is True
+
+
+MARKUP = [
+    ("entities", "甲&nbsp;乙&amp;丙&#20013;&lt;b&gt;", "甲 乙&丙中"),
+    ("twice escaped", "甲&amp;nbsp;乙", "甲 乙"),
+    ("tags", '<p>第一段</p><p class="a">第二段<br/>换行</p>', "第一段\n\n第二段\n换行"),
+    ("links, scripts", '<a href="x">甲</a><script>var a=1</script>乙<!-- 注 -->', "甲乙"),
+    ("wiki", "'''北京'''是[[中国|中华]]的[[首都]]<ref name=\"a\">书</ref>。", "北京是中华的首都。"),
+    ("wiki's files", "[[File:北京.jpg|thumb|天安门]]北京[[分类:城市]]", "北京"),
+    ("not tags", "vector<int> 若a<c且b>c，<user@host>", "vector<int> 若a<c且b>c，<user@host>"),
+    ("not entities", "a&b; x?a=1&copy=2 &未知;", "a&b; x?a=1&copy=2 &未知;"),
+    ("not wiki", "x[[i]] [[ -f x ]] [[1, 2], [3]]", "x[[i]] [[ -f x ]] [[1, 2], [3]]"),
+    ("code", "`<br>`换行：\n```\n<p>&nbsp;</p>\n```", "`<br>`换行：\n```\n<p>&nbsp;</p>\n```"),
+]
+
+
+@pytest.mark.parametrize(("text", "stripped"), [r[1:] for r in MARKUP], ids=[r[0] for r in MARKUP])
+def test_markup_is_stripped_where_asked(text: str, stripped: str) -> None:
+    asked = Cleaning(strip_markup=True)
+    page = prepared(text, asked)
+    assert page.text == stripped
+    assert prepared(page.text, asked).text == stripped
+    assert prepared(text, Cleaning()).text == normalise(text).text
+    counted = sum(page.changed[what] for what in ("entities", "tags", "wiki_markup"))
+    assert (counted > 0) == (text != stripped)
+
+
+def test_ten_thousand_random_strings_are_cleaned_and_twice_is_once() -> None:
+    """Characters of every plane, lone surrogates, and what the rules look for, in any order."""
+    draw = random.Random(11)
+    rules = Cleaning(1, mask_private=True, strip_markup=True)
+    parts = [text for _, text, _ in MARKUP] + [text for row in EVEN for text in row[1:]]
+    parts += ["<", ">", "&", "amp;", "[[", "]]", "''", "`", "```", "@", "a.b", "1.2.3.44"]
+    parts += ["ÖÐ", "锟斤拷", "鐨勬槸", "\n", "\u3000", "《", "】", "13812345678", "QQ：12345"]
+    parts += ["\ud800", "\udfff"]
+    for number in range(10_000):
+        if number % 2:
+            text = "".join(chr(draw.randrange(0x110000)) for _ in range(draw.randrange(60)))
+        else:
+            text = "".join(draw.choices(parts, k=draw.randrange(12)))
+        once = normalise(text)
+        assert normalise(once.text).text == once.text
+        page = prepared(text, rules)
+        page.text.encode()
+        judge(page, rules)
+        row = scores(page)
+        assert np.isfinite(row).all()
+        assert (row >= 0).all()
+        assert len(page.codes) == len(page.kinds) == len(page.text) == sum(page.counts)
+        assert normalise(page.text).text == page.text
