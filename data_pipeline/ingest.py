@@ -25,7 +25,7 @@ import xxhash
 from configs.corpus import Data
 from configs.sources import Source
 from data_pipeline.shards import CorpusError
-from data_pipeline.sources import lines, tables, unpack
+from data_pipeline.sources import lines, tables, tokens, unpack, web
 from data_pipeline.sources.documents import Document, Fault, Faults, Meter, Part, stop
 from data_pipeline.sources.places import files, first_place, opened
 
@@ -35,10 +35,11 @@ __all__ = [
 
 MODULES = (
     "ingest", "sources/decode", "sources/documents", "sources/lines", "sources/places",
-    "sources/tables", "sources/text", "sources/unpack",
+    "sources/tables", "sources/text", "sources/tokens", "sources/unpack", "sources/web",
 )  # fmt: skip
 """What the documents that are read depend on."""
 PACKED_RATIO = 4  # text is about this much larger than its archive
+MOST_PARTS_OF_A_CRAWL = 32  # to find its text costs 100 times as much as to unpack it
 MOST_PARTS_OF_AN_ARCHIVE = 8  # each unpacks the whole file: 32 of a .gz cost 5 times its cleaning
 READERS = {
     "jsonl": lines.read,
@@ -47,6 +48,9 @@ READERS = {
     "txt": lines.read_text,
     "parquet": tables.read_parquet,
     "datasets": tables.read_dataset,
+    "warc": web.read_warc,
+    "html": web.read_html,
+    "index": tokens.read,
 }
 
 
@@ -99,13 +103,26 @@ def holdings(source: Source) -> Iterator[Holding]:
             groups, text_bytes = tables.row_groups(path)
             yield Holding(str(path), size, text_bytes or size, False, max(groups, 1), known)
             continue
+        if source.kind == "index":
+            yield _index(source, path, known)
+            continue
         packed = unpack.is_whole(path)
-        if source.kind == "txt":
+        if source.kind in ("txt", "html"):
             most = 1
+        elif source.kind == "warc":
+            packed, most = True, MOST_PARTS_OF_A_CRAWL
         elif packed:
             most = MOST_PARTS_OF_AN_ARCHIVE
         ratio = PACKED_RATIO if unpack.packing_of(path) else 1
         yield Holding(str(path), size, size * ratio, packed, most, known)
+
+
+def _index(source: Source, path: Path, known: list[Any]) -> Holding:
+    """An index is known by its tokens and by the tokenizer that reads them."""
+    stream = path.with_suffix(".bin")
+    size = stream.stat().st_size if stream.exists() else 0
+    known += [_glance(stream, size) if size else "", tokens.tokenizer_of(source).fingerprint]
+    return Holding(str(path), size, 2 * size, False, max(tokens.documents(path), 1), known)
 
 
 def _cut(whole: Part, limit: int, most: int) -> list[Part]:

@@ -28,6 +28,8 @@ DOORS = {
     "jieba": {"data_pipeline/segment.py"},
     "datasets": {"data_pipeline/sources/tables.py"},
     "pyarrow": {"data_pipeline/sources/tables.py"},
+    "trafilatura": {"data_pipeline/sources/web.py"},
+    "warcio": {"data_pipeline/sources/web.py"},
     "datatrove": {
         "data_pipeline/blocks.py",
         "data_pipeline/dedup.py",
