@@ -43,7 +43,7 @@ import numpy as np
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, dedup, encode, executors, hanzi, ingest, report
+from data_pipeline import decontaminate, dedup, encode, executors, fields, hanzi, ingest, report
 from data_pipeline.blocks import (
     SPLITS,
     Block,
@@ -53,7 +53,7 @@ from data_pipeline.blocks import (
     run,
 )
 from data_pipeline.dedup import Divide, FindDuplicates
-from data_pipeline.encode import Encode, MakeTokenizer
+from data_pipeline.encode import Beside, Encode, MakeTokenizer
 from data_pipeline.gaps import FindGaps
 from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
@@ -140,15 +140,16 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     shards = sorted(documents.glob("train-*.jsonl.zst"))
     learn = MakeTokenizer(config.tokenizer, shards, divided.counts["train_bytes"])
     made = stage("tokenizer", [learn], 1, models or [divided.key], learn.train_bytes)
-    through = Encode(documents, made.data / "tokenizer")
+    beside = beside_the_ids(config, cleaned.counts)
+    through = Encode(documents, made.data / "tokenizer", beside)
     size = divided.counts["train_bytes"] + divided.counts["valid_bytes"]
     encoded = stage("encode", [through], len(tasks), [divided.key, made.key], size)
 
     # One index a split, a manifest over all: the corpus.
     stages = [cleaned, found, divided, made, encoded]
     if config.encode.pseudo_summary:
-        beside = FindGaps(documents, encoded.data, made.data / "tokenizer")
-        stages.append(stage("gaps", [beside], len(tasks), [divided.key, encoded.key], size))
+        find = FindGaps(documents, encoded.data, made.data / "tokenizer")
+        stages.append(stage("gaps", [find], len(tasks), [divided.key, encoded.key], size))
     count: list[Block] = [Tally(documents, encoded.data, made.data / "tokenizer")]
     tallied = stage("tally", count, len(tasks), [divided.key, encoded.key], size)
     manifest = publish(config, out, stages, losses)
@@ -161,6 +162,13 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     stages[2:2] = losses.stages
     say.line(report.speed({stage.name: stage.counts for stage in stages}))
     return manifest
+
+
+def beside_the_ids(config: CorpusConfig, counts: "Counter[str]") -> Beside:
+    """What is stored beside the token ids, given what was read."""
+    sources = config.data.sources
+    named, classes = fields.names_of(sources), fields.labels_of(sources, counts)
+    return Beside(config.encode.boundaries, named, classes)
 
 
 # ---- what a build must not do

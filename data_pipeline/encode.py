@@ -2,14 +2,21 @@
 
     train documents --lines, spread evenly--> at most sample_bytes of text --> tokenizer/
     documents --batches of a MB--> token ids + end of document --> index (.bin, .idx)
+                                |  words and sentences begin here     --> .marks
+                                +  named fields and labels, if any    --> .fields
 
 Encoding is a step of its own, keyed by the tokenizer's files: another tokenizer costs no cleaning.
+Each field of a document is encoded on its own, the line ends between them are left out: the tokens
+of a pair are those of its two texts, and one end of document.
 """
 
 import importlib.metadata
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +27,21 @@ from configs.encoding import Tokenizing
 from data_pipeline import tokenizer, vocabulary, wordpiece
 from data_pipeline.aside import sync_folder
 from data_pipeline.blocks import SPLITS, Block, Documents
+from data_pipeline.borders import Borders
+from data_pipeline.fields import label_text
+from data_pipeline.frozen import Frozen
 from data_pipeline.index import IndexWriter
 from data_pipeline.ingest import first_place
-from data_pipeline.shards import CorpusError, records
+from data_pipeline.shards import CorpusError, Record, records
+from data_pipeline.sidefile import (
+    FIELD,
+    NO_LABEL,
+    SENTENCE,
+    WORD,
+    FieldWriter,
+    MarkWriter,
+    Span,
+)
 
 BATCH_CHARACTERS = 500_000
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
@@ -113,31 +132,122 @@ def _freeze(config: Tokenizing, path: Path, out: Path) -> None:
         )
 
 
-def encode(texts: Iterable[str], folder: Path, prefix: Path) -> Iterator[tuple[int, int]]:
-    """Write each text's token ids and the end-of-document id as one document of an index; yields
-    (tokens, bytes of text) batch by batch."""
+@dataclass(frozen=True)
+class Beside:
+    """What is stored beside the ids."""
+
+    boundaries: bool = True
+    """Where words and sentences begin, in .marks."""
+    names: tuple[str, ...] = ()
+    """The named fields of the corpus; with these or labels there is a file .fields."""
+    labels: tuple[str, ...] = ()
+    """The labels of the corpus, in the order of their numbers."""
+
+
+def encode(
+    documents: Iterable[Record], folder: Path, prefix: Path, beside: Beside
+) -> Iterator["Counter[str]"]:
+    """Write each document's token ids and the end-of-document id as one document of an index, and
+    what is stored `beside` them; yields counts (tokens, bytes, words ...) batch by batch."""
     words = _load(folder)
-    end = np.array([words.eod_id], dtype=np.int32)
+    encoder = Encoder(words, beside.boundaries)
     dtype = np.uint16 if words.vocab_size < LARGEST_UINT16_VOCABULARY else np.int32
+    numbers = {label: number for number, label in enumerate(beside.labels)}
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with IndexWriter(prefix, dtype) as index:
-        for batch in _batches(texts):
-            tokens = 0
-            for ids in encoded(batch, words):
-                index.add_document(np.concatenate([ids, end]))
-                tokens += len(ids) + 1
-            yield tokens, sum(len(text.encode()) for text in batch)
+    with ExitStack() as stack:
+        index = stack.enter_context(IndexWriter(prefix, dtype))
+        marks = fields = None
+        if beside.boundaries:
+            marks = stack.enter_context(MarkWriter(prefix))
+        if beside.names or beside.labels:
+            fields = stack.enter_context(FieldWriter(prefix, beside.names, beside.labels))
+        for batch in _batches(documents):
+            counts: Counter[str] = Counter()
+            for record, (ids, marks_T, spans) in zip(batch, encoder.read(batch), strict=True):
+                index.add_document(ids)
+                counts["tokens"] += len(ids)
+                counts["bytes"] += len(record["text"].encode())
+                if marks is not None:
+                    marks.add_document(marks_T)
+                if fields is not None:
+                    label = record.get("label") if beside.labels else None
+                    number = NO_LABEL if label is None else numbers[label_text(label)]
+                    fields.add_document(spans, number)
+                    counts["fields_spans"] += len(spans)
+                    counts["fields_labelled"] += number != NO_LABEL
+            counts.update(encoder.counts())
+            yield counts
 
 
-def encoded(
-    batch: list[str], words: tokenizer.Tokenizer | wordpiece.WordPiece
-) -> Iterator[np.ndarray]:
-    """The ids of each text. A book on its own is encoded some lines at a time: words and pieces end
-    at a line break, so that the ids are the same, and memory does not grow with the book."""
-    if len(batch) > 1 or len(batch[0]) < 2 * BATCH_CHARACTERS:
-        yield from words.encode_batch(batch)
-    else:
-        yield np.concatenate([words.encode(lines) for lines in _pieces(batch[0])])
+class Encoder:
+    """Documents -> ids with the end of document, marks, fields in tokens."""
+
+    def __init__(self, words: Frozen, boundaries: bool) -> None:
+        self.words = words
+        self.borders = Borders(words) if boundaries else None
+        self._end = np.array([words.eod_id], dtype=np.int32)
+        self._counts: Counter[str] = Counter()
+
+    def counts(self) -> "Counter[str]":
+        """Words, sentences, texts whose sentences were not found: since it was last asked."""
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+    def read(self, batch: Sequence[Record]) -> Iterator[tuple[np.ndarray, np.ndarray, list[Span]]]:
+        """Ids, marks [tokens] uint8 and fields of each document; a book is a batch of its own."""
+        named = [record.get("spans") for record in batch]
+        texts: list[str] = []
+        for record, spans in zip(batch, named, strict=True):
+            whole = record["text"]
+            texts += [whole] if spans is None else [whole[a:b] for _, a, b in spans]
+        encoded = self.texts(texts)
+        for spans in named:
+            names = [None] if spans is None else [name for name, _, _ in spans]
+            yield self._together(names, [next(encoded) for _ in names])
+
+    def texts(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and marks of each text. A book on its own is encoded some lines at a time: words,
+        pieces and sentences end at a line break, so that the ids are the same, and memory does not
+        grow with the book."""
+        if len(texts) != 1 or len(texts[0]) < 2 * BATCH_CHARACTERS:
+            yield from self._marked(texts)
+        else:
+            some = [next(self._marked([lines])) for lines in _pieces(texts[0])]
+            ids, marks = zip(*some, strict=True)
+            yield np.concatenate(ids), np.concatenate(marks)
+
+    def _together(
+        self, names: Sequence[str | None], parts: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
+        """One document of its parts and their marks; None is the name of a whole text."""
+        ids = np.concatenate([*(part for part, _ in parts), self._end])
+        marks_T = np.zeros(len(ids), np.uint8)
+        spans: list[Span] = []
+        start = 0
+        for name, (part, part_T) in zip(names, parts, strict=True):
+            stop = start + len(part)
+            marks_T[start:stop] = part_T
+            if name is not None:
+                marks_T[start : min(start + 1, stop)] |= FIELD
+                spans.append((name, start, stop))
+            start = stop
+        if self.borders is not None:
+            self._counts["boundaries_words"] += int(np.count_nonzero(marks_T & WORD))
+            self._counts["boundaries_sentences"] += int(np.count_nonzero(marks_T & SENTENCE))
+        return ids, marks_T, spans
+
+    def _marked(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self.borders is None:
+            for ids in self.words.encode_batch(texts):
+                yield ids, np.zeros(len(ids), np.uint8)
+            return
+        for ids, word_T, sentence_T in self.borders.encode(texts):
+            marks_T = word_T * np.uint8(WORD)
+            if sentence_T is None:
+                self._counts["boundaries_no_sentences"] += 1
+            else:
+                marks_T |= sentence_T * np.uint8(SENTENCE)
+            yield ids, marks_T
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -148,15 +258,16 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
     size = 0
-    for text in texts:
-        if batch and len(text) >= 2 * BATCH_CHARACTERS:
+    for record in documents:
+        length = len(record["text"])
+        if batch and length >= 2 * BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
-        batch.append(text)
-        size += len(text)
+        batch.append(record)
+        size += length
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -194,24 +305,39 @@ class MakeTokenizer(Block):
 
 
 class Encode(Block):
-    """A shard's train and valid documents as token ids, each in an index of its own."""
+    """A shard's train and valid documents as token ids, each in an index of its own, and what is
+    stored beside it.
+
+    Counts of a split: tokens; boundaries_words, boundaries_sentences, boundaries_no_sentences
+    (documents, or fields of them, whose sentences could not be found in their tokens);
+    fields_spans, fields_labelled.
+    """
 
     name = "encode"
-    modules: ClassVar = ("encode", "index", *TOKENIZERS)
+    modules: ClassVar = (
+        "borders",
+        "encode",
+        "index",
+        "fields",
+        "kernels",
+        "sidefile",
+        "tablefile",
+        *TOKENIZERS,
+    )
 
-    def __init__(self, documents: Path, tokenizer: Path) -> None:
-        super().__init__()
-        self.documents, self.tokenizer = documents, tokenizer
+    def __init__(self, documents: Path, tokenizer: Path, beside: Beside) -> None:
+        super().__init__(beside=asdict(beside))
+        self.documents, self.tokenizer, self.beside = documents, tokenizer, beside
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing; write data/train-*.bin, .idx and valid-*."""
+        """Yield nothing; write data/train-*.bin, .idx, side files, and valid-*."""
         done = 0
         for split in SPLITS:
             path = self.documents / f"{split}-{rank:05d}.jsonl.zst"
             prefix = self.folder / "data" / f"{split}-{rank:05d}"
-            texts = (record["text"] for record in records(path))
-            for tokens, size in encode(texts, self.tokenizer, prefix):
-                self.counts[f"{split}_tokens"] += tokens
+            for counts in encode(records(path), self.tokenizer, prefix, self.beside):
+                size = counts.pop("bytes")
+                self.counts.update({f"{split}_{name}": n for name, n in counts.items()})
                 self.counts["worked_bytes"] += size
                 done += size
                 self.tick(done, rank)

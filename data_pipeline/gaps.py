@@ -104,8 +104,8 @@ def _in_tokens(units: Sequence[Unit], sizes: np.ndarray) -> list[GapUnit]:
 class FindGaps(Block):
     """A shard's gap sentences, beside the index of its tokens: data/train-*.gaps and valid-*.
 
-    Counts of a split: units, sentences, gap_sentences (those of targets), no_borders (documents
-    with units whose tokens lie across the borders).
+    Counts of a split, each after gaps_: units, sentences, gap_sentences (those of targets),
+    no_borders (documents with units whose tokens lie across the borders).
     """
 
     name = "gaps"
@@ -139,11 +139,11 @@ class FindGaps(Block):
         yield from ()
 
     def _count(self, split: str, units: list[GapUnit] | None) -> None:
-        self.counts[f"{split}_no_borders"] += units is None
+        self.counts[f"{split}_gaps_no_borders"] += units is None
         for unit in units or []:
-            self.counts[f"{split}_units"] += 1
-            self.counts[f"{split}_sentences"] += len(unit.starts)
-            self.counts[f"{split}_gap_sentences"] += int(unit.picked.sum())
+            self.counts[f"{split}_gaps_units"] += 1
+            self.counts[f"{split}_gaps_sentences"] += len(unit.starts)
+            self.counts[f"{split}_gaps_gap_sentences"] += int(unit.picked.sum())
 
 
 def _some(path: Path) -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from configs.cleaning import Cleaning
 from configs.sources import Source
-from data_pipeline import clean, hanzi, ingest, names, scores, unreadable
+from data_pipeline import clean, fields, hanzi, ingest, names, scores, unreadable
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
@@ -19,7 +19,7 @@ class Read(Block):
     """The documents of a task's parts of the sources."""
 
     name = "read"
-    modules: ClassVar = (*ingest.MODULES, "intake", "unreadable")
+    modules: ClassVar = (*ingest.MODULES, "fields", "intake", "unreadable")
 
     def __init__(self, sources: tuple[Source, ...], tasks: list[tuple[ingest.Part, ...]]) -> None:
         super().__init__(sources=sources, tasks=[[_where(part) for part in t] for t in tasks])
@@ -35,6 +35,9 @@ class Read(Block):
                 for document in ingest.read(source, part, meter, faults):
                     self.counts[f"read/{source.name}"] += 1
                     self.counts["read_documents"] += 1
+                    if source.label_field:
+                        label = fields.label_text(document.fields["label"])
+                        self.counts[f"{fields.FAMILY}/{label}"] += 1
                     self.counts["read_characters"] += len(document.text)
                     size = len(document.text.encode())
                     self.counts["read_bytes"] += size
@@ -56,7 +59,7 @@ class Clean(Block):
     """Normalised documents that pass the filters; the others go to rejects/REASON/."""
 
     name = "clean"
-    modules: ClassVar = (*clean.MODULES, "scores", "intake")
+    modules: ClassVar = ("clean", "fields", "hanzi", "scores", "intake")
 
     def __init__(self, rules: Cleaning) -> None:
         super().__init__(rules=rules, characters=hanzi.version())
@@ -70,19 +73,38 @@ class Clean(Block):
                     # Normalising takes 15 times a text's bytes: no worker should die of a dump.
                     self._refuse("too_long", document, rejects)
                     continue
-                page = clean.prepared(document.text, self.rules)
+                page, spans = self._normalised(document)
+                if page is None:
+                    self._refuse("empty_field", document, rejects)
+                    continue
                 for what, number in page.changed.items():
-                    self.counts[what if "/" in what else f"changed/{what}"] += number
+                    self.counts[f"changed/{what}"] += number
                 verdict = clean.judge(page, self.rules)
                 if isinstance(verdict, tuple):
                     self._refuse(verdict[1], document, rejects)
                 else:
                     document.text = page.text
+                    if spans:
+                        document.metadata["spans"] = spans
                     document.metadata["digest"] = clean.digest(page)
                     row = document.metadata[COLUMNS] = scores.scores(page)
                     if self.rules.scores_in_records:
                         document.metadata["scores"] = scores.as_fields(row)
                     yield document
+
+    def _normalised(self, document: Document) -> "tuple[clean.Page | None, fields.Spans]":
+        """The document, or each of its fields on its own; None if nothing is left of one."""
+        spans = document.metadata.get("spans", [])
+        if not spans:
+            return self._page(document.text), spans
+        return fields.joined(spans, [self._page(document.text[a:b]) for _, a, b in spans])
+
+    def _page(self, text: str) -> clean.Page:
+        page = clean.normalise(text)
+        if self.rules.simplify:
+            page, script = clean.simplify(page)
+            self.counts[f"script/{script}"] += 1
+        return page
 
     def _refuse(self, reason: str, document: Document, rejects: "Rejects") -> None:
         self.counts[f"rejected/{reason}"] += 1

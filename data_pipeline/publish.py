@@ -32,13 +32,13 @@ def publish(
     cleaned, _, divided, made, encoded, *gaps = stages
     (out / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
-        index.merge(
-            [encoded.data / f"{split}-{rank:05d}" for rank in range(encoded.tasks)], out / split
-        )
-        sidefile.GAPS.path(out / split).unlink(missing_ok=True)
-        for found in gaps:
-            shards = [found.data / f"{split}-{rank:05d}" for rank in range(found.tasks)]
-            sidefile.GAPS.merge(shards, out / split)
+        for layout in sidefile.LAYOUTS:
+            layout.path(out / split).unlink(missing_ok=True)
+        index.merge(_shards(encoded, split), out / split)
+        for layout in sidefile.LAYOUTS:
+            for stage in (encoded, *gaps):
+                if layout.path(_shards(stage, split)[0]).exists():
+                    layout.merge(_shards(stage, split), out / split)
     replace_folder([made.data / "tokenizer"], out / "tokenizer")
     replace_folder([divided.data / "documents"], out / "documents")
     replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
@@ -55,10 +55,15 @@ def publish(
     return manifest
 
 
+def _shards(stage: Stage, split: str) -> list[Path]:
+    """The prefixes of a split's token files, in the order of the tasks."""
+    return [stage.data / f"{split}-{rank:05d}" for rank in range(stage.tasks)]
+
+
 def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
     """The manifest: what the corpus is, and fingerprints of its contents. It holds no date and no
     path, so that the same text and config give the same bytes anywhere."""
-    cleaned, _, divided, _, encoded, *gaps = (stage.counts for stage in stages)
+    cleaned, _, divided, _, encoded = (stage.counts for stage in stages[:5])
     words = tokenizer.load(out / "tokenizer")
     splits: dict[str, dict[str, Any]] = {
         split: {
@@ -70,14 +75,12 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
         }
         for split in SPLITS
     }
+    counts = sum((stage.counts for stage in stages[4:]), Counter())
     contents = [words.fingerprint, *(split["fingerprint"] for split in splits.values())]
-    for counts in gaps:
-        for split, known in splits.items():
-            known["gaps"] = {
-                name: counts[f"{split}_{name}"]
-                for name in ("units", "sentences", "gap_sentences", "no_borders")
-            } | {"fingerprint": sidefile.GAPS.fingerprint(out / split)}
-            contents.append(known["gaps"]["fingerprint"])
+    for split, known in splits.items():
+        beside = beside_of(out / split, split, counts)
+        known.update(beside)
+        contents += [part["fingerprint"] for part in beside.values()]
     refused = cleaned + divided
     lost = rejects(refused, "rejected_characters")
     return {
@@ -101,6 +104,23 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
         },
         "changed": rejects(cleaned, "changed"),
     }
+
+
+def beside_of(prefix: Path, split: str, counts: "Counter[str]") -> dict[str, dict[str, Any]]:
+    """What lies beside the index of a split: numbers, fingerprints."""
+    said: dict[str, dict[str, Any]] = {}
+    for layout, key, names in (
+        (sidefile.MARKS, "boundaries", ("words", "sentences", "no_sentences")),
+        (sidefile.GAPS, "gaps", ("units", "sentences", "gap_sentences", "no_borders")),
+        (sidefile.FIELDS, "fields", ("spans", "labelled")),
+    ):
+        if layout.path(prefix).exists():
+            known = {name: counts[f"{split}_{key}_{name}"] for name in names}
+            said[key] = known | {"fingerprint": layout.fingerprint(prefix)}
+    if "fields" in said:
+        fields = sidefile.Fields(prefix)
+        said["fields"] |= {"names": fields.names, "labels": fields.documents_of_labels()}
+    return said
 
 
 def replace_folder(sources: Sequence[Path], target: Path) -> None:
@@ -151,7 +171,7 @@ def sizes_of(out: Path) -> dict[str, int]:
         out / "report.html",
         *out.glob("*.bin"),
         *out.glob("*.idx"),
-        *out.glob("*.gaps"),
+        *(file for layout in sidefile.LAYOUTS for file in out.glob(f"*{layout.suffix}")),
         *out.glob("tokenizer/*"),
     ]
     return {

@@ -236,6 +236,12 @@ class Fields(TableReader):
         self._check(number)
         return int(self._tables["labels"][number])
 
+    def documents_of_labels(self) -> dict[str, int]:
+        """How many documents each label has."""
+        labels = self._tables["labels"]
+        counts = np.bincount(labels[labels != NO_LABEL], minlength=len(self.labels))
+        return dict(zip(self.labels, counts.tolist(), strict=True))
+
     def _check(self, number: int) -> None:
         if not 0 <= number < self.documents:
             raise FIELDS.out_of_range(self.prefix, f"document {number}", self.documents)

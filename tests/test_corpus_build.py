@@ -317,11 +317,11 @@ def test_a_book_encoded_in_pieces_has_the_same_ids(
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
     words = tokenizer.train(kind, texts, tmp_path / "t", 4000)
     book = "\n".join(texts[::7]) + "\n\n  缩进 code\n\n - a\n" + "\n\n".join(texts[::11])
-    (whole,) = words.encode_batch([book])
+    ((whole, whole_marks),) = encode.Encoder(words, boundaries=True).texts([book])
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10)
     assert len(list(encode._pieces(book))) > 1000
-    (pieces,) = encode.encoded([book], words)
-    assert np.array_equal(pieces, whole)
+    ((pieces, marks),) = encode.Encoder(words, boundaries=True).texts([book])
+    assert np.array_equal(pieces, whole) and np.array_equal(marks, whole_marks)
 
 
 # ---- killed builds

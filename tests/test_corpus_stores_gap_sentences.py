@@ -57,9 +57,9 @@ def test_what_is_stored_is_what_was_picked(split: str, built: Path) -> None:
 
 
 def test_the_bytes_do_not_depend_on_workers(source: Path, built: Path, tmp_path: Path) -> None:
-    config = page(tmp_path / "one", source, data={"workers": 1}, **WORDS)
+    config = page(tmp_path / "corpus", source, data={"workers": 1}, **WORDS)
     build.build(config)
-    assert contents(tmp_path / "one") == contents(built)
+    assert contents(tmp_path / "corpus") == contents(built)
 
 
 def test_the_switch_changes_nothing_else(source: Path, built: Path, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_a_book_read_line_by_line_is_the_book(
     made = WordPiece(built.__reduce__()[1][0], word)
     book = "\n".join([*sample_lines()[:200], "ΑΣ", "ΣΑ \u0301甲", "乙"])
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 100)
-    (ids,) = encode.encoded([book], made)
+    ((ids, _),) = encode.Encoder(made, boundaries=False).texts([book])
     assert ids.tolist() == made.encode(book).tolist()
 
 
