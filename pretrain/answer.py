@@ -127,7 +127,8 @@ def fill(
 
 def shown(filled: Filled, row: Sequence[int], mask_id: int, tokenizer: Any) -> str:
     """The row with each mask's choices in its place, 今天[天||气||我]很好, as it was published."""
-    parts, run = [], []
+    parts: list[str] = []
+    run: list[int] = []
     choices = iter(filled.choices)
     for token in [*row, None]:
         if token is None or token == mask_id:

@@ -88,6 +88,35 @@ def test_cpm_in_two_parts() -> None:
     assert {name: found[name] for name in expected} == expected
 
 
+def test_t5_pegasus_and_roformer_in_two_parts() -> None:
+    """The bias tables by heads, T5's own head and RoFormer's bias by the vocabulary."""
+    cross = "decoder.layers.3.cross"
+    t5 = {t.name: local_shape(T5_BASE, t, 2) for t in tensors(T5_BASE)}
+    expected = {
+        "embed.tokens.weight": (25000, 768),
+        "encoder.position_bias.weight": (32, 6),
+        "decoder.position_bias.weight": (32, 6),
+        f"{cross}.k.weight": (384, 768),
+        f"{cross}.o.weight": (768, 384),
+        "decoder.layers.3.cross_norm.weight": (768,),
+        "encoder.layers.3.ffn.gate.weight": (1024, 768),
+        "encoder.layers.3.ffn.down.weight": (768, 1024),
+        "head.weight": (25000, 768),
+    }
+    assert {name: t5[name] for name in expected} == expected
+    roformer = {t.name: local_shape(ROFORMER, t, 2) for t in tensors(ROFORMER)}
+    expected = {
+        "embed.tokens.weight": (25000, 768),
+        "embed.segments.weight": (2, 768),
+        "embed.norm.weight": (768,),
+        "encoder.layers.3.self.q.bias": (384,),
+        "encoder.layers.3.ffn.up.bias": (1536,),
+        "head.dense.weight": (768, 768),
+        "head.bias": (25000,),
+    }
+    assert {name: roformer[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.family}-{c.hidden}")
 def test_the_parts_make_the_whole(config: ModelConfig) -> None:
     for tensor in tensors(config):

@@ -66,7 +66,9 @@ def test_every_layout_equals_one_process(
     """ZeRO 0 to 3 on two processes, and tensor 2 x data 2 on four, over 30 steps."""
     one = alone(family)
     same(world2.run(jobs.train, family=family, zero=zero, steps=STEPS, micro=2), one)
-    four = world4.run(jobs.train, timeout_s=500, family=family, zero=zero, tensor=2, steps=STEPS, micro=2)
+    four = world4.run(
+        jobs.train, timeout_s=500, family=family, zero=zero, tensor=2, steps=STEPS, micro=2
+    )
     same(four, one, tensor=2)
 
 

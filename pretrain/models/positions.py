@@ -39,7 +39,7 @@ class RelativeBias(nn.Module):
         distance_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
         ids_BTS = buckets_of(distance_BTS, self.two_sided, self.weight.shape[0], self.max_distance)
         if ids_BTS.is_cuda:  # whose backward sorts, and so gives the same sums every time
-            return F.embedding(ids_BTS, self.weight).permute(0, 3, 1, 2)
+            return F.embedding(ids_BTS, self.weight).permute(0, 3, 1, 2).contiguous()
         return self.weight.t()[:, ids_BTS.flatten()].unflatten(1, ids_BTS.shape).transpose(0, 1)
 
 

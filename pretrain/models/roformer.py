@@ -145,8 +145,9 @@ class RoFormer(nn.Module):
     def set_progress(self, step: int) -> None:
         """Say how many updates came before: decides what share of each sub-layer is added."""
         ramp = self.config.ramp_steps
-        for block in self.encoder.layers:
-            block.share = min(1.0, (step + 1) / ramp) if ramp else 1.0
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.share = min(1.0, (step + 1) / ramp) if ramp else 1.0
 
     def forward(
         self,
