@@ -59,7 +59,7 @@ class Clean(Block):
     """Normalised documents that pass the filters; the others go to rejects/REASON/."""
 
     name = "clean"
-    modules: ClassVar = ("clean", "fields", "hanzi", "scores", "intake")
+    modules: ClassVar = (*clean.MODULES, "fields", "scores", "intake")
 
     def __init__(self, rules: Cleaning) -> None:
         super().__init__(rules=rules, characters=hanzi.version())
@@ -78,7 +78,7 @@ class Clean(Block):
                     self._refuse("empty_field", document, rejects)
                     continue
                 for what, number in page.changed.items():
-                    self.counts[f"changed/{what}"] += number
+                    self.counts[what if "/" in what else f"changed/{what}"] += number
                 verdict = clean.judge(page, self.rules)
                 if isinstance(verdict, tuple):
                     self._refuse(verdict[1], document, rejects)
@@ -100,11 +100,7 @@ class Clean(Block):
         return fields.joined(spans, [self._page(document.text[a:b]) for _, a, b in spans])
 
     def _page(self, text: str) -> clean.Page:
-        page = clean.normalise(text)
-        if self.rules.simplify:
-            page, script = clean.simplify(page)
-            self.counts[f"script/{script}"] += 1
-        return page
+        return clean.prepared(text, self.rules)
 
     def _refuse(self, reason: str, document: Document, rejects: "Rejects") -> None:
         self.counts[f"rejected/{reason}"] += 1
