@@ -85,8 +85,8 @@ def build(config: CorpusConfig) -> dict[str, Any]:
         raise error.with_traceback(None) from None
     except OSError as error:
         raise CorpusError(
-            f"reading or writing failed: {error.strerror} ({error.filename or out}); make room or "
-            "change data.out, then build again: what is done is kept (读写失败)"
+            f"reading or writing failed: {error.strerror or error} ({error.filename or out}); make "
+            "room or change data.out, then build again: what is done is kept (读写失败)"
         ) from None
 
 

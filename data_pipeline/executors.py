@@ -104,6 +104,12 @@ class Executor(PipelineExecutor):  # type: ignore[misc]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "queue").write_text(text)
 
+    def forget(self) -> None:
+        """What tasks elsewhere said of themselves, before they are tried again."""
+        for said in ("failures", "where"):
+            for path in (self.folder / said).glob("*"):
+                path.unlink(missing_ok=True)
+
     def do(self, rank: int) -> None:
         """Do a task in this process."""
         executor = copy(self)
@@ -300,9 +306,9 @@ def attempt(executor: Executor, rank: int, surroundings: Surroundings) -> dict[s
         executor.do(rank)
     except Exception as error:
         said = {"text": str(error), "node": platform.node()}
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError):
             name = None if error.filename is None else str(error.filename)
-            return said | {"os": [error.errno, error.strerror, name]}
+            return said | {"os": [error.errno, error.strerror or str(error), name]}
         if isinstance(error, ValueError) and type(error).__module__.startswith("data_pipeline"):
             return said | {"sentence": str(error)}
         return said | {"traceback": traceback.format_exc()}

@@ -45,6 +45,7 @@ def crew(config: executing.Ray, workers: int) -> Iterator[Crew]:
         if not ray.is_initialized() and executor.get_incomplete_ranks():
             _join(config, workers)
             joined = True
+            _room_for_a_task(config)
         return executor
 
     try:
@@ -77,6 +78,20 @@ def _join(config: executing.Ray, workers: int) -> None:
         ) from None
 
 
+def _room_for_a_task(config: executing.Ray) -> None:
+    """CorpusError if no node of a Ray of our own could ever take a task; others may still grow."""
+    import ray
+
+    memory = int((config.memory_gb_per_task or 0) * 1e9)
+    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if config.address is None and all(offer.get("memory", 0) < memory for offer in offers):
+        most = max(offer.get("memory", 0) for offer in offers) / 1e9
+        raise CorpusError(
+            f"data.ray.memory_gb_per_task is {memory / 1e9:g}, this machine offers {most:.1f} GB to"
+            " Ray; lower it (内存超出本机)"
+        )
+
+
 class OnRay(Executor, RayPipelineExecutor):  # type: ignore[misc]
     """datatrove's Ray executor; a task that fails ends the stage with its sentence."""
 
@@ -91,6 +106,7 @@ class OnRay(Executor, RayPipelineExecutor):  # type: ignore[misc]
         import ray
 
         self.say("handing out tasks")
+        self.forget()
         surroundings = Surroundings.here()
         waiting, tries = deque(self.get_incomplete_ranks()), Counter[int]()
         remote = ray.remote(attempt).options(**self._needs(surroundings))

@@ -40,8 +40,10 @@ PATIENCE_S = 900.0
 """How long squeue may fail before the driver gives up (the array goes on)."""
 LAG_S = 60.0
 """How long a file written on one node may take to be seen on another (NFS: acdirmax)."""
-NEVER = ("JobHeldAdmin", "JobHoldMaxRequeue", "launch failed requeued held", "PartitionTimeLimit")
-NEVER += ("PartitionNodeLimit", "DependencyNeverSatisfied", "BadConstraints")
+NEVER = {
+    *("JobHeldAdmin", "JobHoldMaxRequeue", "launch failed requeued held", "BadConstraints"),
+    *("PartitionTimeLimit", "PartitionNodeLimit", "DependencyNeverSatisfied"),
+}
 """Reasons of squeue for which a job waits until somebody does something."""
 
 
@@ -52,6 +54,8 @@ def crew(config: executing.Slurm, workers: int) -> Crew:
 
 class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
     """datatrove's Slurm executor with a driver that waits, finds its array again, and says why."""
+
+    tasks_per_job: int
 
     def __init__(
         self, blocks: list[Any], tasks: int, folder: Path, config: executing.Slurm, workers: int
@@ -80,10 +84,11 @@ class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
             first = int(os.environ["SLURM_ARRAY_TASK_ID"]) * self.tasks_per_job
             failed = [self._on_node(rank) for rank in ranks[first : first + self.tasks_per_job]]
             sys.exit(any(failed))
-        array = Array.of(self.folder)
-        if array is None or not array.queue():
-            array = self._submit()
+        noted = Array.of(self.folder)
+        array = noted or Array(self.folder, self.job_name, self.tasks_per_job)
         try:
+            if noted is None or not array.queue():
+                self._submit(array)
             self._wait(array)
         except (CorpusError, RuntimeError, OSError, KeyboardInterrupt, SystemExit) as error:
             if not isinstance(error, Unreachable):
@@ -99,13 +104,12 @@ class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
 
     # ---- submitting
 
-    def _submit(self) -> "Array":
+    def _submit(self, array: "Array") -> None:
         cancel_others(self.folder)
+        self.forget()
         most = _largest_array()
         self.tasks_per_job = max(self.tasks_per_job, -(-len(self.get_incomplete_ranks()) // most))
-        for path in (self.folder / "failures").glob("*.json"):
-            path.unlink()
-        array = Array(self.folder, self.job_name, self.tasks_per_job)
+        array.tasks_per_job = self.tasks_per_job
         array.write_note()
         try:
             self.launch_job()
@@ -116,7 +120,6 @@ class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
                 "on a login node of the cluster, or set data.executor: local (找不到 sbatch)"
             ) from None
         except subprocess.CalledProcessError:
-            (self.folder / NOTE).unlink()
             script = str(self.folder / "launch_script.slurm")
             reason = _ask("sbatch", "--test-only", script)[1] or "it said no more"
             raise CorpusError(
@@ -125,7 +128,6 @@ class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
             ) from None
         array.job = str(self.job_id)
         array.write_note()
-        return array
 
     def launch_merge_stats(self) -> None:
         """Nothing: a stage's summaries say more, and a job for it would wait in the queue."""
@@ -169,36 +171,33 @@ class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
         """Until every rank has its marker. CorpusError names a task that failed or died."""
         started, missed = time.monotonic(), dict[int, float]()
         ranks = orjson.loads((self.folder / "ranks_to_run.json").read_bytes())
+        element = {rank: place // array.tasks_per_job for place, rank in enumerate(ranks)}
         while left := self.get_incomplete_ranks():
             now, queue = time.monotonic(), array.queue()
-            self._raise_failures(array)
+            self._raise_failures()
             self.say(_in_words(queue))
-            for reason in {job["reason"] for job in queue.values()} & set(NEVER):
+            for reason in {job["reason"] for job in queue.values()} & NEVER:
                 raise CorpusError(
                     f"Slurm will not start the tasks of {self.folder.name} ({reason}); correct "
                     f"data.slurm or ask its keepers, squeue --name={array.name} (作业被挂起)"
                 )
-            for rank in left:
-                element = ranks.index(rank) // array.tasks_per_job if rank in ranks else -1
-                if element in queue or None in queue:
-                    missed.pop(rank, None)
-                elif now - missed.setdefault(rank, now) > self._lag(array, element):
-                    self._raise_failures(array)
+            gone = [] if None in queue else [r for r in left if element.get(r) not in queue]
+            missed = {rank: missed.get(rank, now) for rank in gone}
+            for rank in [rank for rank, since in missed.items() if now - since > 3.0][:1]:
+                told = array.ended(element.get(rank, -1))
+                # A task that ended well has its marker, but this machine may not see it yet.
+                failed = told.get("JobState", "COMPLETED") != "COMPLETED"
+                if failed or now - missed[rank] > LAG_S:
+                    self._raise_failures()
                     if not self.is_rank_completed(rank):
-                        raise self._death(array, rank, element)
+                        raise self._death(array, rank, element.get(rank, -1), told)
             time.sleep(min(15.0, max(1.0, (now - started) / 20)))
 
-    def _lag(self, array: "Array", element: int) -> float:
-        """Seconds in which a marker may still appear: few, if Slurm says that the task failed."""
-        state = array.ended(element).get("JobState", "")
-        return LAG_S if state in ("", "COMPLETED") else 3.0
-
-    def _raise_failures(self, array: "Array") -> None:
+    def _raise_failures(self) -> None:
         for path in sorted((self.folder / "failures").glob("*.json")):
             raise_again(orjson.loads(path.read_bytes()))
 
-    def _death(self, array: "Array", rank: int, element: int) -> CorpusError:
-        told = array.ended(element)
+    def _death(self, array: "Array", rank: int, element: int, told: dict[str, str]) -> CorpusError:
         state = told.get("JobState", "gone from squeue")
         code = f", exit code {told['ExitCode']}" if "ExitCode" in told else ""
         place = where(self.folder, rank)
@@ -285,13 +284,12 @@ class Array:
 
     def cancel(self) -> None:
         """Call it off, and wait a while until nothing of it writes any more."""
-        with contextlib.suppress(CorpusError):
-            if self.queue():
+        with contextlib.suppress(Unreachable):  # then the note stays: it goes on
+            until = time.monotonic() + 60.0
+            while self.queue() and time.monotonic() < until:
                 _ask("scancel", self.id())
-                until = time.monotonic() + 60.0
-                while self.queue() and time.monotonic() < until:
-                    time.sleep(0.5)
-        (self.folder / NOTE).unlink(missing_ok=True)
+                time.sleep(1.0)
+            (self.folder / NOTE).unlink(missing_ok=True)
 
 
 class Unreachable(CorpusError):

@@ -4,6 +4,7 @@ Ray and Slurm are real ones on this machine (slow, and skipped with a reason whe
 installed). The stage of `stage_jobs` stands in where a test must know what a task does just now.
 """
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -299,20 +300,20 @@ def test_blows_to_tasks_and_drivers(
     data = {"executor": executor, "ray": {"retries": 0}, **SMALL}
     config, struck = page(out, source, data=data, **SECTIONS), {"driver": 0, "task": 0}
     for attempt in range(6):
-        process, begun = start(config, tmp_path), set(out.glob("stages/*/where/*"))
-        wanted = draw.randrange(1, 5)
+        process, wanted = start(config, tmp_path), draw.randrange(1, 5)
+        seen: set[str] = set()  # tasks that were found at work
         while process.poll() is None:
-            fresh = [p for p in out.glob("stages/*/where/*") if p not in begun]
-            busy = [p for p in fresh if not (p.parents[1] / "completions" / p.name).exists()]
-            if len(fresh) >= wanted and busy:
-                try:
-                    pid = int(busy[0].read_text().rpartition(" ")[2])
-                    os.kill(process.pid if attempt % 2 else pid, signal.SIGKILL)
-                except (ValueError, ProcessLookupError):
-                    continue  # it had just begun, or ended
-                struck["driver" if attempt % 2 else "task"] += 1
-                break
             time.sleep(0.001)
+            for path in out.glob("stages/*/where/*"):
+                with contextlib.suppress(OSError):  # it has just ended, or begins again
+                    pid = int(path.read_text().rpartition(" ")[2] or 0)
+                    if not pid or (path.parents[1] / "completions" / path.name).exists():
+                        continue
+                    seen.add(f"{path} {pid}")
+                    if len(seen) >= wanted:
+                        os.kill(process.pid if attempt % 2 else pid, signal.SIGKILL)
+                        struck["driver" if attempt % 2 else "task"] += 1
+                        wanted = 10**9
         _, said = process.communicate(timeout=400)
         assert process.returncode <= 0 or "died on node" in said, said
     process = start(config, tmp_path)
