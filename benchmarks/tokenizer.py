@@ -28,7 +28,7 @@ import jieba  # noqa: E402
 import rjieba  # noqa: E402
 import zstandard  # noqa: E402
 
-from data_pipeline import segment, tokenizer, wordpiece  # noqa: E402
+from data_pipeline import segment, tokenizer, training, wordpiece  # noqa: E402
 
 
 def read(path: Path, megabytes: float, every: int) -> list[str]:
@@ -99,14 +99,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        byte_bpe = tokenizer.train("byte_bpe", texts, folder, said.vocab)
-        training = {f"train byte_bpe {said.vocab}": time.process_time() - start}
+        byte_bpe = training.train("byte_bpe", texts, folder, said.vocab)
+        learning = {f"train byte_bpe {said.vocab}": time.process_time() - start}
         if said.cpm:
             cpm = tokenizer.from_cpm_model(said.cpm, folder)
         else:
             start = time.process_time()
-            cpm = tokenizer.train("cpm", texts, folder, said.vocab)
-            training[f"train cpm {said.vocab}"] = time.process_time() - start
+            cpm = training.train("cpm", texts, folder, said.vocab)
+            learning[f"train cpm {said.vocab}"] = time.process_time() - start
     slow = reference()
     spaced = segment.spaced([text.replace(" ", "▂").replace("\n", "▃") for text in texts])
     rows: dict[str, Callable[[], object]] = {
@@ -128,7 +128,7 @@ def main() -> None:
         rows["words: segment.words without HMM"] = lambda: segment.words("\n".join(texts), False)
     for name, made in published.items():
         rows[f"{name}: encode"] = functools.partial(made.encode_batch, texts)
-    seconds = measure(rows, said.rounds) | training
+    seconds = measure(rows, said.rounds) | learning
     speeds = {name: size / s for name, s in seconds.items()}
     characters = sum(map(len, texts))
     published |= {"cpm": cpm, "byte_bpe": byte_bpe}

@@ -8,10 +8,10 @@ from typing import Literal
 class Tokenizing:
     """Which tokenizer: a published one, or one trained on the train split."""
 
-    kind: Literal["cpm", "byte_bpe", "wordpiece"]
-    """cpm: words, then sentencepiece unigram, as CPM-1; byte_bpe: BPE that falls back to bytes and
-    gives every document back to the last character; wordpiece: BERT's, or, with `word`, WoBERT's,
-    RoFormer's and T5 PEGASUS'."""
+    kind: Literal["cpm", "byte_bpe", "byte_unigram", "wordpiece"]
+    """cpm: words, then sentencepiece unigram, as CPM-1; byte_bpe, byte_unigram: sentencepiece's BPE
+    or unigram that falls back to bytes and gives every document back to the last character;
+    wordpiece: BERT's, or, with `word`, WoBERT's, RoFormer's and T5 PEGASUS'."""
     vocab_size: int | None = None
     """Size of the vocabulary to train; goes without `model`."""
     model: str | None = None
@@ -28,6 +28,10 @@ class Tokenizing:
     dictionary_words: int = 200_000
     """wordpiece, trained, with `word`: so many words of jieba's dictionary, the commonest, stand
     for choice beside `base_vocab` (T5 PEGASUS: 200,000)."""
+    user_dictionary: str | None = None
+    """Words of your own on top of jieba's, a `word [frequency [tag]]` a line as jieba's
+    load_userdict reads it; without a frequency the word comes out whole. Goes with a model too;
+    kept with the tokenizer, whose fingerprint covers it (用户词典)."""
 
     def problems(self) -> list[str]:
         """A model or a size, not both; a sample that fits a worker."""

@@ -2,14 +2,18 @@
 
     lines --counted--> the commonest, enough to cover the text --> the lines without the others
 
-What the alphabet lacks is bytes (byte_bpe) or <unk> (cpm), and must not lie inside a piece.
+What the alphabet lacks is bytes (byte_bpe, byte_unigram) or <unk> (cpm), and lies in no piece.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator
 
-COVERAGE = {"cpm": 0.9995, "byte_bpe": 0.9999}  # of the sample's characters, by the vocabulary
+COVERAGE = {
+    "cpm": 0.9995,
+    "byte_bpe": 0.9999,
+    "byte_unigram": 0.9999,
+}  # of the sample's characters, by the vocabulary
 _RESERVED = "\x00\t\n\u2581\u2585"  # what sentencepiece means something else by, in training
 
 

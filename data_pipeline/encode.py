@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from configs.encoding import Tokenizing
-from data_pipeline import tokenizer, vocabulary, wordpiece
+from data_pipeline import tokenizer, training, vocabulary, wordpiece
 from data_pipeline.aside import sync_folder
 from data_pipeline.blocks import SPLITS, Block, Documents
 from data_pipeline.borders import Borders
@@ -46,7 +46,19 @@ from data_pipeline.sidefile import (
 BATCH_CHARACTERS = 500_000
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
 LARGEST_UINT16_VOCABULARY = 65_500
-TOKENIZERS = ("alphabet", "frozen", "segment", "tokenizer", "vocabulary", "wordpiece")
+TOKENIZERS = (
+    "alphabet",
+    "frozen",
+    "characters",
+    "lexicon",
+    "segment",
+    "tokenizer",
+    "training",
+    "trie",
+    "user_dictionary",
+    "vocabulary",
+    "wordpiece",
+)
 """The code of ids and marks."""
 
 _load = lru_cache(maxsize=1)(tokenizer.load)
@@ -54,14 +66,15 @@ _load = lru_cache(maxsize=1)(tokenizer.load)
 
 def versions() -> dict[str, str]:
     """What a trained tokenizer depends on beside its text and our code."""
-    guests = {name: importlib.metadata.version(name) for name in ("sentencepiece", "rjieba")}
+    guests = {name: importlib.metadata.version(name) for name in ("sentencepiece", "jieba")}
     return guests | {"unicode": unicodedata.unidata_version}
 
 
 def model_files(config: Tokenizing) -> list[Path]:
-    """The files of a published tokenizer and of a base vocabulary, whose contents key the build."""
+    """The files of a published tokenizer, of a base vocabulary and of a user's dictionary, whose
+    contents key the build."""
     files: list[Path] = []
-    for key in ("model", "base_vocab"):
+    for key in ("model", "base_vocab", "user_dictionary"):
         if (named := getattr(config, key)) is not None:
             path = _place(key, named)
             files += sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
@@ -92,18 +105,36 @@ def make_tokenizer(config: Tokenizing, texts: Iterable[str], out: Path) -> None:
 
 
 def _train(config: Tokenizing, vocab_size: int, texts: Iterable[str], out: Path) -> None:
+    dictionary, sample = _user_dictionary(config), config.sample_bytes
     if config.kind != "wordpiece":
-        tokenizer.train(config.kind, texts, out, vocab_size, sample_bytes=config.sample_bytes)
+        training.train(
+            config.kind, texts, out, vocab_size, sample_bytes=sample, dictionary=dictionary
+        )
         return
     base = config.base_vocab
     vocabulary.build(
-        tokenizer.sample(texts, config.sample_bytes),
+        training.sample(texts, sample),
         out,
         vocab_size,
         word=config.word,
         base=None if base is None else _place("base_vocab", base),
         dictionary_words=config.dictionary_words,
+        dictionary=dictionary,
     )
+
+
+def _user_dictionary(config: Tokenizing) -> bytes | None:
+    """The contents of the user's dictionary, if there is one."""
+    if config.user_dictionary is None:
+        return None
+    path = _place("user_dictionary", config.user_dictionary)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorpusError(
+            f"tokenizer.user_dictionary: '{config.user_dictionary}' cannot be read: "
+            f"{error.strerror} (无法读取)"
+        ) from None
 
 
 def _freeze(config: Tokenizing, path: Path, out: Path) -> None:
@@ -120,6 +151,13 @@ def _freeze(config: Tokenizing, path: Path, out: Path) -> None:
             f" is {config.kind}; set it to cpm, or name a tokenizer/ folder (种类不符)"
         )
     made = tokenizer.load(out)
+    if (dictionary := _user_dictionary(config)) is not None:
+        if made.user_dictionary not in (None, dictionary):
+            raise CorpusError(
+                f"tokenizer.user_dictionary: '{config.model}' was frozen with another dictionary; "
+                "leave the key out, or name the vocabulary alone (已有另一用户词典)"
+            )
+        made.with_dictionary(dictionary).save(out)
     if made.kind != config.kind:
         raise CorpusError(
             f"tokenizer.model: '{config.model}' is of kind {made.kind}, tokenizer.kind is "
@@ -177,6 +215,136 @@ def encode(
                     counts["fields_labelled"] += number != NO_LABEL
             counts.update(encoder.counts())
             yield counts
+
+
+class Encoder:
+    """Documents -> ids with the end of document, marks, fields in tokens."""
+
+    def __init__(self, words: Frozen, boundaries: bool) -> None:
+        self.words = words
+        self.borders = Borders(words) if boundaries else None
+        self._end = np.array([words.eod_id], dtype=np.int32)
+        self._counts: Counter[str] = Counter()
+
+    def counts(self) -> "Counter[str]":
+        """Words, sentences, texts whose sentences were not found: since it was last asked."""
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+    def read(self, batch: Sequence[Record]) -> Iterator[tuple[np.ndarray, np.ndarray, list[Span]]]:
+        """Ids, marks [tokens] uint8 and fields of each document; a book is a batch of its own."""
+        named = [record.get("spans") for record in batch]
+        texts: list[str] = []
+        for record, spans in zip(batch, named, strict=True):
+            whole = record["text"]
+            texts += [whole] if spans is None else [whole[a:b] for _, a, b in spans]
+        encoded = self.texts(texts)
+        for spans in named:
+            names = [None] if spans is None else [name for name, _, _ in spans]
+            yield self._together(names, [next(encoded) for _ in names])
+
+    def texts(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and marks of each text. A book on its own is encoded some lines at a time: words,
+        pieces and sentences end at a line break, so that the ids are the same, and memory does not
+        grow with the book."""
+        if len(texts) != 1 or len(texts[0]) < 2 * BATCH_CHARACTERS:
+            yield from self._marked(texts)
+        else:
+            some = [next(self._marked([lines])) for lines in _pieces(texts[0])]
+            ids, marks = zip(*some, strict=True)
+            yield np.concatenate(ids), np.concatenate(marks)
+
+    def _together(
+        self, names: Sequence[str | None], parts: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
+        """One document of its parts and their marks; None is the name of a whole text."""
+        ids = np.concatenate([*(part for part, _ in parts), self._end])
+        marks_T = np.zeros(len(ids), np.uint8)
+        spans: list[Span] = []
+        start = 0
+        for name, (part, part_T) in zip(names, parts, strict=True):
+            stop = start + len(part)
+            marks_T[start:stop] = part_T
+            if name is not None:
+                marks_T[start : min(start + 1, stop)] |= FIELD
+                spans.append((name, start, stop))
+            start = stop
+        if self.borders is not None:
+            self._counts["boundaries_words"] += int(np.count_nonzero(marks_T & WORD))
+            self._counts["boundaries_sentences"] += int(np.count_nonzero(marks_T & SENTENCE))
+        return ids, marks_T, spans
+
+    def _marked(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self.borders is None:
+            for ids in self.words.encode_batch(texts):
+                yield ids, np.zeros(len(ids), np.uint8)
+            return
+        for ids, word_T, sentence_T in self.borders.encode(texts):
+            marks_T = word_T * np.uint8(WORD)
+            if sentence_T is None:
+                self._counts["boundaries_no_sentences"] += 1
+            else:
+                marks_T |= sentence_T * np.uint8(SENTENCE)
+            yield ids, marks_T
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + BATCH_CHARACTERS) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in documents:
+        length = len(record["text"])
+        if batch and length >= 2 * BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += length
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- blocks
+
+
+class MakeTokenizer(Block):
+    """Train a tokenizer on a sample of the train split, or take a published one."""
+
+    name = "tokenizer"
+    modules: ClassVar = ("encode", *TOKENIZERS)
+
+    def __init__(self, config: Tokenizing, shards: list[Path], train_bytes: int) -> None:
+        super().__init__(config=config, versions=versions())
+        self.config, self.shards, self.train_bytes = config, shards, train_bytes
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write data/tokenizer/."""
+        make_tokenizer(self.config, self._texts(rank), self.folder / "data" / "tokenizer")
+        self.tick(self.train_bytes, rank, final=True)
+        yield from ()
+
+    def _texts(self, rank: int) -> Iterator[str]:
+        """Every shard from its beginning, as far as its share of what is looked through goes."""
+        share = TEXT_PER_SAMPLE * self.config.sample_bytes // max(1, len(self.shards))
+        done = 0
+        for path in self.shards:
+            left = max(share, 1)
+            for record in records(path):
+                yield record["text"]
+                size = len(record["text"].encode())
+                done, left = done + size, left - size
+                self.tick(done, rank)
+                if left <= 0:
+                    break
 
 
 class Encoder:

@@ -1,7 +1,10 @@
 """What tokenizers of every kind share: a frozen vocabulary, its folder, its fingerprint.
 
-Frozen ── tokenizer.Tokenizer   (cpm, byte_bpe)        tokenizer.model ┐
-     └─── wordpiece.WordPiece   (wordpiece)            vocab.txt       ┴ + tokenizer.json
+    Frozen ── tokenizer.Tokenizer   (cpm, byte_bpe, ...)   tokenizer.model ┐   tokenizer.json
+         └─── wordpiece.WordPiece   (wordpiece)            vocab.txt       ┴ + user_dictionary.txt
+
+In a corpus text is never a control token: `<eod>`, `[MASK]` stand there for themselves. In a prompt
+they are control tokens, and nothing cuts them.
 """
 
 from __future__ import annotations
@@ -9,14 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from data_pipeline.lexicon import Lexicon
+
 FORMAT = "bajie-tokenizer-1"
+USER_DICTIONARY = "user_dictionary.txt"
 
 
 class TokenizerFault(ValueError):
@@ -26,7 +34,8 @@ class TokenizerFault(ValueError):
 class Frozen(ABC):
     """A frozen vocabulary with its way of reading text.
 
-    `vocab_size`, `eod_id`, `pad_id`, `mask_id`, `bos_id`; `kind`; `fingerprint` ("sha256:...").
+    `vocab_size`, `eod_id`, `pad_id`, `mask_id`, `bos_id`; `kind`; `fingerprint` ("sha256:...");
+    `user_dictionary`, the contents of a user's dictionary, or None.
     """
 
     kind: str
@@ -36,16 +45,26 @@ class Frozen(ABC):
     mask_id: int | None
     bos_id: int | None
     fingerprint: str
+    user_dictionary: bytes | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32, without an end of document; a lone surrogate is as U+FFFD."""
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """`encode` of a text from outside a corpus, its characters folded as a corpus' are."""
+        """`encode` of a text from outside a corpus: its characters folded as a corpus' are, and
+        what is spelt like a control token is that token."""
         from data_pipeline.clean import folded
 
-        return self.encode(folded(unicode_text(text)))
+        controls = self.control_ids()
+        names = "|".join(re.escape(name) for name in sorted(controls, key=len, reverse=True))
+        parts = re.split(f"({names})", unicode_text(text))
+        found = [
+            np.array([controls[part]], np.int32) if number % 2 else self.encode(folded(part))
+            for number, part in enumerate(parts)
+            if part
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int32)
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -63,6 +82,26 @@ class Frozen(ABC):
     @abstractmethod
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The vocabulary's own spelling of token ids."""
+
+    @abstractmethod
+    def control_ids(self) -> dict[str, int]:
+        """Spelling -> id of the tokens that stand for no text."""
+
+    @abstractmethod
+    def words(self, text: str) -> list[str]:
+        """The words that `encode_marked` marks, in the text as the segmenter sees it."""
+
+    @abstractmethod
+    def with_dictionary(self, contents: bytes) -> Frozen:
+        """The same vocabulary with a user's dictionary; its fingerprint is another."""
+
+    def _lexicon(self) -> Lexicon | None:
+        """The dictionary to cut words by; None is jieba's own."""
+        if self.user_dictionary is None:
+            return None
+        from data_pipeline import user_dictionary
+
+        return user_dictionary.loaded(self.user_dictionary)
 
     @abstractmethod
     def _files(self) -> dict[str, bytes]:
@@ -84,6 +123,7 @@ class Frozen(ABC):
             "format": FORMAT,
             "kind": self.kind,
             **self._told(),
+            "user_dictionary": self.user_dictionary is not None,
             "rules": self._rules(),
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
@@ -92,14 +132,20 @@ class Frozen(ABC):
             "bos_id": self.bos_id,
             "fingerprint": self.fingerprint,
         }
-        for name, contents in self._files().items():
+        files = self._files()
+        if self.user_dictionary is not None:
+            files[USER_DICTIONARY] = self.user_dictionary
+        for name, contents in files.items():
             write(folder / name, contents)
         write(folder / "tokenizer.json", json.dumps(record, indent=1).encode() + b"\n")
 
 
-def fingerprint(head: str, vocabulary: bytes) -> str:
-    """sha256 over the lines of `head` (kind, rules, settings) and the vocabulary's bytes."""
+def fingerprint(head: str, vocabulary: bytes, user_dictionary: bytes | None) -> str:
+    """sha256 over the lines of `head` (kind, rules, settings), the bytes of a user's dictionary, if
+    there is one, and the vocabulary's bytes."""
     digest = hashlib.sha256(f"{FORMAT}\n{head}\n".encode())
+    if user_dictionary is not None:
+        digest.update(b"user dictionary, %d bytes\n" % len(user_dictionary) + user_dictionary)
     digest.update(vocabulary)
     return f"sha256:{digest.hexdigest()}"
 

@@ -15,19 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import segment
-from data_pipeline.tokenizer import TokenizerFault
-from data_pipeline.wordpiece import (
-    BLANK,
-    CONTROLS,
-    INSIDE,
-    WordPiece,
-    classes,
-    dropped_codes,
-    is_control,
-    normal,
-    tokens_of,
-)
+from data_pipeline import lexicon, user_dictionary
+from data_pipeline.characters import BLANK, INSIDE, classes, dropped_codes, normal
+from data_pipeline.frozen import TokenizerFault
+from data_pipeline.wordpiece import CONTROLS, WordPiece, is_control, tokens_of
 
 
 def build(
@@ -38,11 +29,13 @@ def build(
     word: bool,
     base: str | Path | None = None,
     dictionary_words: int = 200_000,
+    dictionary: bytes | None = None,
 ) -> WordPiece:
     """Build a vocabulary of exactly `vocab_size` by the recipe of T5 PEGASUS, freeze it into `out`.
 
     Candidates: the tokens of `base` (a vocab.txt; None: the characters of the text, and ##x for
-    what WordPiece may join), then, if `word`, the `dictionary_words` commonest of jieba's words.
+    what WordPiece may join), then, if `word`, the `dictionary_words` commonest of jieba's words,
+    and those of a user's `dictionary`, by which the lines are then cut too.
     They tokenise the lines; the control tokens of `base` stay, with the most frequent others; of
     equally frequent ones the earlier candidate. All keep the order of the candidates. A token that
     the text does not use is not kept: TokenizerFault with the largest possible size.
@@ -51,9 +44,11 @@ def build(
     tokens = list(_base(base) if base is not None else _characters_of(lines))
     fixed = _fixed(tokens)
     if word:
-        more = (normal(entry) for entry in segment.commonest(dictionary_words))
+        entries = lexicon.commonest(dictionary_words)
+        entries += [entry for _, entry, _ in user_dictionary.entries(dictionary or b"")]
+        more = map(normal, entries)
         tokens = list(dict.fromkeys(chain(tokens, (entry for entry in more if entry))))
-    every = WordPiece(_file(tokens), word)
+    every = WordPiece(_file(tokens), word, dictionary)
     count_T = np.zeros(len(tokens), np.int64)
     for start in range(0, len(lines), 1000):
         ids = np.concatenate(every.encode_batch(lines[start : start + 1000]))
@@ -67,7 +62,7 @@ def build(
             "(词表大小超出语料所能支持的范围)"
         )
     chosen = np.sort(np.argsort(-count_T, kind="stable")[:room])
-    made = WordPiece(_file([*tokens[:fixed], *(tokens[i] for i in chosen)]), word)
+    made = WordPiece(_file([*tokens[:fixed], *(tokens[i] for i in chosen)]), word, dictionary)
     made.save(out)
     return made
 

@@ -29,16 +29,30 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline import segment
+from data_pipeline import segment, user_dictionary
+from data_pipeline.characters import (
+    ALONE,
+    INSIDE,
+    NEXT,
+    accents,
+    basic,
+    classes,
+    dropped_codes,
+    is_han,
+    is_sign,
+    normal,
+    without,
+)
 from data_pipeline.frozen import Frozen, TokenizerFault, fingerprint, unicode_text
+from data_pipeline.lexicon import Lexicon
+from data_pipeline.trie import compiled
 
 RULES = f"1, {segment.SEGMENTATION}"
 """The version of what is done beside the vocabulary: a change that moves one id changes it."""
@@ -47,13 +61,7 @@ CACHED_WORDS = 200_000  # beside the vocabulary; some 50 MB
 LONGEST_CACHED = 32  # characters
 LONGEST_PIECE = {False: 100, True: 200}  # characters; a longer one is [UNK]: BERT's, bert4keras'
 
-_HAN = (
-    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
-)  # fmt: skip
-INSIDE, _ALONE, BLANK = range(3)  # classes of characters: of a piece, one on its own, between
 _UNREAD = -2  # in place of an id: Python has to look
-_NEXT = "\x00"  # between texts that are read as one; in a text it means what \x01 means: nothing
 
 
 class WordPiece(Frozen):
@@ -65,7 +73,7 @@ class WordPiece(Frozen):
 
     kind = "wordpiece"
 
-    def __init__(self, vocabulary: bytes, word: bool) -> None:
+    def __init__(self, vocabulary: bytes, word: bool, dictionary: bytes | None = None) -> None:
         self.word = word
         self._vocabulary = vocabulary
         self._tokens = tokens_of(vocabulary)
@@ -80,7 +88,9 @@ class WordPiece(Frozen):
         self.bos_id: int | None = self._ids["[CLS]"]
         self.eod_id = self._ids["[SEP]"]
         self.mask_id: int | None = self._ids.get("[MASK]")
-        self.fingerprint = fingerprint(f"wordpiece\nword {word}\n{RULES}", vocabulary)
+        self.user_dictionary = dictionary
+        head = f"wordpiece\nword {word}\n{RULES}"
+        self.fingerprint = fingerprint(head, vocabulary, dictionary)
         self._texts = {t: i for t, i in self._ids.items() if not is_control(t)}
         self._longest = max(map(len, self._texts), default=1)
         self._read = _Read(self)
@@ -107,8 +117,8 @@ class WordPiece(Frozen):
             if marks is not None:
                 marks.append(np.zeros(0, np.bool_))
             return np.zeros(0, np.int32), []
-        together = _NEXT.join(
-            self._lowered(unicode_text(text).replace(_NEXT, "\x01")) for text in texts
+        together = NEXT.join(
+            self._lowered(unicode_text(text).replace(NEXT, "\x01")) for text in texts
         )
         ids = (self._words if self.word else self._characters)(together, marks)
         ends = np.flatnonzero(ids < 0)
@@ -124,11 +134,11 @@ class WordPiece(Frozen):
                 continue
             if token.startswith("##"):
                 text += token[2:]
-            elif len(token) == 1 and _is_han(ord(token)):
+            elif len(token) == 1 and is_han(ord(token)):
                 text += token
-            elif len(token) == 1 and _is_sign(token):
+            elif len(token) == 1 and is_sign(token):
                 text += token + " "
-            elif number > 0 and text and _is_han(ord(text[-1])):
+            elif number > 0 and text and is_han(ord(text[-1])):
                 text += token
             else:
                 text += " " + token
@@ -141,11 +151,27 @@ class WordPiece(Frozen):
         """The vocabulary's own spelling of token ids: ## where a piece goes on."""
         return [self._tokens[int(i)] for i in ids]
 
+    def control_ids(self) -> dict[str, int]:
+        """Spelling -> id of [CLS], [unused1] and the other tokens that stand for no text."""
+        return {token: i for token, i in self._ids.items() if is_control(token)}
+
     def words(self, text: str) -> list[str]:
-        """What the segmenter makes of a text (lowered, without accents); pieces if word is off."""
-        lowered = self._lowered(unicode_text(text).replace(_NEXT, "\x01"))
-        lowered = _without(lowered, _marks())
-        return segment.words(lowered, hmm=False) if self.word else list(_basic(lowered, False))
+        """jieba's words, HMM off, of a text lowered, without accents and what is dropped."""
+        lowered = self._lowered(unicode_text(text).replace(NEXT, "\x01"))
+        dropped = accents() if self.word else accents() | dropped_codes()
+        return segment.words(without(lowered, dropped), False, self._lexicon())
+
+    def with_dictionary(self, contents: bytes) -> WordPiece:
+        """The same vocabulary with a user's dictionary; TokenizerFault for a line that is wrong."""
+        made = WordPiece(self._vocabulary, self.word, contents)
+        made._lexicon()
+        return made
+
+    def _lexicon(self) -> Lexicon | None:
+        """The dictionary to cut words by, a user's words lowered as the text is."""
+        if self.user_dictionary is None:
+            return None
+        return user_dictionary.loaded(self.user_dictionary, normal)
 
     def _files(self) -> dict[str, bytes]:
         return {"vocab.txt": self._vocabulary}
@@ -157,7 +183,7 @@ class WordPiece(Frozen):
         return {"word": self.word}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WordPiece, (self._vocabulary, self.word)
+        return WordPiece, (self._vocabulary, self.word, self.user_dictionary)
 
     def _lowered(self, text: str) -> str:
         """Lower case and decomposed; what is dropped of it later is still there."""
@@ -166,10 +192,10 @@ class WordPiece(Frozen):
         return unicodedata.normalize("NFD", text.lower())
 
     def _words(self, text: str, marks: list[np.ndarray] | None) -> np.ndarray:
-        """Ids of texts with _NEXT between them, -1 for it: words of the vocabulary by the table,
+        """Ids of texts with NEXT between them, -1 for it: words of the vocabulary by the table,
         the others, with the pieces they fall into, through the cache."""
-        text = _without(text, _marks())
-        codes_C, border_C = segment.cut(text, hmm=False)
+        text = without(text, accents())
+        codes_C, border_C = segment.cut(text, False, self._lexicon())
         if self._table is None:
             self._table = _table(self._texts)
         id_U, start_U, end_U = _look_up_words(codes_C, border_C, *self._table)
@@ -181,7 +207,7 @@ class WordPiece(Frozen):
         return ids
 
     def _characters(self, text: str, marks: list[np.ndarray] | None) -> np.ndarray:
-        """Ids of texts with _NEXT between them, -1 for it: single characters by one look-up each,
+        """Ids of texts with NEXT between them, -1 for it: single characters by one look-up each,
         and between them runs, which go through the cache."""
         if not len(self._id_of):
             self._id_of = np.full(0x110000, self._unknown, np.int32)
@@ -189,10 +215,10 @@ class WordPiece(Frozen):
             for token, i in self._texts.items():
                 if len(token) == 1:
                     self._id_of[ord(token)] = i
-        text = _without(text, _marks() | dropped_codes())
+        text = without(text, accents() | dropped_codes())
         codes_C = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         class_C = classes()[codes_C]
-        alone_C = class_C == _ALONE
+        alone_C = class_C == ALONE
         inside_C = np.zeros(len(codes_C) + 2, np.bool_)
         inside_C[1:-1] = class_C == INSIDE
         start_C = alone_C | (inside_C[1:-1] & ~inside_C[:-2])
@@ -201,7 +227,7 @@ class WordPiece(Frozen):
         start_U = np.flatnonzero(start_C)
         ids, count_U = self._assembled(text, id_C[start_U], start_U, np.flatnonzero(end_C) + 1)
         if marks is not None:
-            _, border_C = segment.cut(text, hmm=False)
+            _, border_C = segment.cut(text, False, self._lexicon())
             word_C = np.ones(len(codes_C) + 1, np.bool_)
             word_C[1:] = border_C
             marks.append(word_C[self._places(ids, start_U, count_U)])
@@ -237,7 +263,7 @@ class WordPiece(Frozen):
 
     def _look_up(self, word: str) -> tuple[int, ...]:
         """The ids of a word that the vocabulary lacks, or of a run of characters."""
-        return tuple(i for piece in _basic(word, self.word) for i in self._cut(piece))
+        return tuple(i for piece in basic(word, self.word) for i in self._cut(piece))
 
     def _cut(self, piece: str) -> list[int]:
         """Greedy: the longest token that begins the piece, then the longest that goes on, ..."""
@@ -298,11 +324,6 @@ def tokens_of(vocabulary: bytes) -> list[str]:
     return list(dict.fromkeys((line.split() or [line.strip()])[0] for line in lines))
 
 
-def normal(text: str) -> str:
-    """A text as the word kind segments it: lower case, without accents."""
-    return _without(unicodedata.normalize("NFD", text.lower()), _marks())
-
-
 def _table(texts: dict[str, int]) -> tuple[np.ndarray, ...]:
     """The vocabulary as a hash table for compiled code: the id, or -1, of each slot; and the
     characters of the tokens, end to end, with where each id begins and ends."""
@@ -317,7 +338,7 @@ def _table(texts: dict[str, int]) -> tuple[np.ndarray, ...]:
     return slot_S, codes_C, start_T, end_T
 
 
-@segment.compiled
+@compiled
 def _fill(slot_S, codes_C, start_T, end_T, id_N):  # type: ignore[no-untyped-def]
     """Put each token at its hash, or at the next free slot."""
     for i in id_N:
@@ -327,7 +348,7 @@ def _fill(slot_S, codes_C, start_T, end_T, id_N):  # type: ignore[no-untyped-def
         slot_S[slot] = i
 
 
-@segment.compiled
+@compiled
 def _hash(codes_C, start, end):  # type: ignore[no-untyped-def]
     """FNV-1a over code points, its upper bits folded down."""
     value = np.int64(-3750763034362895579)
@@ -336,7 +357,7 @@ def _hash(codes_C, start, end):  # type: ignore[no-untyped-def]
     return (value ^ (value >> 29)) & np.int64(0x7FFFFFFFFFFFFFFF)
 
 
-@segment.compiled
+@compiled
 def _look_up_words(codes_C, border_C, slot_S, tokens_C, start_T, end_T):  # type: ignore[no-untyped-def]
     """The id, or _UNREAD, of each word of a text, and the word's [start, end)."""
     count = border_C.sum()
@@ -368,75 +389,6 @@ def _look_up_words(codes_C, border_C, slot_S, tokens_C, start_T, end_T):  # type
         unit += 1
         first = end
     return id_U[:unit], start_U[:unit], end_U[:unit]
-
-
-def _basic(text: str, word: bool) -> Iterator[str]:
-    """Han and signs alone, and what blanks leave together."""
-    parts: list[str] = []
-    dropped = dropped_codes()
-    for char in text:
-        if _is_sign(char) or _is_han(ord(char)):
-            parts.append(f" {char} ")
-        elif char in " \t\n\r" or unicodedata.category(char) == "Zs":
-            parts.append(" ")
-        elif not dropped[ord(char)] or (word and unicodedata.category(char) == "Co"):
-            parts.append(char)
-    return iter("".join(parts).split())
-
-
-def _is_han(code: int) -> bool:
-    return any(first <= code <= last for first, last in _HAN)
-
-
-def _is_sign(char: str) -> bool:
-    """ASCII that is no letter, digit, blank or control, or punctuation of Unicode."""
-    if char.isascii():
-        return "!" <= char <= "~" and not char.isalnum()
-    return unicodedata.category(char)[0] == "P"
-
-
-def _without(text: str, dropped: np.ndarray) -> str:
-    """`text` without the characters of which `dropped` [code points] is true."""
-    codes_C = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    dropped_C = dropped[codes_C]
-    return codes_C[~dropped_C].tobytes().decode("utf-32-le") if dropped_C.any() else text
-
-
-@cache
-def _categories() -> np.ndarray:
-    """The category of each code point, two letters [0x110000]."""
-    return np.array([unicodedata.category(chr(code)) for code in range(0x110000)], "S2")
-
-
-@cache
-def _marks() -> np.ndarray:
-    """Accents: what NFD sets apart and lower-casing models leave out."""
-    return _categories() == b"Mn"
-
-
-@cache
-def dropped_codes() -> np.ndarray:
-    """Control, format and private use (to bert4keras the last are characters), U+FFFD."""
-    dropped = np.isin(_categories(), [b"Cc", b"Cf", b"Co"])
-    dropped[[0x9, 0xA, 0xD]] = False
-    dropped[0xFFFD] = True
-    dropped[0] = False  # _NEXT; a text has none
-    return dropped
-
-
-@cache
-def classes() -> np.ndarray:
-    """INSIDE, _ALONE or BLANK of each code point."""
-    categories = _categories()
-    table = np.full(0x110000, INSIDE, np.uint8)
-    table[np.char.startswith(categories, b"P")] = _ALONE
-    for first, last in _HAN:
-        table[first : last + 1] = _ALONE
-    table[:128] = [_ALONE if _is_sign(chr(c)) else table[c] for c in range(128)]
-    table[np.isin(categories, [b"Zs", b"Zl", b"Zp"])] = BLANK
-    table[[0x9, 0xA, 0xD]] = BLANK
-    table[0] = _ALONE  # _NEXT
-    return table
 
 
 _CHINESE_SIGNS = (

@@ -134,22 +134,16 @@ def document(folder: Path, split: str, number: int) -> dict[str, Any]:
 
 def tokens_of(folder: Path, text: str) -> dict[str, Any]:
     """A text's words (of kinds that have words), tokens, ids, and what comes back of them."""
-    from data_pipeline import segment, tokenizer
-    from data_pipeline.wordpiece import WordPiece
+    from data_pipeline import tokenizer
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no tokenizer beside it (没有分词器)")
     made = tokenizer.load(folder)
-    words: list[str] | None = None
-    if isinstance(made, WordPiece):
-        words = made.words(text)
-    elif made.kind == "cpm":
-        words = segment.words(text)
     ids = made.encode(text).tolist()
     back = made.decode(ids)
     return {
         "text": text,
-        "words": words,
+        "words": made.words(text),
         "tokens": made.pieces(ids),
         "ids": ids,
         "back": back,

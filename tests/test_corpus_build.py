@@ -17,7 +17,17 @@ import pytest
 
 from configs.corpus import CorpusConfig
 from configs.load import from_dict
-from data_pipeline import blocks, build, clean, encode, executors, ingest, progress, tokenizer
+from data_pipeline import (
+    blocks,
+    build,
+    clean,
+    encode,
+    executors,
+    ingest,
+    progress,
+    tokenizer,
+    training,
+)
 from data_pipeline.index import Index
 from data_pipeline.shards import CorpusError, records, shard
 
@@ -315,7 +325,7 @@ def test_a_book_encoded_in_pieces_has_the_same_ids(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
-    words = tokenizer.train(kind, texts, tmp_path / "t", 4000)
+    words = training.train(kind, texts, tmp_path / "t", 4000)
     book = "\n".join(texts[::7]) + "\n\n  缩进 code\n\n - a\n" + "\n\n".join(texts[::11])
     ((whole, whole_marks),) = encode.Encoder(words, boundaries=True).texts([book])
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10)

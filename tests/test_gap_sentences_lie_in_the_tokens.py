@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import pseudo_summary, tokenizer
+from data_pipeline import pseudo_summary, training
 from data_pipeline.gaps import gap_units
 from data_pipeline.index import IndexFault
 from data_pipeline.pseudo_summary import pick
@@ -70,7 +70,7 @@ def test_characters(texts: list[str]) -> None:
 @pytest.mark.parametrize(("kind", "least"), [("cpm", 0.95), ("byte_bpe", 0.5)])
 def test_real_tokenizers(kind: str, least: float, texts: list[str], tmp_path: Path) -> None:
     """cpm ends a word at each border: all but ties. byte_bpe's pieces may lie across: most."""
-    words = tokenizer.train(kind, texts, tmp_path, 3000)
+    words = training.train(kind, texts, tmp_path, 3000)
     assert checked(texts, words) <= (1 - least) * len(texts)
 
 

@@ -17,7 +17,8 @@ import jieba
 import numpy as np
 import pytest
 
-from data_pipeline import tokenizer, vocabulary, wordpiece
+from data_pipeline import characters as bert
+from data_pipeline import training, vocabulary, wordpiece
 from data_pipeline.frozen import Frozen
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordpiece import WordPiece
@@ -57,12 +58,12 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def byte_bpe(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer.train("byte_bpe", texts, tmp_path_factory.mktemp("byte_bpe"), 1500)
+    return training.train("byte_bpe", texts, tmp_path_factory.mktemp("byte_bpe"), 1500)
 
 
 @pytest.fixture(scope="module")
 def cpm(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer.train("cpm", texts, tmp_path_factory.mktemp("cpm"), 1500)
+    return training.train("cpm", texts, tmp_path_factory.mktemp("cpm"), 1500)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def places(made: WordPiece, text: str) -> Iterator[tuple[int, int]]:
 
     def alone(char: str) -> bool:
         sign = "!" <= char <= "~" and not char.isalnum()
-        return sign or wordpiece._is_han(ord(char)) or unicodedata.category(char)[0] == "P"
+        return sign or bert.is_han(ord(char)) or unicodedata.category(char)[0] == "P"
 
     at = 0
     while at < len(text):
@@ -123,7 +124,7 @@ def of_characters(made: Frozen, text: str, jieba_: jieba.Tokenizer) -> tuple[lis
 
 def of_words(made: Frozen, text: str, jieba_: jieba.Tokenizer) -> tuple[list[int], list[bool]]:
     assert isinstance(made, WordPiece)
-    text = wordpiece.normal(text)
+    text = bert.normal(text)
     known = {token: i for i, token in enumerate(made.pieces(range(made.vocab_size)))}
     ids: list[int] = []
     marks: list[bool] = []

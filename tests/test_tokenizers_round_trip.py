@@ -19,6 +19,7 @@ import pytest
 import sentencepiece
 
 from data_pipeline import tokenizer as tokenizers
+from data_pipeline import training
 from data_pipeline.tokenizer import CONTROLS, Tokenizer, TokenizerFault
 from tests.dev_corpus import documents, folder
 
@@ -50,12 +51,12 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def byte_bpe(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizers.train("byte_bpe", texts, tmp_path_factory.mktemp("byte_bpe"), 2000)
+    return training.train("byte_bpe", texts, tmp_path_factory.mktemp("byte_bpe"), 2000)
 
 
 @pytest.fixture(scope="module")
 def cpm(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizers.train("cpm", texts, tmp_path_factory.mktemp("cpm"), 2000)
+    return training.train("cpm", texts, tmp_path_factory.mktemp("cpm"), 2000)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_control_text_in_the_sample_does_not_enter_the_vocabulary(
 ) -> None:
     texts = ["这是<eod>一个</s>文档<pad>结束<0x41>了<unk>。▁▅" + text for text in texts[:100]]
     for kind in tokenizers.KINDS:
-        tokenizer = tokenizers.train(kind, texts, tmp_path / kind, 400)
+        tokenizer = training.train(kind, texts, tmp_path / kind, 400)
         for name in CONTROLS:
             assert tokenizer.pieces(range(tokenizer.vocab_size)).count(name) == 1
         ids = tokenizer.encode(texts[0])
@@ -252,9 +253,9 @@ def test_control_text_in_the_sample_does_not_enter_the_vocabulary(
 def test_the_same_text_gives_the_same_bytes(
     texts: list[str], kind: str, size: int, tmp_path: Path
 ) -> None:
-    first = tokenizers.train(kind, texts, tmp_path / "1", size, sample_bytes=60_000)
-    again = tokenizers.train(kind, iter(texts), tmp_path / "2", size, sample_bytes=60_000)
-    other = tokenizers.train(kind, texts[1:], tmp_path / "3", size, sample_bytes=60_000)
+    first = training.train(kind, texts, tmp_path / "1", size, sample_bytes=60_000)
+    again = training.train(kind, iter(texts), tmp_path / "2", size, sample_bytes=60_000)
+    other = training.train(kind, texts[1:], tmp_path / "3", size, sample_bytes=60_000)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     for name in ("tokenizer.json", "tokenizer.model"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
@@ -266,26 +267,26 @@ def test_a_vocabulary_too_large_names_the_largest(
 ) -> None:
     texts = texts[:20]
     with pytest.raises(TokenizerFault, match=r"is 50000, the text supports at most \d+") as caught:
-        tokenizers.train(kind, texts, tmp_path / "x", 50_000)
+        training.train(kind, texts, tmp_path / "x", 50_000)
     assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
     largest = int(str(caught.value).split("at most ")[1].split(" ")[0])
-    made = tokenizers.train(kind, texts, tmp_path / "y", largest)
+    made = training.train(kind, texts, tmp_path / "y", largest)
     assert made.vocab_size == largest > 400
 
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)
 def test_a_vocabulary_too_small_or_no_text_is_one_sentence(kind: str, tmp_path: Path) -> None:
     with pytest.raises(TokenizerFault, match=r"vocab_size is 8, .* of which are control tokens"):
-        tokenizers.train(kind, ["一二三"], tmp_path / "x", 8)
+        training.train(kind, ["一二三"], tmp_path / "x", 8)
     with pytest.raises(TokenizerFault, match="text to learn from"):
-        tokenizers.train(kind, ["", "\n"], tmp_path / "x", 500)
+        training.train(kind, ["", "\n"], tmp_path / "x", 500)
     with pytest.raises(TokenizerFault, match="the kinds are cpm and byte_bpe"):
-        tokenizers.train("wordpiece", ["一二三"], tmp_path / "x", 500)
+        training.train("wordpiece", ["一二三"], tmp_path / "x", 500)
 
 
 def test_lines_are_all_kept_and_short() -> None:
     text = "长" * 5000 + "。" + "短句。" * 900 + "\n" + "a" * 999 + "！\n\n尾"
-    lines = list(tokenizers._lines(text))
+    lines = list(training._lines(text))
     assert "".join(lines) == text.replace("\n", "")
     assert max(len(line.encode()) for line in lines) < 4192  # sentencepiece skips longer ones
     assert sum(line.endswith("。") for line in lines) >= 3
@@ -296,7 +297,7 @@ def test_the_sample_is_bounded_and_even() -> None:
         for number in range(100_000):
             yield f"{number:09d}"
 
-    kept = tokenizers.sample(endless(), sample_bytes=9000)
+    kept = training.sample(endless(), sample_bytes=9000)
     assert 450 <= len(kept) <= 1000
     steps = np.diff([int(line) for line in kept])
     assert set(steps.tolist()) == {128}
@@ -304,7 +305,7 @@ def test_the_sample_is_bounded_and_even() -> None:
 
 def in_a_process(program: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run Python: the chatter of sentencepiece comes from C++, under this process's streams."""
-    reading = "import json, sys; from data_pipeline import tokenizer as t\n"
+    reading = "import json, sys; from data_pipeline import training as t\n"
     reading += "texts = [json.loads(line)['text'] for line in open(sys.argv[1])][::9]\n"
     return subprocess.run(
         [sys.executable, "-c", reading + program, str(SAMPLE), *arguments],
@@ -327,15 +328,15 @@ def test_sentencepiece_reads_every_line_of_the_sample(tmp_path: Path) -> None:
 def test_text_that_sentencepiece_would_skip_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizers, "LINE", 100_000)
+    monkeypatch.setattr(training, "LINE", 100_000)
     texts = ["白日依山尽，黄河入海流。" * 1000, "欲穷千里目"]
     with pytest.raises(TokenizerFault, match="training would skip 100% of the sample, in lines"):
-        tokenizers.train("byte_bpe", texts, tmp_path / "x", 300)
+        training.train("byte_bpe", texts, tmp_path / "x", 300)
 
 
 def test_training_and_encoding_write_nothing_to_the_terminal(tmp_path: Path) -> None:
     program = (
-        "for kind in t.KINDS:\n"
+        "for kind in t._OPTIONS:\n"
         "    made = t.train(kind, texts, kind, 500)\n"
         "    made.decode(made.encode('白日 黄河<eod>'))\n"
     )
@@ -361,7 +362,7 @@ def test_frozen_comes_back_the_same(byte_bpe: Tokenizer, cpm: Tokenizer, tmp_pat
 def test_fingerprint_covers_model_kind_and_rules(
     byte_bpe: Tokenizer, cpm: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, (_, model) = byte_bpe.__reduce__()
+    _, (_, model, _) = byte_bpe.__reduce__()
     said = f"{tokenizers.FORMAT}\nbyte_bpe\n{tokenizers.RULES['byte_bpe']}\n".encode()
     assert byte_bpe.fingerprint == "sha256:" + hashlib.sha256(said + model).hexdigest()
     prints = {byte_bpe.fingerprint, Tokenizer("cpm", model).fingerprint, cpm.fingerprint}

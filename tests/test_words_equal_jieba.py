@@ -10,8 +10,7 @@ import jieba
 import pytest
 import rjieba
 
-from data_pipeline import segment
-from data_pipeline.segment import MIXED_WORDS, sentences, spaced, words
+from data_pipeline.segment import sentences, spaced, words
 from tests.dev_corpus import documents
 
 BY_HAND = [
@@ -55,7 +54,10 @@ def test_by_hand(text: str, hmm: bool, reference: Callable[[str, bool], list[str
 def test_random_mixtures(reference: Callable[[str, bool], list[str]]) -> None:
     """Fragments that meet nowhere in real text: mixed words, signs, rare Han."""
     draw = random.Random(1)
-    mixed = sorted(MIXED_WORDS)
+    with resources.files("jieba").joinpath("dict.txt").open(encoding="utf-8") as dictionary:
+        entries = [line.split(" ")[0] for line in dictionary]
+    mixed = [entry for entry in entries if any(char.isascii() for char in entry)]
+    assert len(mixed) > 60
     han = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年常"
 
     def fragment() -> str:
@@ -89,31 +91,26 @@ def test_documents_of_every_genre(reference: Callable[[str, bool], list[str]]) -
 
 
 def test_rjieba_alone_is_not_jieba(reference: Callable[[str, bool], list[str]]) -> None:
-    """Negative control: were rjieba enough, the tests above would prove nothing."""
+    """Negative control: another reading of jieba's rules, compiled too, does differ."""
     differing = [text for text in BY_HAND[:-1] if "\ud800" not in text]
     differing = [text for text in differing if rjieba.cut(text, True) != reference(text, True)]
     assert len(differing) >= 5
     assert any("常在" in text for text in differing)
 
 
-def test_mixed_words_are_those_of_jiebas_dictionary() -> None:
-    ascii_of_a_block = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+#&._%-")
+def test_words_less_likely_than_their_parts(reference: Callable[[str, bool], list[str]]) -> None:
+    """What the path leaves in single characters the HMM joins, unless it is a word as a whole."""
     with resources.files("jieba").joinpath("dict.txt").open(encoding="utf-8") as dictionary:
         entries = [line.split(" ")[0] for line in dictionary]
-    assert {word for word in entries if ascii_of_a_block & set(word)} == MIXED_WORDS
-
-
-def test_words_left_apart_are_those_of_jieba(reference: Callable[[str, bool], list[str]]) -> None:
-    """Each word that jieba's path can leave in single characters is in our list."""
-    apart = segment._words_apart()
-    assert 8000 < len(apart) < 8200 and max(map(len, apart)) < segment._LONGEST_APART
-    with resources.files("jieba").joinpath("dict.txt").open(encoding="utf-8") as dictionary:
-        entries = [line.split(" ")[0] for line in dictionary]
-    for word in [*sorted(apart)[::20], *entries[::500]]:
+    apart = 0
+    for word in [*entries[::50], *(entry for entry in entries[::7] if len(entry) == 2)]:
         left_apart = len(word) > 1 and reference(word, False) == list(word)
-        assert left_apart == (word in apart) or not word.isalpha(), word
+        apart += left_apart
         assert words(word) == reference(word, True)
-        assert words(word + "_x") == reference(word + "_x", True)  # a run that is no word
+        if left_apart:
+            assert words(word) == list(word)
+            assert words(word + "_x") == reference(word + "_x", True)  # a run that is no word
+    assert apart > 500  # of some 8,000
 
 
 @pytest.mark.parametrize(
