@@ -15,6 +15,7 @@ The tasks are a function of the files and of task_mb alone, never of the number 
 is dropped silently: what cannot be read goes to `faults`, which stops the build or writes it down.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class Holding:
     """Parts that it can be cut into."""
     identity: list[Any]
     """What tells it from another one."""
+    documents: int = -1
+    """If it is known without reading them."""
 
 
 def plan(data: Data) -> tuple[list[tuple[Part, ...]], list[list[Any]]]:
@@ -93,15 +96,17 @@ def holdings(source: Source) -> Iterator[Holding]:
         rows = tables.dataset(source)
         size = int(rows.data.nbytes)
         known = [source.name, rows._fingerprint, len(rows)]
-        yield Holding(source.paths[0], size, size, False, len(rows) or 1, known)
+        yield Holding(source.paths[0], size, size, False, len(rows) or 1, known, len(rows))
         return
     for path in files(source):
-        status = path.stat() if path.exists() else opened(path)  # the sentence of a dead link
+        with opened(path) as file:
+            status = os.fstat(file.fileno())
         size, most = status.st_size, max(status.st_size, 1)
         known = [path.name, size, status.st_mtime_ns, _glance(path, size)]
         if source.kind == "parquet":
-            groups, text_bytes = tables.row_groups(path)
-            yield Holding(str(path), size, text_bytes or size, False, max(groups, 1), known)
+            groups, text_bytes, rows = tables.row_groups(path)
+            most = max(groups, 1)
+            yield Holding(str(path), size, text_bytes or size, False, most, known, rows)
             continue
         if source.kind == "index":
             yield _index(source, path, known)
@@ -114,7 +119,9 @@ def holdings(source: Source) -> Iterator[Holding]:
         elif packed:
             most = MOST_PARTS_OF_AN_ARCHIVE
         ratio = PACKED_RATIO if unpack.packing_of(path) else 1
-        yield Holding(str(path), size, size * ratio, packed, most, known)
+        one = source.kind == "html" or (source.kind, source.documents) == ("txt", "file")
+        documents = 1 if one else -1
+        yield Holding(str(path), size, size * ratio, packed, most, known, documents)
 
 
 def _index(source: Source, path: Path, known: list[Any]) -> Holding:
@@ -122,7 +129,8 @@ def _index(source: Source, path: Path, known: list[Any]) -> Holding:
     stream = path.with_suffix(".bin")
     size = stream.stat().st_size if stream.exists() else 0
     known += [_glance(stream, size) if size else "", tokens.tokenizer_of(source).fingerprint]
-    return Holding(str(path), size, 2 * size, False, max(tokens.documents(path), 1), known)
+    documents = tokens.documents(path)
+    return Holding(str(path), size, 2 * size, False, max(documents, 1), known, documents)
 
 
 def _cut(whole: Part, limit: int, most: int) -> list[Part]:

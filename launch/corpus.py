@@ -1,10 +1,12 @@
 """python -m launch corpus CONFIG [key=value ...]: build a corpus, or go on with a build.
 
-CONFIG --configs.load--> CorpusConfig --data_pipeline.build--> data.out/manifest.json --> a summary
+CONFIG --configs.load--> CorpusConfig --data_pipeline.mixture--> what it is made of, as a tree
+                                      --data_pipeline.build--> data.out/manifest.json --> a summary
 """
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from configs.corpus import CorpusConfig
@@ -16,17 +18,30 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m launch corpus", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a page like configs/corpora/sample.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.workers=2")
-    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    parser.add_argument("--plan", action="store_true", help="only say what it is made of")
+    parser.add_argument("--json", action="store_true", help="print the manifest, or plan, as JSON")
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, CorpusConfig, args.overrides)
-    from data_pipeline import build
+    from data_pipeline import build, mixture
 
+    branches, tasks = mixture.survey(config.data)
+    if args.plan:
+        print(planned(branches, tasks) if args.json else mixture.tree(branches, tasks))
+        return 0
+    if not mixture.is_trivial(branches):
+        print(mixture.tree(branches, tasks), file=sys.stderr, flush=True)
     manifest = build.build(config)
     if args.json:
         print(json.dumps(manifest, ensure_ascii=False, indent=1))
     else:
         print(summary(manifest, config.data.out))
     return 0
+
+
+def planned(branches: list[Any], tasks: int) -> str:
+    """What `mixture.survey` found, as JSON."""
+    told = {"sources": [branch.as_dict() for branch in branches], "tasks": tasks}
+    return json.dumps(told, ensure_ascii=False, indent=1)
 
 
 def summary(manifest: dict[str, Any], out: str) -> str:

@@ -111,7 +111,9 @@ def document(source: Source, record: dict[str, Any], place: str) -> Document:
         )
     name = record.pop("id", None)
     name = f"{source.name}/{place}" if name is None else str(name)
-    fields = {key: value for key, value in record.items() if isinstance(value, SIMPLE)}
+    fields: dict[str, Any] = {
+        key: value for key, value in record.items() if isinstance(value, SIMPLE)
+    }
     fields["source"] = str(fields.get("source", source.name))
     if label is not None:
         fields["label"] = label

@@ -33,7 +33,7 @@ from data_pipeline.sources.text import BYTE_ORDER_MARK, Text
 
 Parse = Callable[[bytes, str], Document | None]
 _CONTROL = re.compile(r"[\x00-\x1f]")
-_BLANK_LINE = re.compile(rb"^[ \t\r\f\v]*\n", re.MULTILINE)
+BLANK_LINE = re.compile(rb"^[ \t\r\f\v]*\n", re.MULTILINE)
 
 
 def read(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[Document]:
@@ -220,7 +220,7 @@ def read_text(source: Source, part: Part, meter: Meter, faults: Faults) -> Itera
 
     for block in file.blocks():
         last = 0
-        for blank in _BLANK_LINE.finditer(block.data) if source.documents == "blank_line" else ():
+        for blank in BLANK_LINE.finditer(block.data) if source.documents == "blank_line" else ():
             held.append(block.data[last : blank.start()])
             yield from whole()
             torn, size = False, 0

@@ -59,16 +59,16 @@ def _known(source: Source, names: list[str], what: str) -> None:
 # ---- parquet
 
 
-def row_groups(path: Path) -> tuple[int, int]:
-    """(row groups, bytes of text in them, about); (0, 0) for a file that cannot be read."""
+def row_groups(path: Path) -> tuple[int, int, int]:
+    """(row groups, bytes of text in them, about, rows); zeros for a file that cannot be read."""
     import pyarrow.parquet as parquet
 
     try:
         about = parquet.read_metadata(str(path))
     except Exception:  # whatever is wrong with it is said when it is read
-        return 0, 0
+        return 0, 0, 0
     sizes = [about.row_group(n).total_byte_size for n in range(about.num_row_groups)]
-    return len(sizes), sum(sizes)
+    return len(sizes), sum(sizes), about.num_rows
 
 
 def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[Document]:
