@@ -80,13 +80,15 @@ class Corpora:
         return read_rows(self.valid, dataset, rows, keys)
 
     def measured_characters(self, count: int) -> int:
-        """Characters of the text that the measured targets spell (ends of documents left out)."""
-        total = 0
+        """Characters of the text that the measured targets spell (ends of documents and sentinels
+        left out)."""
+        words, total = self.tokenizer, 0
         dataset, rows = self.measured(count)
         for at in range(len(rows)):
             batch = self._measured_batch(dataset[at : at + 1], rows[at : at + 1])
             targets = batch.targets_BT[batch.loss_mask_BT].numpy()
-            total += len(self.tokenizer.decode(targets[targets != self.tokenizer.eod_id]))
+            text = targets[(targets != words.eod_id) & (targets < words.vocab_size)]
+            total += len(words.decode(text))
         return total
 
 
