@@ -343,9 +343,9 @@ def _layers() -> dict[str, Callable[[Any], nn.Module]]:
             with torch.device("meta"):
                 super().__init__(vocab, hidden, init_method=nothing, config=config)
 
-        def forward(self, x: Tensor, project: bool = False) -> Tensor:
+        def forward(self, x: Tensor, project: bool = False, bias_V: Tensor | None = None) -> Tensor:
             if project:
-                return F.linear(copy_to_tensor_model_parallel_region(x), self.weight)
+                return F.linear(copy_to_tensor_model_parallel_region(x), self.weight, bias_V)
             return super().forward(x)
 
     return {"column": Column, "row": Row, "tokens": Tokens}

@@ -355,9 +355,9 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, hidden))
 
-    def forward(self, x: Tensor, project: bool = False) -> Tensor:
-        """ids [...] -> [..., D]; with `project`, hidden [..., D] -> [..., V]."""
-        return F.linear(x, self.weight) if project else F.embedding(x, self.weight)
+    def forward(self, x: Tensor, project: bool = False, bias_V: Tensor | None = None) -> Tensor:
+        """ids [...] -> [..., D]; with `project`, hidden [..., D] -> [..., V], plus a bias."""
+        return F.linear(x, self.weight, bias_V) if project else F.embedding(x, self.weight)
 
 
 class Dropout(nn.Module):

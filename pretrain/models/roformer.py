@@ -126,8 +126,8 @@ class Head(nn.Module):
     def forward(self, hidden_ND: Tensor, tokens: nn.Module) -> Tensor:
         """[..., D] -> [..., V]"""
         x_ND = self.norm(gelu_erf(self.dense(hidden_ND)))
-        logits_NV: Tensor = tokens(x_ND, project=True)
-        return logits_NV + self.bias
+        logits_NV: Tensor = tokens(x_ND, project=True, bias_V=self.bias)
+        return logits_NV
 
 
 class RoFormer(nn.Module):
