@@ -143,11 +143,11 @@ class RoFormer(nn.Module):
             self.head = Head(config)
 
     def set_progress(self, step: int) -> None:
-        """Say how many updates came before: decides what share of each sub-layer is added."""
+        """Say which update is made (from 1), or was the last: decides the share that is added."""
         ramp = self.config.ramp_steps
         for block in self.modules():
             if isinstance(block, Block):
-                block.share = min(1.0, (step + 1) / ramp) if ramp else 1.0
+                block.share = min(1.0, step / ramp) if ramp else 1.0
 
     def forward(
         self,
