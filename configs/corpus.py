@@ -24,8 +24,11 @@ class Data:
 
     out: str
     """The corpus folder: manifest.json, tokenizer/, train.bin ... are made in it."""
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = ()
     """Read in this order; of equal documents the first one stays."""
+    documents: str | None = None
+    """In place of sources: the folder of a corpus whose kept documents are encoded again, with
+    another tokenizer or encoding; nothing is cleaned, the split stays (换分词器重新编码)."""
     workers: int = 0
     """Tasks at a time; 0 is one for each core, on a cluster as many as it has room for. The bytes
     that are made do not depend on it."""
@@ -51,13 +54,20 @@ class Data:
 
     def content(self) -> "Data":
         """The same without what no byte of the corpus depends on: where it lies, who works."""
-        return replace(self, out="", workers=0, executor="local", ray=Ray(), slurm=Slurm())
+        return replace(
+            self, out="", documents=None, workers=0, executor="local", ray=Ray(), slurm=Slurm()
+        )
 
     def problems(self) -> list[str]:
         """No sources, one name twice, numbers outside their range."""
         found = [] if self.out.strip() else ["out: is empty, must name the corpus folder"]
-        if not self.sources:
+        if not self.sources and self.documents is None:
             found.append("sources: is empty, must list at least one source (至少一个来源)")
+        if self.sources and self.documents is not None:
+            found.append(
+                "sources, documents: both are given; name sources to clean, or the corpus whose"
+                " documents are encoded again (二者择一)"
+            )
         names = [source.name for source in self.sources]
         found += [
             f"sources: the name '{name}' stands {names.count(name)} times; names must differ (重名)"

@@ -66,7 +66,14 @@ class Encoding:
     whole-word masks and spans of words are drawn from. Costs a tenth of encoding with cpm, where
     words are cut anyway, half of it with wordpiece; the kinds that do without words (byte_bpe,
     wordpiece with word: false) take two to three times as long (词界、句界)."""
-    pseudo_summary: bool = False
-    """Sentences, units of 768 characters and their gap sentences as T5 PEGASUS picks them, in
-    train.gaps and valid.gaps. Not for a document where a token lies across the border of two
-    sentences: with cpm and wordpiece hardly any, with byte_bpe about a quarter (伪摘要)."""
+    pseudo_summary: bool | Literal["lcs", "rouge1"] = False
+    """Sentences, units of 768 characters and their gap sentences, in train.gaps and valid.gaps.
+    lcs (or true): as T5 PEGASUS picks them, one by one by their longest common subsequence with the
+    rest; rouge1: PEGASUS' Ind-Orig, three in ten by the F1 of their characters with the rest. Not
+    for a document where a token lies across the border of two sentences: with cpm and wordpiece
+    hardly any, with byte_bpe about a quarter; nor for documents with named fields (伪摘要)."""
+
+    @property
+    def criterion(self) -> str | None:
+        """How gap sentences are picked; None without them."""
+        return "lcs" if self.pseudo_summary is True else self.pseudo_summary or None

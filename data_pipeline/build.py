@@ -1,6 +1,6 @@
 """The story of a corpus: from raw text to tokens on the disk.
 
-    sources            jsonl, txt, datasets                                    ingest.py
+    sources            (or the documents of another corpus: again.py)          ingest.py
        |  read
        v
     documents --clean--> rejects/too_short, few_han ...                        clean.py
@@ -43,7 +43,17 @@ import numpy as np
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, dedup, encode, executors, fields, hanzi, ingest, report
+from data_pipeline import (
+    again,
+    decontaminate,
+    dedup,
+    encode,
+    executors,
+    fields,
+    hanzi,
+    ingest,
+    report,
+)
 from data_pipeline.blocks import (
     SPLITS,
     Block,
@@ -53,14 +63,14 @@ from data_pipeline.blocks import (
     run,
 )
 from data_pipeline.dedup import Divide, FindDuplicates
-from data_pipeline.encode import Beside, Encode, MakeTokenizer
-from data_pipeline.gaps import FindGaps
+from data_pipeline.encode import Beside
 from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
 from data_pipeline.progress import Progress
 from data_pipeline.publish import FORMAT, finished, publish, rejects, remember
 from data_pipeline.shards import CorpusError, aside, open_table, sweep
 from data_pipeline.tally import Tally, together
+from data_pipeline.to_tokens import to_tokens
 from data_pipeline.unreadable import unread
 
 CODE = sorted(
@@ -92,6 +102,8 @@ def build(config: CorpusConfig) -> dict[str, Any]:
 
 def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, Any]:
     say = Progress()
+    if config.data.documents is not None:
+        return again.build_again(config, out, crew, say, code_of(CODE))
 
     # What is asked for: if it stands there already, nothing is done.
     tasks, files = ingest.plan(config.data)
@@ -137,19 +149,12 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
 
     # A tokenizer, learnt from the train split alone or published; every shard through it.
     documents = divided.data / "documents"
-    shards = sorted(documents.glob("train-*.jsonl.zst"))
-    learn = MakeTokenizer(config.tokenizer, shards, divided.counts["train_bytes"])
-    made = stage("tokenizer", [learn], 1, models or [divided.key], learn.train_bytes)
     beside = beside_the_ids(config, cleaned.counts)
-    through = Encode(documents, made.data / "tokenizer", beside)
-    size = divided.counts["train_bytes"] + divided.counts["valid_bytes"]
-    encoded = stage("encode", [through], len(tasks), [divided.key, made.key], size)
+    made, encoded, *gaps = to_tokens(config, stage, divided, models, beside)
 
     # One index a split, a manifest over all: the corpus.
-    stages = [cleaned, found, divided, made, encoded]
-    if config.encode.pseudo_summary:
-        find = FindGaps(documents, encoded.data, made.data / "tokenizer")
-        stages.append(stage("gaps", [find], len(tasks), [divided.key, encoded.key], size))
+    stages = [cleaned, found, divided, made, encoded, *gaps]
+    size = divided.counts["train_bytes"] + divided.counts["valid_bytes"]
     count: list[Block] = [Tally(documents, encoded.data, made.data / "tokenizer")]
     tallied = stage("tally", count, len(tasks), [divided.key, encoded.key], size)
     manifest = publish(config, out, stages, losses)

@@ -347,131 +347,6 @@ class MakeTokenizer(Block):
                     break
 
 
-class Encoder:
-    """Documents -> ids with the end of document, marks, fields in tokens."""
-
-    def __init__(self, words: Frozen, boundaries: bool) -> None:
-        self.words = words
-        self.borders = Borders(words) if boundaries else None
-        self._end = np.array([words.eod_id], dtype=np.int32)
-        self._counts: Counter[str] = Counter()
-
-    def counts(self) -> "Counter[str]":
-        """Words, sentences, texts whose sentences were not found: since it was last asked."""
-        counts, self._counts = self._counts, Counter()
-        return counts
-
-    def read(self, batch: Sequence[Record]) -> Iterator[tuple[np.ndarray, np.ndarray, list[Span]]]:
-        """Ids, marks [tokens] uint8 and fields of each document; a book is a batch of its own."""
-        named = [record.get("spans") for record in batch]
-        texts: list[str] = []
-        for record, spans in zip(batch, named, strict=True):
-            whole = record["text"]
-            texts += [whole] if spans is None else [whole[a:b] for _, a, b in spans]
-        encoded = self.texts(texts)
-        for spans in named:
-            names = [None] if spans is None else [name for name, _, _ in spans]
-            yield self._together(names, [next(encoded) for _ in names])
-
-    def texts(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and marks of each text. A book on its own is encoded some lines at a time: words,
-        pieces and sentences end at a line break, so that the ids are the same, and memory does not
-        grow with the book."""
-        if len(texts) != 1 or len(texts[0]) < 2 * BATCH_CHARACTERS:
-            yield from self._marked(texts)
-        else:
-            some = [next(self._marked([lines])) for lines in _pieces(texts[0])]
-            ids, marks = zip(*some, strict=True)
-            yield np.concatenate(ids), np.concatenate(marks)
-
-    def _together(
-        self, names: Sequence[str | None], parts: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
-        """One document of its parts and their marks; None is the name of a whole text."""
-        ids = np.concatenate([*(part for part, _ in parts), self._end])
-        marks_T = np.zeros(len(ids), np.uint8)
-        spans: list[Span] = []
-        start = 0
-        for name, (part, part_T) in zip(names, parts, strict=True):
-            stop = start + len(part)
-            marks_T[start:stop] = part_T
-            if name is not None:
-                marks_T[start : min(start + 1, stop)] |= FIELD
-                spans.append((name, start, stop))
-            start = stop
-        if self.borders is not None:
-            self._counts["boundaries_words"] += int(np.count_nonzero(marks_T & WORD))
-            self._counts["boundaries_sentences"] += int(np.count_nonzero(marks_T & SENTENCE))
-        return ids, marks_T, spans
-
-    def _marked(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if self.borders is None:
-            for ids in self.words.encode_batch(texts):
-                yield ids, np.zeros(len(ids), np.uint8)
-            return
-        for ids, word_T, sentence_T in self.borders.encode(texts):
-            marks_T = word_T * np.uint8(WORD)
-            if sentence_T is None:
-                self._counts["boundaries_no_sentences"] += 1
-            else:
-                marks_T |= sentence_T * np.uint8(SENTENCE)
-            yield ids, marks_T
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        stop = text.find("\n", start + BATCH_CHARACTERS) + 1 or len(text)
-        yield text[start:stop]
-        start = stop
-
-
-def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
-    for record in documents:
-        length = len(record["text"])
-        if batch and length >= 2 * BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-        batch.append(record)
-        size += length
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-# ---- blocks
-
-
-class MakeTokenizer(Block):
-    """Train a tokenizer on a sample of the train split, or take a published one."""
-
-    name = "tokenizer"
-    modules: ClassVar = ("encode", *TOKENIZERS)
-
-    def __init__(self, config: Tokenizing, shards: list[Path], train_bytes: int) -> None:
-        super().__init__(config=config, versions=versions())
-        self.config, self.shards, self.train_bytes = config, shards, train_bytes
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing; write data/tokenizer/."""
-        make_tokenizer(self.config, self._texts(rank), self.folder / "data" / "tokenizer")
-        self.tick(self.train_bytes, rank, final=True)
-        yield from ()
-
-    def _texts(self, rank: int) -> Iterator[str]:
-        every = max(1, self.train_bytes // (TEXT_PER_SAMPLE * self.config.sample_bytes))
-        done = 0
-        for path in self.shards[::every]:
-            for record in records(path):
-                yield record["text"]
-                done += len(record["text"].encode()) * every
-                self.tick(done, rank)
-
-
 class Encode(Block):
     """A shard's train and valid documents as token ids, each in an index of its own, and what is
     stored beside it.
@@ -486,8 +361,8 @@ class Encode(Block):
         "borders",
         "encode",
         "index",
-        "fields",
         "kernels",
+        "fields",
         "sidefile",
         "tablefile",
         *TOKENIZERS,

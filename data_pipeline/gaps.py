@@ -111,9 +111,12 @@ class FindGaps(Block):
     name = "gaps"
     modules: ClassVar = ("gaps", "pseudo_summary", "sidefile", "tablefile")
 
-    def __init__(self, documents: Path, encoded: Path, tokenizer: Path) -> None:
-        super().__init__()
+    def __init__(
+        self, documents: Path, encoded: Path, tokenizer: Path, criterion: str = "lcs"
+    ) -> None:
+        super().__init__(criterion=criterion)
         self.documents, self.encoded, self.tokenizer = documents, encoded, tokenizer
+        self.criterion = criterion
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing; write a file for each split."""
@@ -126,7 +129,7 @@ class FindGaps(Block):
             with GapWriter(self.folder / "data" / name) as writer:
                 for texts in _some(self.documents / f"{name}.jsonl.zst"):
                     ids = [index.document(number + i)[:-1] for i in range(len(texts))]
-                    for units in gap_units(texts, ids, _load(self.tokenizer)):
+                    for units in gap_units(texts, ids, _load(self.tokenizer), self.criterion):
                         writer.add_document(units or [])
                         self._count(split, units)
                     number += len(texts)
@@ -149,7 +152,7 @@ class FindGaps(Block):
 def _some(path: Path) -> Iterator[list[str]]:
     texts: list[str] = []
     for record in records(path):
-        texts.append(record["text"])
+        texts.append("" if record.get("spans") else record["text"])  # fields are their own parts
         if len(texts) == DOCUMENTS_AT_ONCE or len(texts[-1]) > PARTS_AT_ONCE:
             yield texts
             texts = []

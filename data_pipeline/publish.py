@@ -26,9 +26,14 @@ FORMAT = "bajie-corpus-1"
 
 
 def publish(
-    config: CorpusConfig, out: Path, stages: Sequence[Stage], losses: Losses
+    config: CorpusConfig,
+    out: Path,
+    stages: Sequence[Stage],
+    losses: Losses,
+    origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Put the results in their places; the manifest goes first and comes last."""
+    """Put the results in their places; the manifest goes first and comes last. `origin` is the
+    manifest of the corpus whose documents these are, if there is one."""
     cleaned, _, divided, made, encoded, *gaps = stages
     (out / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
@@ -44,6 +49,12 @@ def publish(
     replace_folder([cleaned.data / "rejects", divided.data / "rejects"], out / "rejects")
     shutil.rmtree(out / "contamination", ignore_errors=True)
     manifest = describe(config, out, stages)
+    if origin is not None:
+        made_here = ("format", "fingerprint", "tokenizer", "splits")
+        manifest = {name: manifest[name] for name in made_here} | {
+            name: said for name, said in origin.items() if name not in made_here
+        }
+        manifest["documents_of"] = origin["fingerprint"]
     for stage in losses.stages:
         if stage.name == "contaminated":
             replace_folder([stage.data / "hits"], out / "contamination")
@@ -78,7 +89,7 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
     counts = sum((stage.counts for stage in stages[4:]), Counter())
     contents = [words.fingerprint, *(split["fingerprint"] for split in splits.values())]
     for split, known in splits.items():
-        beside = beside_of(out / split, split, counts)
+        beside = beside_of(out / split, split, counts, config.encode.criterion)
         known.update(beside)
         contents += [part["fingerprint"] for part in beside.values()]
     refused = cleaned + divided
@@ -106,8 +117,10 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
     }
 
 
-def beside_of(prefix: Path, split: str, counts: "Counter[str]") -> dict[str, dict[str, Any]]:
-    """What lies beside the index of a split: numbers, fingerprints."""
+def beside_of(
+    prefix: Path, split: str, counts: "Counter[str]", criterion: str | None
+) -> dict[str, dict[str, Any]]:
+    """What lies beside the index of a split: numbers, fingerprints, how gaps were picked."""
     said: dict[str, dict[str, Any]] = {}
     for layout, key, names in (
         (sidefile.MARKS, "boundaries", ("words", "sentences", "no_sentences")),
@@ -117,6 +130,8 @@ def beside_of(prefix: Path, split: str, counts: "Counter[str]") -> dict[str, dic
         if layout.path(prefix).exists():
             known = {name: counts[f"{split}_{key}_{name}"] for name in names}
             said[key] = known | {"fingerprint": layout.fingerprint(prefix)}
+    if criterion is not None:
+        said["gaps"]["criterion"] = criterion
     if "fields" in said:
         fields = sidefile.Fields(prefix)
         said["fields"] |= {"names": fields.names, "labels": fields.documents_of_labels()}

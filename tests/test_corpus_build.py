@@ -21,12 +21,10 @@ from data_pipeline import (
     blocks,
     build,
     clean,
-    encode,
     executors,
     ingest,
     progress,
     tokenizer,
-    training,
 )
 from data_pipeline.index import Index
 from data_pipeline.shards import CorpusError, records, shard
@@ -318,20 +316,6 @@ def test_the_published_tokenizer_of_a_corpus_serves_another(built: Path, tmp_pat
     )
     fingerprint = tokenizer.load(built / "tokenizer").fingerprint
     assert build.build(config)["tokenizer"]["fingerprint"] == fingerprint
-
-
-@pytest.mark.parametrize("kind", ["byte_bpe", "cpm"])
-def test_a_book_encoded_in_pieces_has_the_same_ids(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
-    words = training.train(kind, texts, tmp_path / "t", 4000)
-    book = "\n".join(texts[::7]) + "\n\n  缩进 code\n\n - a\n" + "\n\n".join(texts[::11])
-    ((whole, whole_marks),) = encode.Encoder(words, boundaries=True).texts([book])
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10)
-    assert len(list(encode._pieces(book))) > 1000
-    ((pieces, marks),) = encode.Encoder(words, boundaries=True).texts([book])
-    assert np.array_equal(pieces, whole) and np.array_equal(marks, whole_marks)
 
 
 # ---- killed builds

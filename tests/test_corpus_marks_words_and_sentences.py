@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs.encoding import Tokenizing
-from data_pipeline import build, encode, tokenizer
+from data_pipeline import build, encode, tokenizer, training
 from data_pipeline.borders import Borders
 from data_pipeline.index import Index
 from data_pipeline.segment import sentences
@@ -185,3 +185,17 @@ def test_two_ways_to_the_beginning_of_a_sentence_agree(kind: str, tmp_path: Path
         assert not yes or np.array_equal(one, other), text
         assert other[:1].all() and not (other & ~word_T).any()
     assert any(yes and one.sum() > 9 for yes, one in zip(sure, along, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "cpm"])
+def test_a_book_encoded_in_pieces_has_the_same_ids_and_marks(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
+    words = training.train(kind, texts, tmp_path / "t", 4000)
+    book = "\n".join(texts[::7]) + "\n\n  缩进 code\n\n - a\n" + "\n\n".join(texts[::11])
+    ((whole, whole_marks),) = encode.Encoder(words, boundaries=True).texts([book])
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10)
+    assert len(list(encode._pieces(book))) > 1000
+    ((pieces, marks),) = encode.Encoder(words, boundaries=True).texts([book])
+    assert np.array_equal(pieces, whole) and np.array_equal(marks, whole_marks)

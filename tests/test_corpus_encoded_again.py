@@ -1,0 +1,75 @@
+"""Another tokenizer over a corpus that stands: the bytes its sources would give, no cleaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.corpus import CorpusConfig
+from configs.load import ConfigError, from_dict
+from data_pipeline import build
+from data_pipeline.shards import CorpusError
+from tests.test_corpus_build import contents, page, write_source
+from tests.test_corpus_marks_words_and_sentences import pairs_page
+
+CPM: dict[str, Any] = {
+    "tokenizer": {"kind": "cpm", "vocab_size": 700},
+    "encode": {"pseudo_summary": "rouge1"},
+}
+TOKENS = (".bin", ".idx", ".marks", ".gaps", ".fields", ".zst", "tokenizer.model")
+
+
+def again(out: Path, corpus: Path, **sections: Any) -> CorpusConfig:
+    data = {"data": {"out": str(out), "documents": str(corpus), "workers": 1}, **sections}
+    return from_dict(CorpusConfig, {"split": {"valid_fraction": 0.1}, **data})
+
+
+def test_the_tokens_are_those_of_the_sources(tmp_path: Path, capsys: Any) -> None:
+    """Trained tokenizer, marks, gap sentences by ROUGE-1; links, not copies; a second run does
+    nothing; the corpus it came from may go."""
+    source = write_source(tmp_path / "text.jsonl")
+    first = build.build(page(tmp_path / "bytes", source, data={"workers": 1}))
+    build.build(page(tmp_path / "direct", source, data={"workers": 1}, **CPM))
+    config = again(tmp_path / "again", tmp_path / "bytes", **CPM)
+    manifest = build.build(config)
+    direct, second = contents(tmp_path / "direct"), contents(tmp_path / "again")
+    wanted = {name for name in direct if name.endswith(TOKENS) and "rejects" not in name}
+    assert {"train.bin", "train.idx", "train.marks", "train.gaps", "valid.bin"} <= wanted
+    assert [name for name in wanted if direct[name] != second[name]] == []
+    assert contents(tmp_path / "bytes")["train.bin"] != second["train.bin"]
+    there = json.loads(direct["manifest.json"])
+    assert {name for name in manifest if manifest[name] != there.get(name)} == {"documents_of"}
+    assert manifest["documents_of"] == first["fingerprint"] != manifest["fingerprint"]
+    assert manifest["splits"]["train"]["gaps"]["criterion"] == "rouge1"
+    shard = next((tmp_path / "again" / "documents").iterdir())
+    assert shard.samefile(tmp_path / "bytes" / "documents" / shard.name)
+    capsys.readouterr()
+    assert build.build(config) == manifest
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_fields_and_labels_come_along(tmp_path: Path) -> None:
+    build.build(pairs_page(tmp_path, "bytes", data={"workers": 1}))
+    other = {"tokenizer": {"kind": "byte_bpe", "vocab_size": 300}}
+    build.build(pairs_page(tmp_path, "direct", data={"workers": 1}, **other))
+    build.build(again(tmp_path / "again", tmp_path / "bytes", **other))
+    direct, second = contents(tmp_path / "direct"), contents(tmp_path / "again")
+    for name in ("train.bin", "train.fields", "train.marks", "valid.fields"):
+        assert direct[name] == second[name], name
+
+
+def test_what_is_no_corpus_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    tokenizer = {"tokenizer": {"kind": "byte_bpe", "vocab_size": 300}}
+    for named in ("x", "y"):
+        with pytest.raises(CorpusError, match=r"data\.documents: there is no whole corpus in"):
+            build.build(again(tmp_path / "out", tmp_path / named, **tokenizer))
+    (tmp_path / "x" / "manifest.json").write_text('{"format": "bajie-corpus-1"}')
+    with pytest.raises(CorpusError, match=r"has no documents/ any more"):
+        build.build(again(tmp_path / "out", tmp_path / "x", **tokenizer))
+    data = {"out": "o", "documents": "x", "sources": [{"kind": "txt", "path": "p", "name": "n"}]}
+    with pytest.raises(ConfigError, match="both are given"):
+        from_dict(CorpusConfig, {"data": data, "split": {"valid_documents": 1}, **tokenizer})
