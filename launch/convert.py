@@ -1,9 +1,9 @@
-"""Checkpoints of other houses, in and out: `convert SRC DST --to {native,hf,cpm1,megatron}`.
+"""Checkpoints of other houses, in and out: `convert SRC DST --to FORMAT`.
 
     SRC --what is it?--> state --rules of the format--> DST --read back--> proof.json
 
 SRC is a checkpoint or a run of ours, a folder of Hugging Face's (GPT2, MT5, RoFormer), CPM-1's
-mp_rank files, or megatron-core's. The proof reads what was written: every tensor must come back to
+mp_rank files, megatron-core's, or bert4keras' TensorFlow files. The proof reads what was written: every tensor must come back to
 the last bit, and where transformers has the model and is installed, its logits must be ours.
 """
 
@@ -26,12 +26,12 @@ from configs.load import to_dict
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, parameter_count
 from data_pipeline import tokenizer as corpus_tokenizer
 from pretrain import checkpoint, growth, proof
-from pretrain.convert import cpm1, hf, hf_config, megatron
+from pretrain.convert import bert4keras, bundle, cpm1, hf, hf_config, megatron
 from pretrain.convert.rules import ConversionError, Rule, check, exported, imported
 from pretrain.state import State
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = ("native", "hf", "cpm1", "megatron")
+FORMATS = ("native", "hf", "cpm1", "megatron", "bert4keras")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         config = hf_config.with_options(cpm1.ours(ranks, tensors, *heads), [])
         assert isinstance(config, CPMConfig)
         entries = imported(cpm1.rules(config, ranks), tensors, config)
+    elif kind == "bert4keras":
+        found, rules, tensors = bert4keras.read(folder)
+        config = hf_config.with_options(found, options)
+        entries = imported(rules, tensors, config, bert4keras.ignored)
     else:
         made, ranks, tensors = megatron.read(folder)
         config = hf_config.with_options(made, options)
@@ -127,6 +131,8 @@ def format_of(folder: Path) -> str:
     """What a folder holds. ConversionError if nothing that is known."""
     if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
         return "native"
+    if folder.is_dir() and bert4keras.prefix_in(folder) is not None:
+        return "bert4keras"
     if (folder / "config.json").is_file():
         return "hf"
     if folder.is_dir() and cpm1.files_in(folder):
@@ -134,8 +140,8 @@ def format_of(folder: Path) -> str:
     if folder.is_dir() and megatron.files_in(folder):
         return "megatron"
     raise ConversionError(
-        f"{folder}: holds no checkpoint of ours, no config.json, no mp_rank_00_model_states.pt and "
-        "no mp_rank_00/model_optim_rng.pt; correct the path or give --from (无法识别的检查点)"
+        f"{folder}: holds no checkpoint of ours, no config.json, no *.index, no "
+        "mp_rank_00_model_states.pt and no mp_rank_00/model_optim_rng.pt; correct the path or give --from (无法识别的检查点)"
     )
 
 
@@ -204,6 +210,15 @@ def _write(
         check(rules, config)
         hf.write(folder, page, exported(rules, weight), dtype)
         notes += hf.write_tokenizer(folder, source.tokenizer)
+        return
+    if to == "bert4keras":
+        rules = bert4keras.rules(config)
+        if wrong := bert4keras.unsayable(config):
+            raise ConversionError(f"--to {to}: {'; '.join(wrong)} (该格式无法表示)")
+        check(rules, config)
+        page = json.dumps(bert4keras.page_of(config), indent=2)
+        (folder / "bert4keras_config.json").write_text(page + "\n", "utf-8")
+        bundle.write(folder / "model.ckpt", exported(rules, weight))
         return
     if not isinstance(config, CPMConfig):
         raise ConversionError(f"--to {to}: is a format of CPM, not of {config.family} (仅支持 CPM)")

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,16 +17,21 @@ from configs.load import load
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, shape, tensors
 from launch import convert
 from pretrain import checkpoint
-from pretrain.convert import cpm1, files, hf, hf_config, megatron
-from pretrain.convert.rules import ConversionError, check
+from pretrain.convert import bert4keras, bundle, cpm1, files, hf, hf_config, megatron
+from pretrain.convert.rules import ConversionError, check, exported
 from pretrain.state import State, fresh
 
 transformers = pytest.importorskip("transformers", reason="extra hf is not installed")
 
+TENSORFLOW = Path(__file__).parent / "data" / "tensorflow"
+DATA = "model.ckpt.data-00000-of-00001"
 CPM = CPMConfig("cpm", vocab=96, hidden=32, layers=3, heads=4, head_dim=8, ffn=64, positions=64)
 T5 = T5PegasusConfig("t5_pegasus", 96, 32, 2, 3, 8, 48, cross_position_bias=False, logit_scale=1.0)
 ROFORMER = RoFormerConfig("roformer", 1, vocab=96, hidden=32, layers=2, heads=4, head_dim=8, ffn=64)
 MODELS: dict[str, ModelConfig] = {"cpm": CPM, "t5_pegasus": T5, "roformer": ROFORMER}
+PUBLISHED = T5PegasusConfig("t5_pegasus", 96, 32, 2, 3, 8, 48)
+V2 = RoFormerConfig("roformer", 2, vocab=96, hidden=32, layers=2, heads=4, head_dim=8, ffn=64)
+ALL = MODELS | {"t5_published": PUBLISHED, "roformer_v2": V2}
 
 
 def saved(config: ModelConfig, folder: Path) -> State:
@@ -55,11 +61,20 @@ def convert_to(source: Path, target: Path, to: str, *more: str) -> dict[str, Any
 
 @pytest.mark.parametrize(
     ("family", "to"),
-    [("cpm", "hf"), ("cpm", "cpm1"), ("cpm", "megatron"), ("t5_pegasus", "hf"), ("roformer", "hf")],
+    [
+        ("cpm", "hf"),
+        ("cpm", "cpm1"),
+        ("cpm", "megatron"),
+        ("t5_pegasus", "hf"),
+        ("roformer", "hf"),
+        ("t5_published", "bert4keras"),
+        ("roformer", "bert4keras"),
+        ("roformer_v2", "bert4keras"),
+    ],
 )
 def test_there_and_back_is_the_identity(family: str, to: str, tmp_path: Path) -> None:
-    before = saved(MODELS[family], tmp_path / "ours")
-    more = ["--ranks", "2"] if to != "hf" else []
+    before = saved(ALL[family], tmp_path / "ours")
+    more = ["--ranks", "2"] if to in ("cpm1", "megatron") else []
     found = convert_to(tmp_path / "ours", tmp_path / "theirs", to, *more)
     assert found["kept"] and found["round_trip"]["different"] == []
     known = ["--set", "heads=4"] if to == "cpm1" else []
@@ -280,6 +295,59 @@ def test_what_a_format_cannot_say_is_refused(
     with pytest.raises(ConversionError, match=sentence):
         convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", to])
     assert not (tmp_path / "theirs").exists()
+
+
+def test_a_file_that_tensorflow_wrote_comes_in(tmp_path: Path) -> None:
+    """tests/data/tensorflow: TensorFlow 2.21's Saver over numpy's default_rng(3), in rules' order,
+    and a global step beside the model."""
+    config, rules, foreign = bert4keras.read(TENSORFLOW)
+    assert config == T5PegasusConfig("t5_pegasus", 11, 4, 2, 3, 2, 5)
+    draw = np.random.default_rng(3)
+    for rule in rules:
+        (name,) = rule.foreign
+        drawn = draw.standard_normal(tuple(foreign[name]().shape)).astype(np.float32)
+        assert np.array_equal(foreign[name]().numpy(), drawn), name
+    convert_to(TENSORFLOW, tmp_path / "ours", "native")
+    state = checkpoint.read(tmp_path / "ours")
+    bias = foreign["encoder/block_000/layer_000/SelfAttention/relative_attention_bias"]()
+    assert torch.equal(state.read("weights/encoder.position_bias.weight"), bias.t())
+    convert_to(tmp_path / "ours", tmp_path / "again", "bert4keras")
+    one, other = TENSORFLOW / DATA, tmp_path / "again" / DATA
+    ours = {n: t() for n, t in bundle.read(other.with_name("model.ckpt")).items()}
+    assert all(torch.equal(ours[n], t()) for n, t in foreign.items() if n != "global_step")
+    assert len(ours) == len(foreign) - 1 and one.exists()
+
+
+def test_mt5s_own_names_mean_mt5s_own_model(tmp_path: Path) -> None:
+    """The other naming scheme: layer_norm, tanh, no bias in cross-attention, no scale."""
+    state = saved(T5, tmp_path / "ours")
+    rules = bert4keras.rules(T5, "layer_norm")
+    (tmp_path / "tf").mkdir()
+    named = exported(rules, lambda name: state.read(f"weights/{name}"))
+    bundle.write(tmp_path / "tf/model.ckpt", named)
+    (tmp_path / "tf/config.json").write_text(json.dumps(bert4keras.page_of(T5)), "utf-8")
+    convert_to(tmp_path / "tf", tmp_path / "back", "native")
+    back = checkpoint.read(tmp_path / "back")
+    assert same_weights(state, back)
+    model = back.record["model"]
+    assert (model["activation"], model["cross_position_bias"]) == ("gelu_tanh", False)
+    assert "encoder/final_layer_norm/scale" in bundle.places(tmp_path / "tf/model.ckpt")
+
+
+@pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+def test_a_flipped_bit_of_a_tensorflow_file_is_found(suffix: str, tmp_path: Path) -> None:
+    shutil.copytree(TENSORFLOW, tmp_path / "tf")
+    path = tmp_path / f"tf/model.ckpt{suffix}"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ConversionError, match="CRC"):
+        convert_to(tmp_path / "tf", tmp_path / "ours", "native")
+
+
+def test_a_crc_is_castagnolis() -> None:
+    crc = bundle.masked_crc(b"123456789")
+    assert crc == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF  # RFC 3720
 
 
 def test_a_folder_of_nothing_known_is_refused(tmp_path: Path) -> None:
