@@ -22,7 +22,7 @@ from pretrain.compiled import compiled, fixed
 from pretrain.permutation import Ints
 
 PROBES = 64
-"""Rows that a pair is tried in before it gets a new one."""
+"""Rows that a pair is tried in before it gets a new one; a row that failed as often is full."""
 SENTENCE = np.uint8(2)
 """The mark of a token that begins a sentence (data_pipeline/sidefile.py)."""
 
@@ -93,8 +93,8 @@ def best_fit_pairs(
 ) -> Plan:
     """Pairs packed into rows that have room for sources and for targets; none may be larger.
 
-    The pair that takes the largest share of either room comes first; each goes where the least
-    room is left for sources, among the PROBES fullest rows one that has room for the target.
+    The pair that takes the largest share of either room comes first; each goes where the least is
+    left of the scarcer room, among the fullest rows one that has enough of the other.
     """
     source_P, target_P = (np.ascontiguousarray(x, np.int32) for x in (source_P, target_P))
     assert not len(source_P) or int(source_P.max()) <= source_room
@@ -102,7 +102,10 @@ def best_fit_pairs(
     share_P = np.maximum(source_P / source_room, target_P / target_room)
     by_share = np.argsort(np.rint((1 - share_P) * 65535).astype(np.uint16), kind="stable")
     row_P = np.empty(len(source_P), np.int64)
-    rows = _best_fit(source_P, target_P, by_share, source_room, target_room, row_P)
+    scarce, other = (source_P, source_room), (target_P, target_room)
+    if int(source_P.sum()) / source_room < int(target_P.sum()) / target_room:
+        scarce, other = other, scarce
+    rows = _best_fit(scarce[0], other[0], by_share, scarce[1], other[1], row_P)
     first, item = np.zeros(rows + 1, np.int64), np.empty(len(row_P), np.int64)
     _lay_out(row_P, first, item)
     return Plan(first, item)
@@ -134,37 +137,43 @@ def _cut(offset_D1, room, end_tokens, sentences, mark_T, start_P, length_P):  # 
 
 
 @compiled
-def _best_fit(source_P, target_P, order_P, source_room, target_room, row_P):  # type: ignore[no-untyped-def]
+def _best_fit(scarce_P, other_P, order_P, scarce_room, other_room, row_P):  # type: ignore[no-untyped-def]
     """Rows used. Rows with the same room left are a stack: newest_L its top, below_R the next."""
     leaves = 1
-    while leaves < source_room + 1:
+    while leaves < scarce_room + 1:
         leaves *= 2
     any_rows = np.zeros(2 * leaves, np.bool_)  # a tree: is there a row with so much room left?
-    newest_L = np.full(source_room + 1, -1, np.int64)
+    newest_L = np.full(scarce_room + 1, -1, np.int64)
     below_R = np.empty(len(order_P), np.int64)
-    target_left_R = np.empty(len(order_P), np.int64)
+    other_left_R = np.empty(len(order_P), np.int64)
+    failed_R = np.zeros(len(order_P), np.int32)
     rows = 0
     for i in range(len(order_P)):
         pair = order_P[i]
-        need, target = np.int64(source_P[pair]), np.int64(target_P[pair])
-        left = _at_least(any_rows, leaves, need)
+        need, other = np.int64(scarce_P[pair]), np.int64(other_P[pair])
+        left, row = _at_least(any_rows, leaves, need), np.int64(-1)
         for _ in range(PROBES):
-            if left < 0 or target_left_R[newest_L[left]] >= target:
+            if left < 0:
                 break
-            left = _at_least(any_rows, leaves, left + 1)
-        if left < 0 or target_left_R[newest_L[left]] < target:
-            row, left = rows, np.int64(source_room)
-            target_left_R[row] = target_room
-            rows += 1
-        else:
             row = newest_L[left]
-            newest_L[left] = below_R[row]
-            if newest_L[left] < 0:
-                _note(any_rows, leaves, left, False)
+            fits = other_left_R[row] >= other
+            failed_R[row] += not fits
+            if fits or failed_R[row] == PROBES:
+                newest_L[left] = below_R[row]
+                if newest_L[left] < 0:
+                    _note(any_rows, leaves, left, False)
+            if fits:
+                break
+            row = np.int64(-1)
+            left = _at_least(any_rows, leaves, left + 1)
+        if row < 0:
+            row, left = np.int64(rows), np.int64(scarce_room)
+            other_left_R[row] = other_room
+            rows += 1
         row_P[pair] = row
-        target_left_R[row] -= target
+        other_left_R[row] -= other
         left -= need
-        if left > 0 and target_left_R[row] > 0:
+        if left > 0 and other_left_R[row] > 0:
             below_R[row] = newest_L[left]
             newest_L[left] = row
             if below_R[row] < 0:

@@ -186,6 +186,15 @@ def test_pairs_are_packed_within_both_rooms() -> None:
         assert loads.mean() / room > share
 
 
+def test_rows_that_lack_the_other_room_do_not_stand_in_the_way() -> None:
+    # Sizes nearly alike, targets scarcer: four pairs a row, whatever is left for sources.
+    rng = np.random.default_rng(6)
+    source = rng.integers(300, 350, 5000).astype(np.int32)
+    target = rng.integers(100, 127, 5000).astype(np.int32)
+    assert best_fit_pairs(source, target, 2048, 512).rows < 5000 / 4 * 1.02
+    assert best_fit_pairs(target, source, 512, 2048).rows < 5000 / 4 * 1.02
+
+
 def test_a_packed_causal_row_predicts_every_token_but_the_first_of_a_document() -> None:
     rng = np.random.default_rng(5)
     ids = rng.integers(8, 90, 4000).astype(np.uint16)
