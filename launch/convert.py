@@ -3,8 +3,9 @@
     SRC --what is it?--> state --rules of the format--> DST --read back--> proof.json
 
 SRC is a checkpoint or a run of ours, a folder of Hugging Face's (GPT2, MT5, RoFormer), CPM-1's
-mp_rank files, megatron-core's, or bert4keras' TensorFlow files. The proof reads what was written: every tensor must come back to
-the last bit, and where transformers has the model and is installed, its logits must be ours.
+mp_rank files, megatron-core's, or bert4keras' TensorFlow files. The proof reads what was written:
+every tensor must come back to the last bit, and where transformers has the model and is installed,
+its logits must be ours.
 """
 
 import argparse
@@ -141,7 +142,8 @@ def format_of(folder: Path) -> str:
         return "megatron"
     raise ConversionError(
         f"{folder}: holds no checkpoint of ours, no config.json, no *.index, no "
-        "mp_rank_00_model_states.pt and no mp_rank_00/model_optim_rng.pt; correct the path or give --from (无法识别的检查点)"
+        "mp_rank_00_model_states.pt and no mp_rank_00/model_optim_rng.pt; correct the path or give "
+        "--from (无法识别的检查点)"
     )
 
 
