@@ -134,8 +134,8 @@ def _documents(source: Source, data: bytes) -> int:
 
 
 def is_trivial(branches: list[Branch]) -> bool:
-    """Whether there is nothing to compare: one file."""
-    return sum(branch.files for branch in branches) == 1
+    """Whether there is nothing to compare: one file, or none (data.documents)."""
+    return sum(branch.files for branch in branches) <= 1
 
 
 def tree(branches: list[Branch], tasks: int) -> str:

@@ -17,7 +17,7 @@ import orjson
 import xxhash
 
 from configs.corpus import CorpusConfig
-from data_pipeline import decontaminate, index, near, sidefile, tokenizer
+from data_pipeline import decontaminate, index, near, sidefile, tokenizer, unreadable
 from data_pipeline.blocks import SPLITS, Stage
 from data_pipeline.losses import Losses
 from data_pipeline.shards import aside
@@ -106,6 +106,7 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
         "splits": splits,
         "sources": [
             {"name": s.name, "kind": s.kind, "documents": cleaned[f"read/{s.name}"]}
+            | unreadable.told(cleaned, s.name)
             for s in config.data.sources
         ],
         "read": {name: cleaned[f"read_{name}"] for name in ("documents", "characters", "bytes")},

@@ -90,7 +90,17 @@ def unread(sources: Sequence[Source], cleaned: Stage) -> str:
                 f"{counts[f'read/{source.name}']:,} records could not be read ("
                 f"{', '.join(shown)}), see rejects/unreadable:* (无法读取的记录)"
             )
+        if met := _family(counts, f"met/{source.name}/"):
+            shown = [f"{n:,} {what}" for what, n in met.items()]
+            lines.append(f"source '{source.name}': {', '.join(shown)} (已转换或略去)")
     return "\n".join(lines)
+
+
+def told(counts: "Counter[str]", name: str) -> dict[str, dict[str, int]]:
+    """For the manifest: faults of a source by kind; what it met on its way, such as records in
+    gb18030. Nothing for a source that had none."""
+    found = {"unreadable": of_source(counts, name), "met": _family(counts, f"met/{name}/")}
+    return {what: numbers for what, numbers in found.items() if numbers}
 
 
 def _first(rejects: Path, kinds: dict[str, int], name: str) -> str:
@@ -104,6 +114,9 @@ def _first(rejects: Path, kinds: dict[str, int], name: str) -> str:
 
 def of_source(counts: "Counter[str]", name: str) -> dict[str, int]:
     """Faults of a source by kind, the most frequent first."""
-    lead = f"unreadable/{name}/"
-    found = {key.removeprefix(lead): n for key, n in counts.items() if key.startswith(lead)}
+    return _family(counts, f"unreadable/{name}/")
+
+
+def _family(counts: "Counter[str]", lead: str) -> dict[str, int]:
+    found = {key.removeprefix(lead): n for key, n in counts.items() if n and key.startswith(lead)}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -300,6 +300,7 @@ def test_a_build_counts_and_shows_what_it_could_not_read(
     assert str(tmp_path) not in json.dumps(shown)
     said = capsys.readouterr().err
     assert "source 's': 4 of 104 records could not be read (2 encoding, 1 broken_json" in said
+    assert manifest["sources"][0]["unreadable"] == {"encoding": 2, "broken_json": 1, "no_text": 1}
 
 
 def test_a_build_that_is_told_to_stop_stops(tmp_path: Path) -> None:

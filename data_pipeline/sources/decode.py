@@ -10,8 +10,9 @@ Text looks Chinese if 0.7 of its characters beyond ASCII are common: the first p
 their first 60 characters, 999 of 1,000 have at least 0.81; the same documents in the wrong encoding
 (Big5 read as GB18030, UTF-8 read as GB18030) at most 0.67.
 
-A file mostly has one encoding, and two characters of GB18030 may also be UTF-8 (联通 is the famous
-case): the beginning of a file says what is tried first.
+A file mostly has one encoding, and two characters of GB18030 may also be UTF-8 (小小 is СС): the
+beginning of a file says what is tried first. Korean in EUC-KR lies where GB 2312 has its common
+characters and is taken for Chinese; nobody should put it there.
 """
 
 from functools import cache

@@ -31,7 +31,7 @@ class Block(NamedTuple):
     offset: int
     """Bytes before it, in the unpacked file."""
     line: int
-    """Lines before it, in what is read."""
+    """Lines before it, of a file that is read from its beginning (packed, UTF-16); else 0."""
     data: bytes
     cut: bool
     """Whether some bytes are missing behind it."""
@@ -45,8 +45,9 @@ class Text:
         self.path = Path(part.path)
         self.faults = faults
         self._packing = unpack.packing_of(self.path)
+        self._whole = part.packed or unpack.is_whole(self.path)
         self._start = 0
-        self._lines_before: int | None = None
+        self._counted = (0, 0)  # a place of a plain file, and the lines before it
 
     def head(self) -> bytes:
         """The first bytes of the file, from which its encoding is guessed."""
@@ -71,7 +72,8 @@ class Text:
                 if data or damage:
                     yield Block(number, offset, line, data, damage is not None)
                 number += 1
-                line += data.count(b"\n")
+                if self._whole:  # of a plain file they are counted when a sentence asks for them
+                    line += data.count(b"\n")
                 offset += len(data) + left_out
 
     def mine(self, number: int) -> bool:
@@ -79,8 +81,8 @@ class Text:
         return not self.part.packed or number % self.part.of == self.part.number
 
     def fault(self, kind: str, what: str, offset: int, line: int, data: bytes) -> None:
-        """Hand on that a line cannot be used; `line` counts from the beginning of the part."""
-        line += self._before_the_part() + 1
+        """Hand on that a line cannot be used; `line` is Block.line and what was added to it."""
+        line = (line if self._whole else self._lines_before(offset)) + 1
         place = f"line {line}, byte {offset}"
         sentence = f"{self.path}, {place}: the line {what} (此行无法使用)"
         self.faults(Fault(kind, str(self.path), place, sentence, excerpt(data)))
@@ -91,7 +93,7 @@ class Text:
         self.fault(bad.kind, bad.what, offset + bad.at, line, data)
 
     def _pieces(self, file: BinaryIO) -> Pieces:
-        if self.part.packed or self._packing is not None or self.part.of == 1:
+        if self._whole:
             return unpack.pieces(file, self._packing, self.meter)
         size = self.path.stat().st_size
         part = self.part
@@ -146,16 +148,17 @@ class Text:
         sentence = f"{self.path} {damage.what}; fetch it again (压缩文件损坏或不完整)"
         self.faults(Fault(damage.kind, str(self.path), f"byte {offset}", sentence, ""))
 
-    def _before_the_part(self) -> int:
-        """Lines before the part, counted when a sentence first asks for them."""
-        if self._lines_before is None:
-            self._lines_before = 0
-            with opened(self.path) as file:
-                left = self._start
-                while left and (data := file.read(min(BLOCK_BYTES, left))):
-                    self._lines_before += data.count(b"\n")
-                    left -= len(data)
-        return self._lines_before
+    def _lines_before(self, offset: int) -> int:
+        """Lines before a place of a plain file; the places of a part rise, so that no byte is
+        counted twice."""
+        at, lines = self._counted if self._counted[0] <= offset else (0, 0)
+        with opened(self.path) as file:
+            file.seek(at)
+            while at < offset and (data := file.read(min(BLOCK_BYTES, offset - at))):
+                lines += data.count(b"\n")
+                at += len(data)
+        self._counted = (at, lines)
+        return lines
 
 
 def _whole_blocks(data: bytes) -> Generator[tuple[bytes, None, int], None, int]:
