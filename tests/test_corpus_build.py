@@ -350,12 +350,14 @@ def start(config: CorpusConfig, folder: Path) -> "subprocess.Popen[str]":
     return process
 
 
-def kill_and_finish(kills: int, seed: int, source: Path, built: Path, folder: Path) -> None:
+def kill_and_finish(
+    kills: int, seed: int, source: Path, built: Path, folder: Path, **sections: Any
+) -> None:
     """Kill a build again and again (its group, or only its main process), then let it finish. The
     moment is drawn in files written, so that it falls within the work on any machine."""
     draw = random.Random(seed)
-    out = folder / "c"
-    config = page(out, source, data={"workers": 1 + seed % 2})
+    out = folder / built.name
+    config = page(out, source, data={"workers": 1 + seed % 2}, **sections)
 
     def files() -> int:
         return sum(len(names) for _, _, names in os.walk(out))

@@ -11,7 +11,7 @@ from data_pipeline import build, tokenizer
 from data_pipeline.index import Index
 from data_pipeline.pseudo_summary import pick
 from data_pipeline.sidefile import GAPS, Gaps
-from tests.test_corpus_build import contents, kept, page, write_source
+from tests.test_corpus_build import contents, kept, kill_and_finish, page, write_source
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,13 @@ def test_the_switch_changes_nothing_else(source: Path, built: Path, tmp_path: Pa
     assert contents(out) == whole
     build.build(off)
     assert contents(out) == without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [20, 21])
+def test_a_killed_build_stores_the_same(
+    seed: int, source: Path, built: Path, tmp_path: Path
+) -> None:
+    """Marks and gap sentences after five blows are those of an unbroken build."""
+    kill_and_finish(5, seed, source, built, tmp_path, **WORDS)
+    assert (tmp_path / "corpus" / "train.marks").stat().st_size > 1000

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import pseudo_summary, training
+from configs.encoding import Tokenizing
+from data_pipeline import pseudo_summary, tokenizer
+from data_pipeline.encode import make_tokenizer
 from data_pipeline.gaps import gap_units
 from data_pipeline.index import IndexFault
 from data_pipeline.pseudo_summary import pick
@@ -67,10 +69,12 @@ def test_characters(texts: list[str]) -> None:
     assert checked(texts, Characters()) == 0
 
 
-@pytest.mark.parametrize(("kind", "least"), [("cpm", 0.95), ("byte_bpe", 0.5)])
+@pytest.mark.parametrize(("kind", "least"), [("cpm", 0.95), ("wordpiece", 1), ("byte_bpe", 0.5)])
 def test_real_tokenizers(kind: str, least: float, texts: list[str], tmp_path: Path) -> None:
-    """cpm ends a word at each border: all but ties. byte_bpe's pieces may lie across: most."""
-    words = training.train(kind, texts, tmp_path, 3000)
+    """wordpiece ends a word at each border: all; so does cpm: all but ties. byte_bpe's pieces may
+    lie across: most."""
+    make_tokenizer(Tokenizing(kind, vocab_size=3000), texts, tmp_path / "t")  # type: ignore[arg-type]
+    words = tokenizer.load(tmp_path / "t")
     assert checked(texts, words) <= (1 - least) * len(texts)
 
 
