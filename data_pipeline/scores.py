@@ -329,16 +329,11 @@ def _filtered(window, buckets, fives):  # type: ignore[no-untyped-def]
 @compiled
 def _stands(window, size, at):  # type: ignore[no-untyped-def]
     """How often the run of `size` (2 to 4) characters at a place stands in the window."""
-    found = 0
-    a, b = window[at], window[at + 1]
-    if size == 2:
-        for k in range(len(window) - 1):
-            found += (window[k] == a) & (window[k + 1] == b)
-        return found
-    c, d = window[at + 2], window[at + size - 1]
+    found, a, b = 0, window[at], window[at + 1]
+    c, d = window[at + min(2, size - 1)], window[at + size - 1]
     for k in range(len(window) - size + 1):
-        same = (window[k] == a) & (window[k + 1] == b) & (window[k + 2] == c)
-        found += same & (window[k + size - 1] == d)
+        if window[k] == a and window[k + 1] == b:
+            found += window[k + min(2, size - 1)] == c and window[k + size - 1] == d
     return found
 
 

@@ -188,9 +188,9 @@ def test_another_bound_cleans_nothing_again(
     stay = {r["id"] for s in ("train", "valid") for r in kept(tmp_path / "c", s)}
     assert stay <= {name for name, row in everything.items() if not row["reason"]}
     build.build(
-        page(tmp_path / "d", source, quality=bounds, dedup={"near": {}}, data={"workers": 1})
+        page(tmp_path / "d" / "c", source, quality=bounds, dedup={"near": {}}, data={"workers": 1})
     )
-    assert contents(tmp_path / "c") == contents(tmp_path / "d")
+    assert contents(tmp_path / "c") == contents(tmp_path / "d" / "c")
 
 
 def test_a_bound_that_is_met_exactly_keeps() -> None:
