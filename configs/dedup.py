@@ -29,9 +29,33 @@ class Near:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Which lines are boilerplate: they stand in many documents of the corpus."""
+
+    max_documents: int = 1000
+    """A line of more documents than this goes. Every edition of a famous poem repeats its lines,
+    some ten times: below 100 this takes verse, titles and the formulas of laws."""
+    min_characters: int = 8
+    """Lines with fewer letters and digits stay, and are not counted."""
+    keep_first: bool = False
+    """Leave the line in the first document that has it: with max_documents 1, line-level dedup."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        return [
+            f"{name}: is {getattr(self, name)}, must be at least 1"
+            for name in ("max_documents", "min_characters")
+            if getattr(self, name) < 1
+        ]
+
+
+@dataclass(frozen=True)
 class Dedup:
     """Which documents are the same."""
 
+    lines: Lines | None = None
+    """Lines that stand in very many documents are taken out of them before documents are compared;
+    `{}` takes the values above, null leaves them (样板行)."""
     exact: bool = True
     """Of documents whose letters and digits are the same (punctuation and blanks do not count) only
     the first one is kept."""

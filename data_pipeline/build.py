@@ -5,6 +5,7 @@
        v
     documents --clean--> rejects/too_short, few_han ...                        clean.py
        |
+       +--lines of many documents--> taken out, if asked                       lines.py
        +--hash--> duplicates: of equal documents the first one stays           dedup.py
        +--13 letters in a row--> contaminated: holds text of evaluation sets   decontaminate.py
        +--MinHash, Jaccard--> near duplicates: of a cluster the first stays    near.py
@@ -52,6 +53,7 @@ from data_pipeline import (
     fields,
     hanzi,
     ingest,
+    lines,
     report,
 )
 from data_pipeline.blocks import (
@@ -68,7 +70,7 @@ from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
 from data_pipeline.progress import Progress
 from data_pipeline.publish import FORMAT, finished, publish, rejects, remember
-from data_pipeline.shards import CorpusError, aside, open_table, sweep
+from data_pipeline.shards import CorpusError, aside, sweep
 from data_pipeline.tally import Tally, together
 from data_pipeline.to_tokens import to_tokens
 from data_pipeline.unreadable import unread
@@ -130,6 +132,7 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     unchanged_sources(config, files, cleaned)
     if lost := unread(config.data.sources, cleaned):
         say.line(lost)
+    cleaned, before = lines.trimmed(config, stage, cleaned)
     something_left(cleaned.counts)
 
     # Compare the hashes; divide what is distinct into train and valid.
@@ -137,7 +140,7 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     buckets = dedup.buckets(cleaned.counts["documents"])
     search = FindDuplicates(tables, config.split.seed, config.split.valid_documents or 0)
     found = stage("duplicates", [search], buckets, [cleaned.key], 0)
-    sizes = [len(open_table(table)) for table in tables]
+    sizes = dedup.sizes_of(cleaned)
     losses = what_goes(config, stage, cleaned, found, sizes, exams)
     below = limit_of_lots(config, found, tables, losses)
     divide = Divide(
@@ -162,9 +165,10 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     scores = sorted((cleaned.data / "scores").glob("*.npy"))
     with aside(out / "report.html") as file:
         file.write(report.html(report.Facts(manifest, counted, out, scores)).encode())
-    remember(out, asked, [*stages[:4], *losses.stages])
+    remember(out, asked, [*stages[:4], *losses.stages, *before])
     say.line(report.flow(manifest))
     stages[2:2] = losses.stages
+    stages[:0] = before
     say.line(report.speed({stage.name: stage.counts for stage in stages}))
     return manifest
 

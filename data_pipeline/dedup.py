@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipeline import names
-from data_pipeline.blocks import Block, Documents
+from data_pipeline.blocks import Block, Documents, Stage
 from data_pipeline.intake import Rejects
 from data_pipeline.shards import Record, open_table, records, save, shard
 
@@ -155,6 +155,12 @@ def why_within(beside: Sequence[tuple[Path, Path]], first: int, count: int) -> d
             rows = (numbers[start:stop] - U64(first)).tolist()
             found |= zip(rows, np.load(other, mmap_mode="r")[start:stop], strict=True)
     return found
+
+
+def sizes_of(cleaned: Stage) -> list[int]:
+    """How many documents each shard of the cleaned ones has."""
+    tables = (cleaned.data / "hashes" / f"{rank:05d}.npy" for rank in range(cleaned.tasks))
+    return [len(open_table(table)) for table in tables]
 
 
 def limit_of_the_rest(

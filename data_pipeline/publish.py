@@ -115,6 +115,8 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
             for reason, n in rejects(refused).items()
         },
         "changed": rejects(cleaned, "changed"),
+        "scripts": rejects(cleaned, "script"),
+        "lines": rejects(cleaned, "lines"),
     }
 
 

@@ -1,4 +1,7 @@
-"""Of documents that are nearly the same the first one stays: found by MinHash, joined by proof."""
+"""Of documents that are nearly the same the first one stays: found by MinHash, joined by proof.
+
+Long because the sketch, the stages and the builds are tried on the same edited copies.
+"""
 
 import functools
 import itertools
