@@ -169,6 +169,10 @@ class Rows(Protocol):
         """Write rows [R] into rows at [R] of the canvas; keys [R] seed what is drawn in each."""
         ...
 
+    def about(self) -> dict[str, int | float | str]:
+        """What a run says of its rows: packing, rows, and where they are packed how full."""
+        ...
+
     def batch(self, rows: Ints) -> Batch:
         """The rows as one batch, drawn as if their keys were 0."""
         ...

@@ -56,6 +56,21 @@ class Corpora:
             batches.append(read_rows(self.train, dataset, rows, self.keys(samples)))
         return batches, [int(samples[0]) if len(samples) else first + count for samples in parts]
 
+    def said(self) -> list[str]:
+        """A sentence for each corpus whose rows are packed or padded: how full, what was cut."""
+        found = []
+        for record, rows in zip(self.record, self.train, strict=True):
+            about = rows.about()
+            if "filled" not in about:
+                continue
+            what = f"{about['rows']:,} rows ({about['packing']}), {about['filled']:.1%} filled"
+            if "pairs" in about:
+                what += f", {about['pairs']:,} pairs"
+            else:
+                what += f", {about['documents_cut']:,} of {about['documents']:,} documents cut"
+            found.append(f"{record['corpus']}: {what} (行的填充率)")
+        return found
+
     def keys(self, samples: np.ndarray) -> Keys:
         """What seeds the draws in each of some samples of the run."""
         places = stream_places(samples, self.order.skips)

@@ -109,6 +109,10 @@ class MaskedRows:
             canvas.tokens_BT, canvas.targets_BT, canvas.counts_BT,
         )  # fmt: skip
 
+    def about(self) -> dict[str, int | float | str]:
+        """What a run says of its rows."""
+        return self.layout.about()
+
     def batch(self, rows: Ints, keys: Keys | None = None) -> Batch:
         """The rows as one batch; no rows give the empty batch."""
         return read_rows([self], np.zeros(len(rows), np.int32), rows, keys)

@@ -67,6 +67,7 @@ class PairRows:
     ) -> None:
         self.index, self.contents, self.controls = index, contents, controls
         self.seq_len, self.target_len, self.pad_id = seq_len, target_len, controls.pad
+        self.packing = packing
         self.plan: Plan | None = None
         self._rows = len(contents)
         source, target = contents.sizes() if packing != "windows" else (None, None)
@@ -92,10 +93,15 @@ class PairRows:
     def about(self) -> dict[str, int | float | str]:
         """What a run says of its rows: pairs, and how full the rows are."""
         if self.plan is None:
-            return {"rows": self._rows, "pairs": self._rows}
+            return {"packing": self.packing, "rows": self._rows, "pairs": self._rows}
         total = self._rows * (self.seq_len + self.target_len)
         pairs = len(self.plan.item_P)
-        return {"rows": self._rows, "pairs": pairs, "filled": self._filled / total}
+        return {
+            "packing": self.packing,
+            "rows": self._rows,
+            "pairs": pairs,
+            "filled": self._filled / total,
+        }
 
     def canvas(self, rows: int) -> Canvas:
         """Room for so many rows."""

@@ -75,7 +75,8 @@ class Layout:
             self.rows = max(int(index.tokens) - beyond, 0) // room
         else:
             offsets = np.asarray(index.offsets)
-            self.documents = int((np.diff(offsets) > end_tokens).sum())
+            sizes = np.diff(offsets) - end_tokens
+            self.documents, self.documents_cut = int((sizes > 0).sum()), int((sizes > room).sum())
             self.pieces = cut(offsets, room, end_tokens, marks)
             lengths = self.pieces.length_P
             packed = packing == "best_fit"
@@ -95,8 +96,7 @@ class Layout:
         return first, self.pieces.start_P[item], self.pieces.length_P[item]
 
     def about(self) -> dict[str, int | float | str]:
-        """What a run says of its rows: how full they are, and into how many pieces documents are
-        cut."""
+        """What a run says of its rows: how full they are, how many documents had to be cut."""
         said: dict[str, int | float | str] = {"packing": self.packing, "rows": self.rows}
         if self.pieces is None:
             return said
@@ -106,6 +106,7 @@ class Layout:
         return said | {
             "pieces": len(lengths),
             "documents": self.documents,
+            "documents_cut": self.documents_cut,
             "filled": filled / total,
         }
 
@@ -153,6 +154,10 @@ class CausalRows:
             canvas.tokens_BT, canvas.targets_BT, canvas.counts_BT, canvas.positions_BT,
             NO_DOCUMENTS if documents is None else documents,
         )  # fmt: skip
+
+    def about(self) -> dict[str, int | float | str]:
+        """What a run says of its rows."""
+        return self.layout.about()
 
     def batch(self, rows: Ints) -> Batch:
         """The rows as one batch; no rows give the empty batch."""

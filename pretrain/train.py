@@ -88,6 +88,8 @@ def train(
     out = out or Terminal(enabled=mesh.rank == 0)
     corpora = open_corpora(config.data, config.objective, config.run.seed, config.model.vocab)
     start.check_ahead(config, corpora)
+    for sentence in corpora.said():
+        out.say(sentence)
     summary: dict[str, Any] = {}
     with start.held(run):
         state = start.state(config, run, corpora, out)

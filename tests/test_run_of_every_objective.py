@@ -5,6 +5,7 @@ sums differs."""
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,21 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 150 documents of the shipped sample, 500 tokens of words, with all that can lie
-    beside an index."""
+    """A corpus of 150 documents of the shipped sample, 75 with named fields, 500 tokens of words,
+    with all that can lie beside an index. Documents with fields have no gap sentences."""
     folder = tmp_path_factory.mktemp("words")
     sample = Path(__file__).parent.parent / "data_pipeline" / "sample" / "sample.jsonl"
-    lines = [json.loads(line) for line in sample.read_text("utf-8").splitlines()[::9]]
-    texts = [{"title": line["text"][:12], "text": line["text"]} for line in lines]
-    path = folder / "text.jsonl"
-    path.write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), "utf-8")
-    source = {"kind": "jsonl", "name": "words", "path": str(path), "fields": ["title", "text"]}
+    lines = [json.loads(line) for line in sample.read_text("utf-8").splitlines()]
+    plain = [{"text": line["text"]} for line in lines[::9]]
+    fields = [{"title": line["text"][:12], "text": line["text"]} for line in lines[4::18]]
+    sources = []
+    for name, texts in (("plain", plain), ("fields", fields)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+        sources.append({"kind": "jsonl", "name": name, "path": str(path)})
+    sources[1]["fields"] = ["title", "text"]
     config = {
-        "data": {"out": str(folder / "corpus"), "sources": [source], "workers": 1},
+        "data": {"out": str(folder / "corpus"), "sources": sources, "workers": 1},
         "clean": {"min_characters": 10},
         "split": {"valid_fraction": 0.1},
         "tokenizer": {"kind": "wordpiece", "vocab_size": 500},
@@ -129,7 +134,9 @@ def test_a_corpus_without_what_is_read_is_refused_by_its_key(
     tmp_path: Path, corpus: Path, name: str, entry: str, key: str
 ) -> None:
     config = from_dict(RunConfig, page(tmp_path, corpus, name))
-    open_corpora(config.data, config.objective, 1, 600)
+    whole = open_corpora(config.data, config.objective, 1, 600)
+    assert len(whole.said()) == (name != "masked")  # windows are always full
+    assert all(re.search(r"[\d,]+ rows .*% filled, [\d,]+ pairs", said) for said in whole.said())
     without = tmp_path / "without"
     shutil.copytree(corpus, without)
     manifest = json.loads((without / "manifest.json").read_text("utf-8"))
@@ -141,6 +148,14 @@ def test_a_corpus_without_what_is_read_is_refused_by_its_key(
     config = from_dict(RunConfig, mixture)
     with pytest.raises(ConfigError, match=f"without has no .* files .*{key}"):
         open_corpora(config.data, config.objective, 1, 600)
+
+
+def test_packed_rows_are_told(tmp_path: Path, corpus: Path) -> None:
+    packed = page(tmp_path, corpus, "masked")
+    packed["data"]["packing"] = "best_fit"
+    config = from_dict(RunConfig, packed)
+    (said,) = open_corpora(config.data, config.objective, 1, 600).said()
+    assert re.search(r"rows \(best_fit\), \d\d\.\d% filled, \d+ of \d+ documents cut", said)
 
 
 def test_a_changed_side_file_is_refused(tmp_path: Path, corpus: Path) -> None:
