@@ -354,6 +354,26 @@ def test_recompute_changes_nothing(config: RoFormerConfig, how: str) -> None:
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_V2], ids=["v1", "v2"])
+def test_dropout_falls_where_the_original_has_it(
+    config: RoFormerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings, each sub-layer, the probabilities; v2 in front of its head too."""
+    from pretrain.models import layers
+
+    calls: list[float] = []
+    monkeypatch.setattr(layers, "drop", lambda x, p: calls.append(p) or x)
+    model = RoFormer(replace(config, dropout=0.25, attention_dropout=0.5)).train()
+    random_weights(model, 0)
+    ours_on(model, PADDED)
+    assert calls.count(0.25) == 1 + 2 * config.layers + (config.version == 2)
+    assert calls.count(0.5) == config.layers
+    assert calls[0] == 0.25 and (calls[-1] == 0.25)
+    calls.clear()
+    ours_on(model.eval(), PADDED)
+    assert set(calls) == {0.0}
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_V2], ids=["v1", "v2"])
 def test_bf16_runs_forward_and_backward_near_fp32(config: RoFormerConfig) -> None:
     expected = ours_on(build(config, torch.float32), PACKED)
     low = build(config, torch.bfloat16).train()
