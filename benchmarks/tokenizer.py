@@ -108,15 +108,19 @@ def main() -> None:
             cpm = training.train("cpm", texts, folder, said.vocab)
             learning[f"train cpm {said.vocab}"] = time.process_time() - start
     slow = reference()
-    spaced = segment.spaced([text.replace(" ", "▂").replace("\n", "▃") for text in texts])
+    marked = [text.replace(" ", "▂").replace("\n", "▃") for text in texts]
+    spaced = segment.spaced(marked)
     rows: dict[str, Callable[[], object]] = {
         "words: jieba 0.42.1": lambda: [list(slow.cut(text)) for text in texts],
         "words: rjieba alone (other words)": lambda: [rjieba.cut(text, True) for text in texts],
         "words: segment.words": lambda: [segment.words(text) for text in texts],
         "words: segment.spaced": lambda: segment.spaced(texts),
+        "cpm: segmenter alone": lambda: segment.spaced(marked),
         "cpm: sentencepiece alone": lambda: cpm._sentencepiece(spaced),
         "cpm: encode": lambda: cpm.encode_batch(texts),
+        "cpm: encode_marked": lambda: cpm.encode_marked(texts),
         "byte_bpe: encode": lambda: byte_bpe.encode_batch(texts),
+        "byte_bpe: encode_marked": lambda: byte_bpe.encode_marked(texts),
     }
     published: dict[str, tokenizer.Tokenizer | wordpiece.WordPiece] = {}
     if said.bert:
@@ -128,6 +132,7 @@ def main() -> None:
         rows["words: segment.words without HMM"] = lambda: segment.words("\n".join(texts), False)
     for name, made in published.items():
         rows[f"{name}: encode"] = functools.partial(made.encode_batch, texts)
+        rows[f"{name}: encode_marked"] = functools.partial(made.encode_marked, texts)
     seconds = measure(rows, said.rounds) | learning
     speeds = {name: size / s for name, s in seconds.items()}
     characters = sum(map(len, texts))
@@ -136,14 +141,18 @@ def main() -> None:
         name: characters / sum(map(len, made.encode_batch(texts)))
         for name, made in published.items()
     }
+    alone = seconds["cpm: segmenter alone"] + seconds["cpm: sentencepiece alone"]
+    cost = seconds["cpm: encode"] / alone
     if said.json:
-        print(json.dumps({"mb": size, "mb_per_s": speeds, "characters_per_token": per_token}))
+        found = {"mb": size, "mb_per_s": speeds, "characters_per_token": per_token}
+        print(json.dumps(found | {"cpm_cost": cost}))
         return
     print(f"{len(texts)} documents, {size:.1f} MB, the best of {said.rounds} rounds")
     jiebas = speeds["words: jieba 0.42.1"]
     for name, speed in speeds.items():
         ratio = f"{speed / jiebas:6.1f} x jieba" if name.startswith("words") else ""
         print(f"{name:36} {speed:8.2f} MB/s {ratio}".rstrip())
+    print(f"{'cpm: encode / the two alone':36} {cost:8.2f} (bar: 1.25)")
     for kind, value in per_token.items():
         print(f"{kind + ': characters a token':36} {value:8.2f}")
 

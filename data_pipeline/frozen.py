@@ -34,8 +34,8 @@ class TokenizerFault(ValueError):
 class Frozen(ABC):
     """A frozen vocabulary with its way of reading text.
 
-    `vocab_size`, `eod_id`, `pad_id`, `mask_id`, `bos_id`; `kind`; `fingerprint` ("sha256:...");
-    `user_dictionary`, the contents of a user's dictionary, or None.
+    `vocab_size`, `eod_id`, `pad_id`, `mask_id`, `bos_id`, `unknown_id`; `kind`; `fingerprint`
+    ("sha256:..."); `user_dictionary`, the contents of a user's dictionary, or None.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class Frozen(ABC):
     pad_id: int
     mask_id: int | None
     bos_id: int | None
+    unknown_id: int
     fingerprint: str
     user_dictionary: bytes | None = None
 

@@ -19,7 +19,7 @@ import sentencepiece
 
 from data_pipeline import alphabet, segment, user_dictionary
 from data_pipeline.frozen import TokenizerFault, unicode_text
-from data_pipeline.tokenizer import CPM_MARKS, Tokenizer, known
+from data_pipeline.tokenizer import Tokenizer, cpm_text, known
 
 SAMPLE_BYTES = 20_000_000
 """Text that training reads at most: it needs 17 (cpm) to 33 (byte_bpe) times that in memory."""
@@ -49,7 +49,7 @@ def train(
     lines = sample(texts, sample_bytes)
     if kind == "cpm":
         for start in range(0, len(lines), 500):  # words take 20 times their text in memory
-            some = [line.translate(CPM_MARKS) for line in lines[start : start + 500]]
+            some = [cpm_text(line) for line in lines[start : start + 500]]
             lines[start : start + 500] = segment.spaced(some, lexicon=lexicon)
     try:
         model = _model(kind, lines, vocab_size)

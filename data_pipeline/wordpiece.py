@@ -84,7 +84,7 @@ class WordPiece(Frozen):
                 f"the vocabulary has no {' and no '.join(missing)} (词表缺少控制符)"
             )
         self.vocab_size = len(self._tokens)
-        self.pad_id, self._unknown = self._ids["[PAD]"], self._ids["[UNK]"]
+        self.pad_id, self.unknown_id = self._ids["[PAD]"], self._ids["[UNK]"]
         self.bos_id: int | None = self._ids["[CLS]"]
         self.eod_id = self._ids["[SEP]"]
         self.mask_id: int | None = self._ids.get("[MASK]")
@@ -210,7 +210,7 @@ class WordPiece(Frozen):
         """Ids of texts with NEXT between them, -1 for it: single characters by one look-up each,
         and between them runs, which go through the cache."""
         if not len(self._id_of):
-            self._id_of = np.full(0x110000, self._unknown, np.int32)
+            self._id_of = np.full(0x110000, self.unknown_id, np.int32)
             self._id_of[0] = -1
             for token, i in self._texts.items():
                 if len(token) == 1:
@@ -268,7 +268,7 @@ class WordPiece(Frozen):
     def _cut(self, piece: str) -> list[int]:
         """Greedy: the longest token that begins the piece, then the longest that goes on, ..."""
         if len(piece) > LONGEST_PIECE[self.word]:
-            return [self._unknown]
+            return [self.unknown_id]
         ids: list[int] = []
         start = 0
         while start < len(piece):
@@ -277,7 +277,7 @@ class WordPiece(Frozen):
                 if (found := self._texts.get(part)) is not None:
                     break
             else:
-                return [self._unknown]
+                return [self.unknown_id]
             ids.append(found)
             start = stop
         return ids

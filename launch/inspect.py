@@ -2,7 +2,7 @@
 
     corpus      manifest.json -> counts, tokenizer; a document of it, or a text, through tokenizer/
     checkpoint  manifest.json, headers, state.json -> progress, sizes, growth, data; a text likewise
-    text        words of the segmenter, tokens, ids, and what comes back of them
+    text        words of the segmenter, tokens (a bar where a word begins), ids, what comes back
 
 Nothing is written and nothing but headers is read of a checkpoint's tensors, no torch for a corpus.
 """
@@ -133,19 +133,23 @@ def document(folder: Path, split: str, number: int) -> dict[str, Any]:
 
 
 def tokens_of(folder: Path, text: str) -> dict[str, Any]:
-    """A text's words (of kinds that have words), tokens, ids, and what comes back of them."""
+    """A text's words, tokens, ids, which of them begin a word, and what comes back of them."""
     from data_pipeline import tokenizer
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no tokenizer beside it (没有分词器)")
     made = tokenizer.load(folder)
-    ids = made.encode(text).tolist()
+    (encoded, starts) = made.encode_marked([text])[0]
+    ids = encoded.tolist()
     back = made.decode(ids)
     return {
         "text": text,
         "words": made.words(text),
         "tokens": made.pieces(ids),
         "ids": ids,
+        "begins_word": starts.tolist(),
+        "unknown_rate": round(ids.count(made.unknown_id) / max(1, len(ids)), 4),
+        "user_dictionary": made.user_dictionary is not None,
         "back": back,
         "round_trip": back == text,
         "characters_per_token": round(len(text) / max(1, len(ids)), 3),
@@ -213,13 +217,20 @@ def _token_lines(shown: dict[str, Any]) -> list[str]:
         lines.append(f"  text      {_cut(shown['text'])!r}")
     if shown.get("words") is not None:
         lines.append(f"  words     {_listed(shown['words'])}")
-    lines.append(f"  tokens    {_listed(shown['tokens'])}")
+    tokens = [str(token).replace(" ", "\u2581") for token in shown["tokens"]]
+    if "begins_word" in shown:  # a bar where a word of the segmenter begins
+        marks = shown["begins_word"]
+        tokens = ["|" * begins + token for token, begins in zip(tokens, marks, strict=True)]
+    lines.append(f"  tokens    {_listed(tokens)}")
     lines.append(f"  ids       {_listed(shown['ids'])}")
     lines.append(f"  back      {_cut(shown['back'])!r}")
     if "round_trip" in shown:
         verdict = "the same (一致)" if shown["round_trip"] else "not the same (有损)"
         ratio = shown["characters_per_token"]
-        lines.append(f"  round trip: {verdict}; {ratio} characters a token")
+        told = f"{ratio} characters a token; {shown['unknown_rate']:.2%} unknown (未登录)"
+        lines.append(f"  round trip: {verdict}; {told}")
+        if shown["user_dictionary"]:
+            lines.append("  words are cut with a user's dictionary (用户词典)")
     return lines
 
 

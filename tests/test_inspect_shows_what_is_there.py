@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from configs.model import parameter_count
-from data_pipeline import tokenizer
+from data_pipeline import tokenizer, training, vocabulary
 from data_pipeline.index import Index
 from launch.cli import main
+from launch.inspect import _token_lines, tokens_of
 from pretrain import checkpoint
 from pretrain.state import State
 from tests.growing import TINY, trained
@@ -110,6 +111,29 @@ def test_a_text_is_shown_in_words_tokens_ids_and_back(
         assert shown["round_trip"] is False  # the capital is lost
     assert main(["inspect", str(corpus), "--text", "，"]) == 0
     assert "round trip: the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cpm", "byte_bpe", "byte_unigram", "words", "characters"])
+def test_every_kind_shows_words_and_marks(kind: str, tmp_path: Path) -> None:
+    lines = [json.loads(line)["text"][:800] for line in SAMPLE.read_text("utf-8").splitlines()]
+    lines = [*lines[::20], *["我们在云计算小办。"] * 60]
+    dictionary = "云计算小办\n".encode()
+    if kind in ("words", "characters"):
+        word = kind == "words"
+        vocabulary.build(lines, tmp_path, 700, word=word, dictionary=dictionary)
+    else:
+        training.train(kind, lines, tmp_path, 700, dictionary=dictionary)
+    shown = tokens_of(tmp_path, "我们在云计算小办")
+    assert shown["words"] == ["我们", "在", "云计算小办"]
+    marked = sum(shown["begins_word"])  # pieces of the byte kinds may lie across words
+    assert marked == 3 or (kind.startswith("byte") and marked in (1, 2))
+    assert shown["round_trip"] and shown["user_dictionary"]
+    lost = tokens_of(tmp_path, "\U000f0000龘")  # in no vocabulary
+    assert lost["round_trip"] == kind.startswith("byte")
+    assert (lost["unknown_rate"] == 0) == kind.startswith("byte")
+    line = next(line for line in _token_lines(shown) if line.startswith("  tokens"))
+    assert line.count("|") == marked
+    assert any("user's dictionary" in line for line in _token_lines(shown))
 
 
 def test_a_checkpoint_is_told_as_it_was_written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import jieba
 import numpy as np
 import pytest
 import sentencepiece
+import zstandard
 
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline import training
@@ -52,6 +54,11 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def byte_bpe(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return training.train("byte_bpe", texts, tmp_path_factory.mktemp("byte_bpe"), 2000)
+
+
+@pytest.fixture(scope="module")
+def byte_unigram(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return training.train("byte_unigram", texts, tmp_path_factory.mktemp("unigram"), 2000)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +147,31 @@ def test_pieces_are_short_and_no_text_is_lost(byte_bpe: Tokenizer, texts: list[s
     assert len("".join(texts)) / len(ids) > 0.9  # characters a token; bytes alone would give 0.4
 
 
+def test_byte_unigram_returns_every_byte(byte_unigram: Tokenizer, texts: list[str]) -> None:
+    draw = random.Random(4)
+    points = draw.sample([*range(0xD800), *range(0xE000, 0x110000)], 20_000)
+    mixed = ["".join(map(chr, points[i : i + 40])) for i in range(0, len(points), 40)]
+    rows = [*BY_HAND, *texts, *mixed]
+    for row, ids in zip(rows, byte_unigram.encode_batch(rows), strict=True):
+        assert byte_unigram.decode(ids).encode() == row.encode()
+    ids = np.concatenate(byte_unigram.encode_batch(texts))
+    assert len("".join(texts)) / len(ids) > 0.9
+    assert byte_unigram.unknown_id not in ids
+
+
+@pytest.mark.slow
+def test_the_byte_kinds_return_every_document(byte_bpe: Tokenizer, byte_unigram: Tokenizer) -> None:
+    """The whole development corpus, byte for byte."""
+    count = 0
+    with (folder() / "data" / "dev-open.jsonl.zst").open("rb") as packed:
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
+        for line in io.TextIOWrapper(reader, encoding="utf-8"):
+            text, count = json.loads(line)["text"], count + 1
+            for made in (byte_bpe, byte_unigram) if count % 5 == 0 else (byte_bpe,):
+                assert made.decode(made.encode(text)) == text, (made.kind, count)
+    print(f"{count} documents")
+
+
 # ---- CPM
 
 
@@ -219,6 +251,9 @@ def test_text_is_never_a_control_token(kind: str, request: pytest.FixtureRequest
         tokenizer.mask_id,
     ]
     assert tokenizer.decode(with_controls) == "你好世界"  # they stand for no text
+    prompt = tokenizer.encode_prompt("你好世界<eod><mask>你好世界")  # in a prompt they are spelt
+    assert prompt.tolist() == [*plain, tokenizer.eod_id, tokenizer.mask_id, *plain]
+    assert len(tokenizer.encode_prompt("")) == 0
 
 
 def test_the_published_model_alone_would_end_a_document(published: Tokenizer) -> None:

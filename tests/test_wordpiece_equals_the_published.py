@@ -265,6 +265,10 @@ def test_text_is_never_a_control_token(built: WordPiece) -> None:
         made = WordPiece(built.__reduce__()[1][0], word)
         for text in [*BY_HAND, "[MASK]", "[ MASK ]", "x[SEP]y", "[PAD]" * 50]:
             assert not forbidden & set(made.encode(text).tolist())
+        plain = made.encode("今天").tolist()
+        prompt = made.encode_prompt("[CLS]今天[MASK]今天[ MASK ]")  # in a prompt they are spelt
+        assert prompt[: 2 * len(plain) + 2].tolist() == [made.bos_id, *plain, made.mask_id, *plain]
+        assert not forbidden & set(prompt[2 * len(plain) + 2 :].tolist())
 
 
 def test_what_the_vocabulary_lacks_is_unknown(built: WordPiece) -> None:
