@@ -111,7 +111,7 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
         ],
         "read": {name: cleaned[f"read_{name}"] for name in ("documents", "characters", "bytes")},
         "rejects": {
-            reason: {"documents": n, "characters": lost[reason]}
+            reason: {"documents": n, "characters": lost.get(reason, 0)}
             for reason, n in rejects(refused).items()
         },
         "changed": rejects(cleaned, "changed"),

@@ -303,6 +303,19 @@ def test_a_build_counts_and_shows_what_it_could_not_read(
     assert manifest["sources"][0]["unreadable"] == {"encoding": 2, "broken_json": 1, "no_text": 1}
 
 
+def test_rejects_without_a_character_are_counted_too(tmp_path: Path) -> None:
+    """Empty documents, and an archive that ends where a line does."""
+    config = page(tmp_path, b"\n".join([*LINES[:50], *[b'{"text": ""}'] * 30]))
+    packed = streamed(b"\n".join(LINES[50:100]))
+    (tmp_path / "b.jsonl.zst").write_bytes(packed[:-3])
+    paths = (str(tmp_path / "text.jsonl"), str(tmp_path / "b.jsonl.zst"))
+    sources = (replace(config.data.sources[0], path=paths),)
+    manifest = build.build(replace(config, data=replace(config.data, sources=sources)))
+    assert manifest["rejects"]["too_short"] == {"documents": 30, "characters": 0}
+    assert manifest["rejects"]["unreadable:truncated"] == {"documents": 1, "characters": 0}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 100
+
+
 def test_a_build_that_is_told_to_stop_stops(tmp_path: Path) -> None:
     data = b"\n".join([*LINES[:50], *BAD_LINES])
     with pytest.raises(ValueError, match=r"text\.jsonl, line 51, byte \d+: the line is no valid"):
