@@ -207,19 +207,21 @@ def simplify(page: Page) -> tuple[Page, str]:
 def prepared(text: str, rules: Cleaning) -> Page:
     """A text normalised, and changed as the rules ask for: markup, script, private data. What was
     done is in `changed`, its script (hanzi.script) too, as `script/NAME`."""
-    found: Counter[str] = Counter()
+    found: Counter[str] | None = None
     if rules.strip_markup:
         text, found = leftovers.strip(text)
     page = normalise(text)
     if rules.simplify:
         page, script = simplify(page)
-        found[f"script/{script}"] += 1
+        page.changed[f"script/{script}"] += 1
     if kinds := rules.private_kinds():
-        text, masked = private.mask(page.text, kinds)
+        text, masked = private.mask(page.text, kinds, page.codes)
         if masked:
             page = normalise(text)._replace(changed=page.changed)
-            found.update({f"private_{kind}": number for kind, number in masked.items()})
-    return page._replace(changed=page.changed + found) if found else page
+            page.changed.update({f"private_{kind}": number for kind, number in masked.items()})
+    if found:
+        page.changed.update(+found)
+    return page
 
 
 def digest(page: Page) -> bytes:

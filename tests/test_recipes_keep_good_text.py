@@ -25,7 +25,8 @@ split: {{valid_fraction: 0.1}}
 """
 MOST_DROPPED = {"web": 0.3, "books": 0.08, "light": 0.02}
 """Share of any genre that a recipe may drop (the most is of manuals of a database, which begin with
-tables of its output; of other modern genres `web` drops 0 to 10 %); `web` is not for verse and classical prose."""
+tables of its output; of other modern genres `web` drops 0 to 10 %); `web` is not for verse and
+classical prose."""
 
 
 def write_page(tmp_path: Path, recipe: Path, more: str = "") -> Path:
