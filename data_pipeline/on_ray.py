@@ -10,6 +10,7 @@ that all nodes share. A task whose process or node dies is tried again `retries`
 import contextlib
 import math
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,6 +70,9 @@ def _join(config: executing.Ray, workers: int) -> None:
             "include_dashboard": False,
         }
     try:
+        host, colon, port = (config.address or "").rpartition(":")
+        if colon and port.isdigit():  # ray itself would try for ten minutes
+            socket.create_connection((host, int(port)), 10.0).close()
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         raise CorpusError(
