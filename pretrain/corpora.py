@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.load import ConfigError
-from configs.objectives import Objective
+from configs.load import ConfigError, to_dict
+from configs.objectives import Objective, packing_of
 from configs.run import Data
 from data_pipeline import index as corpus_index
 from data_pipeline import tokenizer as corpus_tokenizer
@@ -43,7 +43,8 @@ class Corpora:
     tokenizer: Any
     tokenizer_folder: Path
     record: list[dict[str, Any]]
-    """One entry a corpus, kept in every checkpoint: folder, weight, fingerprint, rows."""
+    """One entry a corpus, kept in every checkpoint: folder, weight, fingerprint, rows, and what is
+    made of them."""
 
     def step(
         self, first: int, count: int, data_rank: int, data_size: int, micro: int
@@ -142,12 +143,16 @@ def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Cor
         Dataset(len(r), share.weight, key)
         for r, share, key in zip(train, data.train, keys, strict=True)
     ]
+    learnt = to_dict(objective) | {
+        "packing": packing_of(objective, data.packing), "target_len": data.target_len
+    }  # fmt: skip
     record = [
         {
             "corpus": str(folder),
             "weight": share.weight,
             "fingerprint": manifest["splits"]["train"]["fingerprint"],
             "rows": len(r),
+            "objective": learnt,
         }
         for folder, share, manifest, r in zip(folders, data.train, manifests, train, strict=True)
     ]
@@ -172,6 +177,15 @@ def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
                 f"data.train: {new['corpus']} gives {new['rows']} rows with weight "
                 f"{new['weight']}, the run was started with {old['rows']} and {old['weight']}; "
                 "restore data.seq_len and the weights"
+            )
+        elif (then := old.get("objective", new["objective"])) != new["objective"]:
+            differ = sorted(
+                key for key in then | new["objective"] if then.get(key) != new["objective"].get(key)
+            )
+            found.append(
+                f"objective, data: {', '.join(differ)} of {new['corpus']} differ from what the run "
+                "was started with; restore them, or start a new run.out with init.from "
+                "(训练目标已改变)"
             )
     return found
 

@@ -334,7 +334,8 @@ def _sample(job: Job, engine: "Engine") -> str:
         prompt = tokenizer.decode(first.index.slice(0, 8))
     with engine.inference() as local, parallel.whole_logits(local, job.mesh) as model:
         text = generate(model, tokenizer, [prompt], **SAMPLING)[0]
-    return prompt + text
+    shown = {"cpm": prompt + text, "t5_pegasus": f"{prompt} -> {text}", "roformer": text}
+    return shown[job.config.model.family]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from configs.corpus import CorpusConfig
 from configs.load import ConfigError, from_dict
 from configs.run import RunConfig
 from data_pipeline.build import build
-from pretrain.corpora import open_corpora
+from pretrain.corpora import changes, open_corpora
 from tests.run_jobs import losses, metrics
 from tests.worlds import World
 
@@ -156,6 +156,22 @@ def test_packed_rows_are_told(tmp_path: Path, corpus: Path) -> None:
     config = from_dict(RunConfig, packed)
     (said,) = open_corpora(config.data, config.objective, 1, 600).said()
     assert re.search(r"rows \(best_fit\), \d\d\.\d% filled, \d+ of \d+ documents cut", said)
+
+
+def test_a_resume_with_another_objective_is_refused(tmp_path: Path, corpus: Path) -> None:
+    def record(**changed: Any) -> list[dict[str, Any]]:
+        asked = page(tmp_path, corpus, "masked")
+        asked["objective"] |= changed
+        config = from_dict(RunConfig, asked)
+        found = open_corpora(config.data, config.objective, 1, 600).record
+        return list(json.loads(json.dumps(found)))  # as a checkpoint keeps it
+
+    begun = record()
+    assert changes(begun, record()) == []
+    (sentence,) = changes(begun, record(ratio=0.2))
+    assert re.search("ratio of .* differ from what the run was started with", sentence)
+    older = [{key: value for key, value in begun[0].items() if key != "objective"}]
+    assert changes(older, record()) == []  # a checkpoint from before this was kept
 
 
 def test_a_changed_side_file_is_refused(tmp_path: Path, corpus: Path) -> None:
