@@ -25,6 +25,7 @@ import numpy as np
 
 from data_pipeline.kernels import compiled
 from data_pipeline.segment import sentences
+from data_pipeline.sidefile import SENTENCE, WORD
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids of a text, and for each whether it begins a word."""
@@ -35,6 +36,7 @@ _FRESH, _BODY, _ENDED, _CLOSED = range(4)  # before a sentence, in it, after 。
 # others, of some run that may be <unk> as a whole; and of those not looked up yet.
 _UNKNOWN, _RARE, _UNSURE, _UNSET = -1, -2, -3, -4
 _WORD, _TOKEN, _BYTE = range(3)  # units
+_SENTENCE = np.uint8(SENTENCE)
 _BLANK = "\u2581"  # sentencepiece's mark for a blank
 
 
@@ -66,22 +68,27 @@ class Borders:
         self._width = np.full(0x110000, _UNSET, np.int8)
         self._kind = _kinds()
 
-    def encode(
-        self, texts: Sequence[str]
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """Ids of each text, which begin words, which begin sentences (None if that is not known).
+    def encode(self, texts: Sequence[str]) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+        """Ids and marks (uint8: WORD, SENTENCE) of each text; of how many texts the sentences could
+        not be found, which have none marked.
 
         A sentence begins with the first token that holds its first character, or, where that one
         has no token (a blank), with the next token there is.
         """
         encoded = self.words.encode_marked(texts)
         starts, sure = self._along_the_ruler(texts, encoded)
-        found: list[np.ndarray | None] = list(starts)
         doubtful = [i for i, yes in enumerate(sure) if not yes]
         counted = self._by_counting([texts[i] for i in doubtful], [encoded[i] for i in doubtful])
+        unknown = 0
         for i, start_T in zip(doubtful, counted, strict=True):
-            found[i] = start_T
-        return [(*pair, start_T) for pair, start_T in zip(encoded, found, strict=True)]
+            unknown += start_T is None
+            if start_T is not None:
+                starts[i][:] = start_T
+        out = [
+            (ids, word_T.view(np.uint8) * np.uint8(WORD) + start_T.view(np.uint8) * _SENTENCE)
+            for (ids, word_T), start_T in zip(encoded, starts, strict=True)
+        ]
+        return out, unknown
 
     def _along_the_ruler(
         self, texts: Sequence[str], encoded: Sequence[Encoded]
@@ -102,7 +109,9 @@ class Borders:
             codes_C, last_D, self._width, self._kind,
             ids_T, last_T, self._width_V, word_T, self._unit, start_T,
         )  # fmt: skip
-        return np.split(start_T, last_T[:-1]) if texts else [], sure.tolist()
+        ends = last_T.tolist()
+        starts = [start_T[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        return starts, sure.tolist()
 
     def _by_counting(
         self, texts: Sequence[str], whole: Sequence[Encoded]

@@ -61,6 +61,8 @@ TOKENIZERS = (
 )
 """The code of ids and marks."""
 
+_NO_MARK = np.zeros(1, np.uint8)  # of an end of document
+
 _load = lru_cache(maxsize=1)(tokenizer.load)
 
 
@@ -259,19 +261,15 @@ class Encoder:
     ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
         """One document of its parts and their marks; None is the name of a whole text."""
         ids = np.concatenate([*(part for part, _ in parts), self._end])
-        marks_T = np.zeros(len(ids), np.uint8)
+        marks_T = np.concatenate([*(part_T for _, part_T in parts), _NO_MARK])
         spans: list[Span] = []
         start = 0
-        for name, (part, part_T) in zip(names, parts, strict=True):
+        for name, (part, _) in zip(names, parts, strict=True):
             stop = start + len(part)
-            marks_T[start:stop] = part_T
             if name is not None:
                 marks_T[start : min(start + 1, stop)] |= FIELD
                 spans.append((name, start, stop))
             start = stop
-        if self.borders is not None:
-            self._counts["boundaries_words"] += int(np.count_nonzero(marks_T & WORD))
-            self._counts["boundaries_sentences"] += int(np.count_nonzero(marks_T & SENTENCE))
         return ids, marks_T, spans
 
     def _marked(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -279,13 +277,12 @@ class Encoder:
             for ids in self.words.encode_batch(texts):
                 yield ids, np.zeros(len(ids), np.uint8)
             return
-        for ids, word_T, sentence_T in self.borders.encode(texts):
-            marks_T = word_T * np.uint8(WORD)
-            if sentence_T is None:
-                self._counts["boundaries_no_sentences"] += 1
-            else:
-                marks_T |= sentence_T * np.uint8(SENTENCE)
-            yield ids, marks_T
+        encoded, unknown = self.borders.encode(texts)
+        marks = np.concatenate([_NO_MARK, *(marks_T for _, marks_T in encoded)])
+        self._counts["boundaries_words"] += int(np.count_nonzero(marks & WORD))
+        self._counts["boundaries_sentences"] += int(np.count_nonzero(marks & SENTENCE))
+        self._counts["boundaries_no_sentences"] += unknown
+        yield from encoded
 
 
 def _pieces(text: str) -> Iterator[str]:
