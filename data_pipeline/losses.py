@@ -1,6 +1,6 @@
 """Which of the cleaned documents go, and why: each search leaves out what went before it.
 
-cleaned --> stood before --> holds text of evaluation sets --> nearly stood before
+cleaned --> stood before --> evaluation sets --> a score out of its bounds --> nearly stood before
 """
 
 from collections import Counter
