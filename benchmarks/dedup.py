@@ -6,7 +6,8 @@ MB (10^6 bytes of UTF-8) a second of processor time of one process; every row si
 documents of the file, cleaned, as many as its MB hold. Ours: character 5-grams, 18 x 6 hash
 functions, and the same with the 14 x 8 that the peers compute. datatrove's Chinese path
 (`cmn_Hani`) cuts words with spaCy and jieba, whose dictionary is loaded before the clock starts;
-a row whose library is not installed says so.
+a row whose library is not installed says so. Two more rows of ours: the lines that are counted for
+boilerplate, and the script (traditional, classical) of a page.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.dedup import Near
 from configs.sources import Source
-from data_pipeline import ingest, minhash, report
+from data_pipeline import hanzi, ingest, lines, minhash, report
 from data_pipeline.clean import normalise
 
 
@@ -102,6 +103,8 @@ def main() -> None:
     rows: dict[str, tuple[Callable[[], Callable[[str], object]], list[str]]] = {
         "bajie 18 x 6": (lambda: ours(18, 6), texts),
         "bajie 14 x 8": (lambda: ours(14, 8), texts),
+        "bajie lines hashed": (lambda: lambda text: lines.of(text, 8), texts),
+        "bajie script told": (lambda: hanzi.script, texts),
         "datatrove cmn_Hani 14 x 8": (lambda: datatrove("cmn_Hani"), few),
         "datasketch 112": (datasketch, few),
     }

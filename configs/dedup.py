@@ -33,8 +33,10 @@ class Lines:
     """Which lines are boilerplate: they stand in many documents of the corpus."""
 
     max_documents: int = 1000
-    """A line of more documents than this goes. Every edition of a famous poem repeats its lines,
-    some ten times: below 100 this takes verse, titles and the formulas of laws."""
+    """A line of more documents than this goes. Measured on the development corpus (209,244
+    documents), share of the characters that goes at 1 / 10 / 100 / 1000: poetry 0.21 / 0.003 /
+    0.0007 / 0 (every edition repeats a poem), laws 0.09 / 0.009 / 0.006 / 0.004, technical pages
+    0.22 / 0.05 / 0.02 / 0.007, prose below 0.007 always. So not below 100 where verse matters."""
     min_characters: int = 8
     """Lines with fewer letters and digits stay, and are not counted."""
     keep_first: bool = False
