@@ -106,9 +106,9 @@ class Facts:
 
 def html(facts: Facts) -> str:
     """The report as one page; the same corpus gives the same page."""
-    name = facts.folder.name
+    sources = ", ".join(source["name"] for source in facts.manifest["sources"])
     sections = (
-        f"<h1>{page.text(name)} <span>语料报告</span></h1>",
+        f"<h1>{page.text(sources)} <span>语料报告</span></h1>",
         page.paragraph(facts.manifest["fingerprint"]),
         _figures(facts),
         *_flow(facts),
@@ -122,7 +122,7 @@ def html(facts: Facts) -> str:
         *_contamination(facts),
         *_kept(facts),
     )
-    return page.document(f"bajie: {name}", sections)
+    return page.document(f"bajie: {sources}", sections)
 
 
 def _figures(facts: Facts) -> str:
