@@ -137,7 +137,7 @@ def beside_of(
         said["gaps"]["criterion"] = criterion
     if "fields" in said:
         fields = sidefile.Fields(prefix)
-        said["fields"] |= {"names": fields.names, "labels": fields.documents_of_labels()}
+        said["fields"] |= {"names": list(fields.names), "labels": fields.documents_of_labels()}
     return said
 
 
