@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import CPMConfig, ModelConfig, split_problems
-from configs.objectives import Causal, Objective, Packing, data_problems
+from configs.objectives import Causal, Objective, data_problems
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Data:
     """Tokens of a row (a sample); of an encoder's row where there is one."""
     target_len: int | None = None
     """Tokens of a decoder's row, where there is an encoder."""
-    packing: Packing | None = None
+    packing: Literal["windows", "documents", "best_fit"] | None = None
     """windows: the stream cut every seq_len tokens; documents: a piece of one document, or one
     pair, a row, with padding; best_fit: several, packed by a plan. null: windows, and best_fit for
     pseudo_summary and pairs (排布)."""

@@ -15,7 +15,7 @@ from typing import Any
 import configs
 
 PAGES = {
-    "run": ("RunConfig", ("model", "run")),
+    "run": ("RunConfig", ("model", "objectives", "run")),
     "corpus": ("CorpusConfig", ("corpus", "sources", "cleaning", "dedup", "encoding")),
     "sizes": ("ModelConfig", ("model",)),
 }
@@ -44,7 +44,7 @@ class Section:
 
 def fields(kind: str) -> list[dict[str, Any]]:
     """Every key of a page ("run", "corpus" or "sizes"), in order: {key, type, default (None: must
-    be given), doc, depth}; a row without a key opens one of several model families."""
+    be given), doc, depth}; a row without a key opens one of several families or objectives."""
     top, modules = PAGES[kind]
     sections, unions = _source(modules)
     rows: list[dict[str, Any]] = []
@@ -53,8 +53,9 @@ def fields(kind: str) -> list[dict[str, Any]]:
         for alternative in unions.get(name, [name]):
             section = sections[alternative]
             if name in unions:
-                family = ast.literal_eval(section.fields[0].type.removeprefix("Literal"))[0]
-                rows.append(_row("", f"where family is {family}", "", section.doc, depth))
+                tag = section.fields[0]
+                family = ast.literal_eval(tag.type.removeprefix("Literal"))[0]
+                rows.append(_row("", f"where {tag.name} is {family}", "", section.doc, depth))
             for item in section.fields:
                 row = _row(lead + item.name, item.type, item.default, item.doc, depth)
                 rows.append(row)
@@ -122,7 +123,7 @@ def _fields(node: ast.ClassDef) -> tuple[Field, ...]:
     """The annotated names of a class body, each with the docstring that follows it."""
     found = []
     for here, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(here, ast.AnnAssign):
+        if not isinstance(here, ast.AnnAssign) or "ClassVar" in ast.unparse(here.annotation):
             continue
         doc = ""
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
