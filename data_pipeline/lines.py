@@ -103,14 +103,13 @@ class CountLines(Block):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing; write tables/."""
-        hashes, rows, done = [np.empty(0, U64)], [np.empty(0, np.uint32)], 0
-        for row, record in enumerate(records(self.cleaned / f"{rank:05d}.jsonl.zst")):
-            found = of(record["text"], self.least)[2]
-            hashes.append(found)
-            rows.append(np.full(len(found), row, dtype=np.uint32))
+        hashes, done = list[np.ndarray](), 0
+        for record in records(self.cleaned / f"{rank:05d}.jsonl.zst"):
+            hashes.append(of(record["text"], self.least)[2])
             done += len(record["text"].encode())
             self.tick(done, rank)
-        every, row_of = np.concatenate(hashes), np.concatenate(rows)
+        every = np.concatenate([np.empty(0, U64), *hashes])
+        row_of = np.repeat(np.arange(len(hashes), dtype=np.uint32), list(map(len, hashes)))
         table = together(every, row_of, np.ones(len(every), dtype=np.uint32))
         save(self.folder / "data" / "tables" / f"{rank:05d}.npy", table)
         self.counts["distinct_lines"] += len(table)
