@@ -82,7 +82,7 @@ def test_masks_are_filled_with_the_likeliest(config: roformer.RoFormerConfig) ->
         for at, choices in zip(masks, found.choices, strict=True):
             probability = logits[at].softmax(-1)
             assert [i for i, _ in choices] == probability.topk(4).indices.tolist()
-            assert choices[0][1] == pytest.approx(float(probability.max()), rel=1e-6)
+            assert choices[0][1] == pytest.approx(probability.max().item(), rel=1e-6)
             assert found.ids[at] == choices[0][0]
     assert filled[2].ids == rows[2] and filled[2].choices == []
 
