@@ -15,12 +15,12 @@
        +--> valid
        +--> train --sample--> tokenizer/                                       tokenizer.py
                |                 |
-               +------ encode ---+   every shard on its own                    encode.py
+               +------ encode ---+   every shard: ids, borders, fields         encode.py
                          +--gaps--> sentences and pseudo-summaries, if asked   gaps.py
                          +--tally--> lengths, sources, tokens in use           tally.py
                          |
                          v
-    OUT/ manifest.json  tokenizer/  train.bin .idx  valid.bin .idx  (.gaps)    publish.py
+    OUT/ manifest.json  tokenizer/  train.bin .idx .marks (.gaps .fields)      publish.py
          documents/  rejects/  stages/  report.html                            report.py
 
 Each arrow is a stage (blocks.py) on one of datatrove's executors (executors.py) in a folder that is
@@ -103,6 +103,7 @@ def build(config: CorpusConfig) -> dict[str, Any]:
 
 
 def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, Any]:
+    """The story of a build. Long because it is told in one go, as `train()` is."""
     say = Progress()
     if config.data.documents is not None:
         return again.build_again(config, out, crew, say, code_of(CODE))
@@ -164,8 +165,9 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     counted = together(tallied.data, len(tasks))
     scores = sorted((cleaned.data / "scores").glob("*.npy"))
     with aside(out / "report.html") as file:
-        file.write(report.html(report.Facts(manifest, counted, out, scores)).encode())
-    remember(out, asked, [*stages[:4], *losses.stages, *before])
+        limits = {name: bounds for name, bounds in vars(config.quality).items() if bounds}
+        file.write(report.html(report.Facts(manifest, counted, out, scores, limits)).encode())
+    remember(out, asked, [*stages[:4], tallied, *losses.stages, *before])
     say.line(report.flow(manifest))
     stages[2:2] = losses.stages
     stages[:0] = before
