@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 
-from data_pipeline import page, tokenizer
+from data_pipeline import lines, page, tokenizer
 from data_pipeline.shards import records
 
 ROWS, TOP_TOKENS, TOKENS_SHOWN = 40, 40, 160
 EXAMPLES, PAIRS, FILES_LOOKED_AT, DOCUMENTS_LOOKED_AT = 6, 5, 8, 2_000
-SHARDS_SEARCHED = 32
+SHARDS_SEARCHED, LINES_LOOKED_AT = 32, 50_000
 COLUMNS, SAMPLED_SCORES = 36, 100_000
 
 
@@ -158,6 +157,18 @@ def _flow(facts: Facts) -> Iterator[str]:
         yield page.heading("Changed in kept and refused documents", "改动", 3)
         rows = [(name, n) for name, n in manifest["changed"].items()]
         yield page.table(("", "times 次"), rows)
+    if scripts := manifest.get("scripts"):
+        yield page.heading("Scripts of the documents", "简繁", 3)
+        yield page.table(("", "documents 文档"), list(scripts.items()))
+    met = [
+        (f"{source['name']}: {what}", n)
+        for source in manifest["sources"]
+        for family in ("met", "unreadable")
+        for what, n in source.get(family, {}).items()
+    ]
+    if met:
+        yield page.heading("Met while reading", "读取时遇到", 3)
+        yield page.table(("", "records 条"), met)
 
 
 def _splits(facts: Facts) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -320,13 +331,13 @@ def _duplicates(facts: Facts) -> Iterator[str]:
 
 
 def _lines(facts: Facts) -> Iterator[str]:
-    path = facts.folder / "lines.jsonl"
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        rows = [orjson.loads(line) for line in islice(file, ROWS)]
-    yield page.heading("Lines of many documents", "高频行")
-    yield page.table(("", "documents 文档"), [(row["line"][:80], row["documents"]) for row in rows])
+    times: Counter[str] = Counter()
+    for row in islice(lines.shown(facts.folder), LINES_LOOKED_AT):
+        times[row["text"]] = max(times[row["text"]], int(row["documents"]))
+    if times:
+        yield page.heading("Lines of many documents, taken out", "样板行")
+        rows = [(text[:80], n) for text, n in times.most_common(ROWS)]
+        yield page.table(("", "documents 文档"), rows, [True] * len(rows))
 
 
 def _contamination(facts: Facts) -> Iterator[str]:

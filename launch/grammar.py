@@ -16,7 +16,10 @@ import configs
 
 PAGES = {
     "run": ("RunConfig", ("model", "objectives", "run")),
-    "corpus": ("CorpusConfig", ("corpus", "sources", "cleaning", "dedup", "encoding")),
+    "corpus": (
+        "CorpusConfig",
+        ("corpus", "sources", "executing", "cleaning", "quality", "dedup", "encoding"),
+    ),
     "sizes": ("ModelConfig", ("model",)),
 }
 """The kinds of pages: the class that is the whole page, the modules that it is made of."""
@@ -116,7 +119,8 @@ def _source(modules: tuple[str, ...]) -> tuple[dict[str, Section], dict[str, lis
                 sections[node.name] = Section(ast.get_docstring(node) or "", _fields(node))
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
                 unions[ast.unparse(node.targets[0])] = _names(ast.unparse(node.value))
-    return sections, unions
+    # `tuple[float, float] | None` has a name too, and is no choice between sections.
+    return sections, {n: parts for n, parts in unions.items() if set(parts) <= set(sections)}
 
 
 def _fields(node: ast.ClassDef) -> tuple[Field, ...]:

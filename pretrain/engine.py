@@ -151,6 +151,7 @@ class Engine:
             first_samples: the number of each micro-batch's first sample.
         """
         device = self.mesh.device
+        self._progress(step + 1)
         batches = [batch.to(device) for batch in batches]
         count = torch.stack([self._count(batch) for batch in batches]).sum()
         self._reduce(count)
@@ -168,6 +169,11 @@ class Engine:
         norm, skipped = self._update()
         self.updates += not skipped
         return StepResult(loss_sum, count, norm, skipped)
+
+    def _progress(self, step: int) -> None:
+        """Tell a model that changes with the step (RoFormer's ramp) which one it is."""
+        if set_progress := getattr(self.model, "set_progress", None):
+            set_progress(step)
 
     def _forward(self, batch: Any) -> Tensor:
         self._step.positions = self.micro_rows * batch.tokens_BT.shape[1]
@@ -257,6 +263,7 @@ class Engine:
         updates = int(state.record.get("updates", 0))
         self._partitions.load(state, updates)
         self.updates = updates
+        self._progress(int(state.record.get("step", 0)))
         buffers = dict(self.model.named_buffers())
         for name in state.names("buffers"):
             if name not in buffers:

@@ -149,9 +149,9 @@ class Monitor:
         self._clock, self._rate = time.monotonic(), 0.0
         self._board: Any = None
 
-    def watch(self, config: ModelConfig, seq_len: int) -> None:
-        """Count FLOPs for the model of the stage that begins."""
-        full, _ = plan.flops_per_token(config, seq_len)
+    def watch(self, config: ModelConfig, row: plan.Row) -> None:
+        """Count FLOPs for the model of the stage that begins, and what its rows are made of."""
+        full, _ = plan.flops_per_token(config, row)
         self.speed = replace(self.speed, flops_per_token=full)
 
     def begin(self, step: int) -> None:

@@ -74,7 +74,7 @@ def train(
     """
     import torch
 
-    from pretrain import checkpoint, parallel, start
+    from pretrain import checkpoint, parallel, plan, start
     from pretrain.corpora import open_corpora
     from pretrain.monitor import Monitor, Terminal, speed
     from pretrain.state import State
@@ -105,7 +105,7 @@ def train(
         while summary.get("stopped") is None:
             state = _enter_stage(job, state)
             engine = _engine(job, state)
-            monitor.watch(engine.config, config.data.seq_len)
+            monitor.watch(engine.config, plan.row_of(config))
             try:
                 engine.load(state)
                 # Only the record from here on: a mapped file keeps its disk when rotated away.

@@ -130,3 +130,18 @@ def train(*, family: str, steps: int, micro: int = SAMPLES, **layout: Any) -> di
     whole = {t.name for t in tensors(engine.config) if split_dim(t) is None}
     held = {n: p.detach().clone() for n, p in engine.model.named_parameters() if n in whole}
     return {"losses": losses, "norms": norms, "logits": logits, "held": held}
+
+
+def ramp_shares(steps: int) -> tuple[list[float], list[float]]:
+    """The share of a block after a load and after each step of a ramp of 4; losses."""
+    engine = make(family="roformer v2", zero=1, ramp_steps=4)
+    state = lively(engine.config)
+    engine.load(State(state.entries, state.record | {"step": 2}))
+    block = engine.model.encoder.layers[0]  # type: ignore[union-attr,index]
+    shares, losses = [float(block.share)], []
+    for step in range(steps):
+        batches = [rows(np.arange(SAMPLES), "roformer v2")]
+        done = engine.train_step(batches, lr=0.0, step=step, first_samples=[0])
+        shares.append(float(block.share))
+        losses.append(float(done.loss_sum / done.count))
+    return shares, losses

@@ -97,3 +97,10 @@ def test_bf16_follows_fp32(world2: World, alone: Any, family: str) -> None:
     """bf16 has 8 bits; the partial sums of a row-cut matrix are rounded once more."""
     half = world2.run(jobs.train, family=family, zero=1, tensor=2, steps=8, precision="bf16")[0]
     assert apart(half["losses"], alone(family)["losses"][:8]) < 1e-2
+
+
+def test_the_ramp_follows_the_steps_of_the_run(world1: World) -> None:
+    """Also after a load; and a model that adds less says something else (the control)."""
+    shares, losses = world1.run(jobs.ramp_shares, steps=6)[0]
+    assert shares == [0.5, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert len(set(losses[:4])) == 4 and losses[3] == losses[4] == losses[5]
