@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.generate import PADDING, Decoding, Written, spell
-from pretrain.models.layers import KeyValueCache
+from pretrain.allowed import AllowedOutputs
+from pretrain.beam import BranchingCache
+from pretrain.decoding import Decoding, Written
+from pretrain.generate import PADDING, spell
 
 
 def framed(ids: Sequence[int], bos_id: int | None, eod_id: int) -> list[int]:
@@ -53,6 +55,7 @@ def answer(
     pad_id: int,
     vocab: int | None = None,
     cache: bool = True,
+    allowed: AllowedOutputs | None = None,
 ) -> list[Written]:
     """What the decoder writes to each source of token ids (see framed()), in their order.
 
@@ -66,12 +69,21 @@ def answer(
         memory_BSD = model.encode(tokens_BS, *places)
     finally:
         model.train(was_training)
-    held = KeyValueCache(decoding.max_new_tokens) if cache else None
+    if allowed is not None:
+        allowed.check_room(decoding.max_new_tokens, "max_new_tokens")
+    held = BranchingCache(decoding.max_new_tokens) if cache else None
     tokens_BT = torch.full((len(sources), 1), start_id, device=device)
     past = 0
 
-    def ahead(next_B: Tensor | None) -> Tensor:
-        nonlocal tokens_BT, past
+    def ahead(next_B: Tensor | None, kept_B: Tensor | None = None) -> Tensor:
+        nonlocal tokens_BT, past, memory_BSD, places
+        if kept_B is not None:
+            tokens_BT = tokens_BT[kept_B]
+            places = [None if part is None else part[kept_B] for part in places]
+            if held is not None:
+                held.select(kept_B)  # and the memory is in it
+            else:
+                memory_BSD = memory_BSD[kept_B]
         if next_B is not None:
             past += tokens_BT.shape[1] if cache else 0
             tokens_BT = next_B[:, None] if cache else torch.cat([tokens_BT, next_B[:, None]], 1)
@@ -81,7 +93,7 @@ def answer(
         return hidden_BTD[:, -1]
 
     rooms = [decoding.max_new_tokens] * len(sources)
-    return spell(model, ahead, sources, rooms, decoding, end_id, vocab)
+    return spell(model, ahead, sources, rooms, decoding, end_id, vocab, allowed)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Letting a model write: greedy, top-k, top-p, temperature, in batches, with a cache.
+"""Letting a model write: greedy, top-k, top-p, temperature, beams, in batches, with a cache.
 
     prompts -> token ids, padded on the left -> one forward over all of them
         -> logits of the last position -> temperature -> top-k -> top-p (the end kept) -> token
@@ -9,7 +9,8 @@ be alone. Random numbers belong to (seed, prompt): neither the batch around a pr
 count changes what it draws, and the generator of training (dropout) is left alone.
 
 An incomplete decoding (top-k, top-p) can put the end of a document at probability 0 for ever (Su,
-kexue.fm/archives/7500; Welleck et al. 2020): the end token stays in every truncated set.
+kexue.fm/archives/7500; Welleck et al. 2020): the end token stays in every truncated set. Beam
+search has a room of its own (beam.py), and so have the outputs that are allowed (allowed.py).
 
 Legend: B rows, T tokens of the longest prompt, V vocabulary.
 """
@@ -19,8 +20,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -30,7 +31,9 @@ from torch import Tensor, nn
 from configs.load import from_dict
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig
 from pretrain import checkpoint, models
-from pretrain.models.layers import KeyValueCache
+from pretrain.allowed import AllowedOutputs, Node, read_lines
+from pretrain.beam import Ahead, BranchingCache, search
+from pretrain.decoding import Decoding, Written
 from pretrain.state import State
 
 PADDING = -1
@@ -55,57 +58,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Any) -> str:
         """The text of token ids."""
         ...
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 64
-    """Tokens written at most, the end included; the model's last position ends it as well."""
-    min_new_tokens: int = 0
-    """Tokens written before the end may come."""
-    greedy: bool = False
-    """The most probable token; the rest below does not matter."""
-    temperature: float = 1.0
-    """Logits are divided by this."""
-    top_k: int = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the most probable tokens that together reach p (the one that crosses it included)."""
-    seed: int = 0
-    """Of the random numbers."""
-
-    def __post_init__(self) -> None:
-        wrong = [
-            sentence
-            for bad, sentence in (
-                (
-                    self.max_new_tokens < 1,
-                    f"max_new_tokens: is {self.max_new_tokens}, must be 1 up",
-                ),
-                (
-                    self.min_new_tokens < 0,
-                    f"min_new_tokens: is {self.min_new_tokens}, must be 0 up",
-                ),
-                (not self.temperature > 0, f"temperature: is {self.temperature}, must be above 0"),
-                (self.top_k < 0, f"top_k: is {self.top_k}, must be 0 (keep all) or more"),
-                (not 0 < self.top_p <= 1, f"top_p: is {self.top_p}, must be in (0, 1]"),
-            )
-            if bad
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong) + " (解码参数不合法)")
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote behind one prompt."""
-
-    ids: list[int]
-    """New tokens, without the end of document."""
-    ended: bool
-    """Whether the end of document came."""
 
 
 def load_model(
@@ -139,6 +91,7 @@ def write(
     pad_id: int,
     vocab: int | None = None,
     cache: bool = True,
+    allowed: AllowedOutputs | None = None,
 ) -> list[Written]:
     """Continue prompts of token ids; one `Written` each, in their order.
 
@@ -157,38 +110,47 @@ def write(
         )
     # The last token written is never read, so it needs no position.
     rooms = [min(decoding.max_new_tokens, capacity - length + 1) for length in lengths]
-    held = KeyValueCache(max(lengths) + max(rooms)) if cache else None
+    if allowed is not None:
+        allowed.check_room(min(rooms), "max_new_tokens, or the model's positions,")
+    held = BranchingCache(max(lengths) + max(rooms)) if cache else None
     given = _padded(prompts, pad_id, device)
 
-    def ahead(next_B: Tensor | None) -> Tensor:
+    def ahead(next_B: Tensor | None, kept_B: Tensor | None = None) -> Tensor:
         nonlocal given
+        if kept_B is not None:
+            tokens_BT, positions_BT, documents_BT = given
+            if documents_BT is not None:
+                documents_BT = documents_BT[kept_B]
+            given = (tokens_BT[kept_B], positions_BT[kept_B], documents_BT)
+            if held is not None:
+                held.select(kept_B)
         if next_B is not None:
             given = _grown(given, next_B, capacity, cache)
         hidden_BTD: Tensor = model(*given, held)
         return hidden_BTD[:, -1]
 
-    return spell(model, ahead, prompts, rooms, decoding, eod_id, vocab)
+    return spell(model, ahead, prompts, rooms, decoding, eod_id, vocab, allowed)
 
 
 @torch.no_grad()
 def spell(
     model: Any,
-    ahead: Callable[[Tensor | None], Tensor],
+    ahead: Ahead,
     prompts: Sequence[Sequence[int]],
     rooms: Sequence[int],
     decoding: Decoding,
     eod_id: int,
     vocab: int | None,
+    allowed: AllowedOutputs | None = None,
 ) -> list[Written]:
-    """Token after token behind prompts, each row at most as many as its room.
-
-    ahead: the tokens chosen last [B] (None at first) -> the hidden states [B, D] that predict the
-    next ones.
-    """
+    """Token after token behind prompts, each row at most as many as its room; or a beam search."""
+    if decoding.beams:
+        return search(model, ahead, rooms, decoding, eod_id, vocab, allowed)
     device, steps = next(model.parameters()).device, max(rooms)
     rooms_B = torch.tensor(rooms, device=device)
     draws = None if decoding.greedy else _uniform(prompts, steps, decoding.seed).to(device)
     written: list[Tensor] = []
+    nodes: list[Node] = [] if allowed is None else [allowed.root] * len(prompts)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     was_training = model.training
     model.eval()
@@ -196,11 +158,16 @@ def spell(
         for step in range(steps):
             logits_BV = model.logits(ahead(written[-1] if written else None))[:, :vocab]
             logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-            if step < decoding.min_new_tokens:
+            if allowed is not None:
+                logits_BV = allowed.only(logits_BV, nodes)
+            elif step < decoding.min_new_tokens:
                 logits_BV[:, eod_id] = -torch.inf
             next_B = choose(logits_BV, decoding, eod_id, None if draws is None else draws[:, step])
             next_B = next_B.where(~ended_B, eod_id)  # a row that ended goes on unread
             written.append(next_B)
+            if allowed is not None:
+                told = zip(nodes, next_B.tolist(), strict=True)
+                nodes = [node.get(token, {}) for node, token in told]
             ended_B = ended_B | (next_B == eod_id) | (rooms_B <= step + 1)
             if ended_B.all():
                 break
@@ -296,35 +263,62 @@ def truncated(logits_BV: Tensor, top_k: int, top_p: float, eod_id: int) -> Tenso
 
 
 def generate(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], **decoding: Any
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    allowed: str | Path | None = None,
+    **decoding: Any,
 ) -> list[str]:
     """What the model makes of each prompt, without the prompt; see `Decoding`.
 
     A decoder goes on with it, an encoder-decoder answers it, an encoder fills its masks (the middle
-    token, where none is masked) and gives the whole text, 今天[天||气||我]很好.
+    token, where none is masked) and gives the whole text, 今天[天||气||我]很好. `allowed` is a
+    file of the lines that may be written.
     """
-    return [text for text, _ in texts(model, tokenizer, prompts, Decoding(**decoding))]
+    return [text for text, _ in texts(model, tokenizer, prompts, Decoding(**decoding), allowed)]
 
 
 def texts(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], decoding: Decoding
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    allowed: str | Path | None = None,
 ) -> list[tuple[str, Written]]:
     """generate(), and the tokens that were written."""
     from pretrain import answer
 
     rows = [[int(i) for i in tokenizer.encode_prompt(prompt)] for prompt in prompts]
-    known = (tokenizer.eod_id, tokenizer.pad_id, tokenizer.vocab_size)
-    if isinstance(model.config, CPMConfig):
-        written = write(model, rows, decoding, *known)
-        return [(tokenizer.decode(w.ids), w) for w in written]
-    framed = [answer.framed(row, tokenizer.bos_id, tokenizer.eod_id) for row in rows]
-    if isinstance(model.config, T5PegasusConfig):
-        start = tokenizer.pad_id if tokenizer.bos_id is None else tokenizer.bos_id
-        written = answer.answer(model, framed, decoding, start, *known)
-        return [(tokenizer.decode(w.ids), w) for w in written]
+    known: dict[str, Any] = {"pad_id": tokenizer.pad_id, "vocab": tokenizer.vocab_size}
+    if isinstance(model.config, CPMConfig | T5PegasusConfig):
+        lines: dict[tuple[int, ...], str] = {}
+        if allowed is not None:
+            known["allowed"], lines = read_lines(allowed, tokenizer)
+        if isinstance(model.config, CPMConfig):
+            written = write(model, rows, decoding, tokenizer.eod_id, **known)
+        else:
+            start = tokenizer.pad_id if tokenizer.bos_id is None else tokenizer.bos_id
+            framed = [answer.framed(row, tokenizer.bos_id, tokenizer.eod_id) for row in rows]
+            written = answer.answer(model, framed, decoding, start, tokenizer.eod_id, **known)
+        return [(lines.get(tuple(w.ids)) or tokenizer.decode(w.ids), w) for w in written]
+    if decoding.beams or allowed is not None:
+        raise ValueError(
+            "beams, allowed: are for models that write; an encoder fills masks, each with the "
+            "likeliest tokens (编码器只填空)"
+        )
+    return _filled(model, tokenizer, rows)
+
+
+def _filled(
+    model: Any, tokenizer: Tokenizer, rows: Sequence[list[int]]
+) -> list[tuple[str, Written]]:
+    """Rows of an encoder with their masks filled."""
+    from pretrain import answer
+
     mask = tokenizer.mask_id
     if mask is None:
         raise ValueError("prompt: this tokenizer has no mask to fill (分词器没有 [MASK])")
+    framed = [answer.framed(row, tokenizer.bos_id, tokenizer.eod_id) for row in rows]
     framed = [
         [*row[: len(row) // 2], mask, *row[len(row) // 2 + 1 :]] if mask not in row else row
         for row in framed
@@ -351,6 +345,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
     parser.add_argument("--top-p", type=float, default=0.95, help="1 keeps all tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beams", type=int, default=0, help="beam search, as bert4keras (束搜索)")
+    parser.add_argument(
+        "--length-penalty", type=float, help="of beams: divide by length ** this, as transformers"
+    )
+    parser.add_argument("--patient", action="store_true", help="of beams: while a longer could win")
+    parser.add_argument("--min-ends", type=int, default=1, help="of beams: ends of an output")
+    parser.add_argument(
+        "--allowed", metavar="FILE", help="the lines that may be written (限定输出)"
+    )
     parser.add_argument("--gpu", action="store_true", help="on an NVIDIA GPU, in bf16")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
@@ -362,6 +365,10 @@ def main(argv: Sequence[str]) -> int:
         words.top_k,
         words.top_p,
         words.seed,
+        words.beams,
+        words.length_penalty,
+        words.patient,
+        words.min_ends,
     )
     if words.gpu and not torch.cuda.is_available():
         raise ValueError("--gpu: PyTorch finds no NVIDIA GPU here; leave it out (没有可用的 GPU)")
@@ -373,7 +380,7 @@ def main(argv: Sequence[str]) -> int:
     place = ("cuda", torch.bfloat16) if words.gpu else ("cpu", torch.float32)
     model = load_model(checkpoint.read(folder), *place)
     start = time.perf_counter()
-    found = texts(model, tokenizer, words.prompt, decoding)
+    found = texts(model, tokenizer, words.prompt, decoding, words.allowed)
     elapsed_s = time.perf_counter() - start
     goes_on = isinstance(model.config, CPMConfig)
     _show(words, str(folder), found, elapsed_s, "" if goes_on else " => ")
@@ -393,6 +400,7 @@ def _show(
         return
     rows = [
         {"prompt": prompt, "text": text, "tokens": len(w.ids), "ended": w.ended}
+        | ({} if w.score is None else {"score": w.score})
         for prompt, (text, w) in zip(words.prompt, found, strict=True)
     ]
     speed = sum(len(w.ids) + w.ended for _, w in found) / elapsed_s
