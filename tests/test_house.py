@@ -23,7 +23,11 @@ DOORS = {
     "megatron": {"pretrain/parallel.py"},
     "deepspeed": {"pretrain/engine.py", "pretrain/parallel.py", "launch/"},
     "transformers": {"pretrain/convert/hf.py"},
-    "sentencepiece": {"data_pipeline/tokenizer.py", "data_pipeline/training.py"},
+    "sentencepiece": {
+        "data_pipeline/pieces.py",
+        "data_pipeline/tokenizer.py",
+        "data_pipeline/training.py",
+    },
     "rjieba": {"data_pipeline/segment.py"},
     "jieba": {"data_pipeline/segment.py"},
     "datasets": {"data_pipeline/sources/tables.py"},
