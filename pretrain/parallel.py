@@ -24,7 +24,6 @@ import contextlib
 import functools
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,11 +142,16 @@ def make_mesh(tensor: int = 1) -> Mesh:
     if tensor > 1:
         from megatron.core import parallel_state
 
-        if parallel_state.model_parallel_is_initialized():
+        # Megatron makes some thirty groups and never ends one; under gloo each is a thread that
+        # wakes a hundred times a second. A second run in one process takes those that are there.
+        there = parallel_state.model_parallel_is_initialized()
+        if there and parallel_state.get_tensor_model_parallel_world_size() != tensor:
             parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
-        )
+            there = False
+        if not there:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+            )
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         data_group = parallel_state.get_data_parallel_group()
     return Mesh(
@@ -160,14 +164,6 @@ def cpu_threads() -> int:
     """CPU threads of this process: the cores it may use, shared with its neighbours."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     return max(1, len(os.sched_getaffinity(0)) // here)
-
-
-def reset() -> None:
-    """Forget Megatron's groups, so that another mesh can be made in this process."""
-    if "megatron.core.parallel_state" in sys.modules:
-        parallel_state = sys.modules["megatron.core.parallel_state"]
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
 
 
 def shard(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:

@@ -174,7 +174,6 @@ def _work(pipe: Connection, rank: int, size: int, port: int, folder: str) -> Non
             except BaseException as error:
                 ok, value = False, error
             engine.reset()
-            parallel.reset()
             torch.set_num_threads(1)
             _answer(pipe, rank, ok, value)
 
