@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from configs.grown import completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import CPMConfig, ModelConfig, split_problems
 from configs.objectives import Causal, Objective, data_problems
@@ -300,11 +301,15 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def stage_model(config: RunConfig, number: int) -> ModelConfig:
-    """The model as it is in stage `number`; ConfigError for sizes that make none."""
+    """The model as it is in stage `number`; ConfigError for sizes that make none.
+
+    Numbers that must follow a larger size are set, where the stage does not set them (grown.py).
+    """
     data = to_dict(config.model)
     for index, stage in enumerate(stages(config)[: number + 1]):
         if stage.model:
-            data = to_dict(_changed(data, stage.model, f"stages.{index}.model"))
+            larger = _changed(data, stage.model, f"stages.{index}.model")
+            data = to_dict(completed(_changed(data, {}, "model"), larger))
     return _changed(data, {}, "model")
 
 

@@ -4,7 +4,7 @@
 
 The tensors are computed and written one at a time. The proof reads what was written, not what was
 meant. `init: {from: DIR, what: all}` in a run's config then trains on, moments and progress
-included.
+included; its `model:` must have the numbers that growth has changed, which are printed.
 """
 
 import argparse
@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.grown import CARRIED
 from configs.load import from_dict, load, read_yaml
 from configs.model import ModelConfig, parameter_count
 from configs.run import RunConfig
+
+SIZES = ("layers", "hidden", "heads", "head_dim", "ffn", "vocab")
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,17 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
+    parser.add_argument(
+        "--new-words",
+        choices=("mean", "masked"),
+        default="mean",
+        help="what new rows of the vocabulary begin as: the mean, or never said (RoFormer v1)",
+    )
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     arguments = parser.parse_args(argv)
     larger = target(arguments.to, arguments.set)
-    proof = grow(Path(arguments.source), larger, Path(arguments.out), arguments.seed)
+    out, words = Path(arguments.out), arguments.new_words
+    proof = grow(Path(arguments.source), larger, out, arguments.seed, words)
     print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
     if not proof["kept"]:
         print(
@@ -57,7 +67,9 @@ def target(path: str, overrides: list[str]) -> ModelConfig:
     return model
 
 
-def grow(origin: Path, to: ModelConfig, out: Path, seed: int) -> dict[str, Any]:
+def grow(
+    origin: Path, to: ModelConfig, out: Path, seed: int, new_words: str = "mean"
+) -> dict[str, Any]:
     """Read, grow, write, prove; returns the proof. ValueError for what cannot be done."""
     from pretrain import checkpoint, growth, proof
 
@@ -68,7 +80,8 @@ def grow(origin: Path, to: ModelConfig, out: Path, seed: int) -> dict[str, Any]:
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
     probes = proof.probes(tokenizer, growth.model_config(before))
-    checkpoint.write_state(out, growth.grow(before, to, seed), tokenizer)
+    grown = growth.grow(before, to, seed, new_words=new_words)
+    checkpoint.write_state(out, grown, tokenizer)
     after = checkpoint.read(out)
     found = {
         "verb": "grow",
@@ -85,17 +98,20 @@ def grow(origin: Path, to: ModelConfig, out: Path, seed: int) -> dict[str, Any]:
 def _table(proof: dict[str, Any]) -> str:
     def size(model: dict[str, Any]) -> str:
         config = _typed(model)
-        sizes = ", ".join(f"{k} {model[k]}" for k in ("layers", "hidden", "ffn"))
+        sizes = ", ".join(f"{k} {model[k]}" for k in SIZES)
         return f"{sizes}: {parameter_count(config):,} parameters"
 
     def compared(part: dict[str, Any]) -> str:
         relation = "<=" if part["within"] else "ABOVE"
         return f"{part['max_difference']:.2e} {relation} {part['tolerance']:.2e}"
 
+    changed = [k for k in CARRIED if proof["from"].get(k) != proof["to"].get(k)]
+    follow = "; ".join(f"model.{k}: {proof['to'][k]!r}" for k in changed)
     lines = [
         ("from", f"{proof['source']} ({size(proof['from'])})"),
         ("to", f"{proof['out']} ({size(proof['to'])})"),
         ("operators", "; ".join(proof["operators"]) or "none, the sizes are the same"),
+        ("numbers changed", follow or "none; the page of the larger size is the model's"),
         ("logits, float64", compared(proof["float64"])),
         ("logits, float32", compared(proof["float32"])),
         ("loss on probes", f"{proof['loss']['before']:.6f} -> {proof['loss']['after']:.6f}"),

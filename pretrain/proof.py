@@ -8,6 +8,10 @@ A state is brought to its model one module at a time: the model stands on the me
 module's tensors are read just before it runs and dropped just after, so that the proof of a model
 of any size needs the memory of its largest matrix and of its activations.
 
+A growth may need numbers that float32 does not hold (the root of 3/2, a mean). So three things are
+shown: the growth, computed once more without rounding, keeps the logits in float64; what was
+written is its rounding to float32, value by value; and the written model keeps them in float32.
+
 Tolerances: float64, 1e-12 x the standard deviation of the logits (rounding of another summation
 order reaches 1e-14); float32, 3 x the error that the model before has against its own float64
 logits.
@@ -24,14 +28,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.model import ModelConfig, T5PegasusConfig, tensors
-from pretrain.growth import model_config
+from configs.grown import times
+from configs.load import to_dict
+from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
+from pretrain.growth import grow, model_config
 from pretrain.growth.depth import source
 from pretrain.models import build
 from pretrain.state import State, seed_of
 
 FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 3.0
+ROUNDED_TOLERANCE = 1e-5
+"""Share of the stream's deviation, where weights that were rounded to float32 are looked at."""
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 SENTENCES = (
     "北京是中华人民共和国的首都，也是全国的政治中心和文化中心。",
@@ -61,39 +69,62 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
     """Compare the outputs of two states on probes; dropout off.
 
     tokens_BT: int64 token ids. Returns plain data: the largest absolute difference of logits in
-    float64 and float32 with their tolerances, the standard deviation of the logits, the loss
-    (nats a token, next token, float64) before and after, `kept` (the verdict), and if it is False
-    `differs_at`, the first place where the residual stream differs.
+    float64 (of the growth without rounding) and float32 (as written) with their tolerances, the
+    standard deviation of the logits, the first tensor that is `not_as_computed`, the loss (nats a
+    token, next token, float64) before and after, `kept` (the verdict), and if it is False
+    `differs_at`, the first place where the residual stream differs. Of a larger vocabulary the old
+    words' logits are compared.
     """
     started = time.monotonic()
     exact_BTV = logits(before, tokens_BT, torch.float64)
     rounded_BTV = logits(before, tokens_BT, torch.float32)
     own_error = _distance(rounded_BTV, exact_BTV)
-    grown_BTV = logits(after, tokens_BT, torch.float64)
-    std = float(exact_BTV.std())
+    unrounded, odd = _unrounded(before, after)
+    grown_BTV = logits(unrounded, tokens_BT, torch.float64)
+    std, vocab = float(exact_BTV.std()), exact_BTV.shape[-1]
     found = {
-        "float64": _verdict(_distance(grown_BTV, exact_BTV), FLOAT64_TOLERANCE * std, std),
+        "float64": _verdict(
+            _distance(grown_BTV[..., :vocab], exact_BTV), FLOAT64_TOLERANCE * std, std
+        ),
         "float32": _verdict(
-            _distance(logits(after, tokens_BT, torch.float32), rounded_BTV),
+            _distance(logits(after, tokens_BT, torch.float32)[..., :vocab], rounded_BTV),
             FLOAT32_TOLERANCE * own_error,
             std,
         ),
     }
-    kept = all(part["within"] for part in found.values())
+    kept = all(part["within"] for part in found.values()) and odd is None
+    wrong = after if found["float64"]["within"] else unrounded  # the more telling one
     return {
         "kept": kept,
         **found,
+        "not_as_computed": odd,
         "loss": {
             "before": _loss(exact_BTV, tokens_BT),
             "after": _loss(grown_BTV, tokens_BT),
         },
         "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
-        "differs_at": None if kept else differs_at(before, after, tokens_BT),
+        "differs_at": None if kept else differs_at(before, wrong, tokens_BT),
         "from": before.record["model"],
         "to": after.record["model"],
         "torch": torch.__version__,
         "elapsed_s": round(time.monotonic() - started, 2),
     }
+
+
+def _unrounded(before: State, after: State) -> tuple[State, str | None]:
+    """The growth from `before` to `after` without rounding, and the first weight of `after` that is
+    not its rounding; `after` itself where its record tells of no growth from `before`."""
+    told = after.record.get("growth", [])[len(before.record.get("growth", [])) :]
+    if len(told) != 1 or told[0]["from"] != to_dict(model_config(before)):
+        return after, None
+    to = model_config(State({}, {"model": told[0]["to"]}))
+    words = told[0].get("new_words", "mean")
+    exact = grow(before, to, told[0]["seed"], new_words=words, rounded=False)
+    for name in exact.names():
+        written = after.read(f"weights/{name}")
+        if not torch.equal(exact.read(f"weights/{name}").to(written.dtype), written):
+            return after, name
+    return State(exact.entries, after.record), None
 
 
 def against(
@@ -205,25 +236,43 @@ def logits(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> torch.T
 def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
     """The first place where the residual stream of two states differs, in words.
 
-    Looked at: what enters each norm that reads the stream (float64), old places mapped to new ones.
+    Looked at: what enters each norm that reads the stream (float64), old places mapped to new ones,
+    in a wider stream the old dimensions. A copy behind a post-norm has no counterpart.
     """
     old, old_BTV, scale = _streams(before, tokens_BT)
     new, new_BTV, _ = _streams(after, tokens_BT)
     was, now = model_config(before), model_config(after)
+    exact = all(entry.dtype == "float64" for entry in after.entries.values())
+    tolerance = FLOAT64_TOLERANCE if exact or _unscaled(was, now) else ROUNDED_TOLERANCE
     earlier = "the embeddings"
     for name, stream_BTD in new.items():
         expected = _counterpart(name, was, now)
-        if expected not in old or old[expected].shape != stream_BTD.shape:
+        if expected is None:
+            continue
+        if expected not in old:
             return f"{earlier} (the stream that enters {name} has no counterpart before)"
-        far = _distance(stream_BTD, old[expected])
-        if not far <= FLOAT64_TOLERANCE * scale:
+        old_BTD = old[expected]
+        seen_BTD = stream_BTD[..., : old_BTD.shape[-1]] / _stretch(was, now)
+        far = _distance(seen_BTD, old_BTD)
+        if not far <= tolerance * scale:
             return f"{earlier} (the stream that enters {name} differs by {far:.2e})"
         earlier = _inside(name, was, now)
-    far = _distance(new_BTV, old_BTV)
+    far = _distance(new_BTV[..., : old_BTV.shape[-1]], old_BTV)
     return f"{earlier} or the head (the logits differ by {far:.2e})"
 
 
-def _counterpart(name: str, was: ModelConfig, now: ModelConfig) -> str:
+def _unscaled(was: ModelConfig, now: ModelConfig) -> bool:
+    return was.hidden == now.hidden and was.head_dim == now.head_dim
+
+
+def _stretch(was: ModelConfig, now: ModelConfig) -> float:
+    """What the old dimensions of the stream were multiplied by."""
+    gainless = isinstance(was, RoFormerConfig) and was.version == 2
+    padded = times(was.hidden, now.hidden) is None
+    return float((now.hidden / was.hidden) ** 0.5) if gainless and padded else 1.0
+
+
+def _counterpart(name: str, was: ModelConfig, now: ModelConfig) -> str | None:
     """The norm of the smaller model that must see the same stream as norm `name` of the larger."""
     head, found, rest = name.partition(".layers.")
     if not found:
@@ -232,6 +281,8 @@ def _counterpart(name: str, was: ModelConfig, now: ModelConfig) -> str:
     old, is_copy = source(int(number), was.layers, now.layers)
     if not is_copy:
         return f"{head}.layers.{old}.{inner}"
+    if isinstance(was, RoFormerConfig):
+        return None
     if old + 1 == was.layers:  # a copy of the last layer sees what leaves the stack
         return f"{head}.final_norm"
     return f"{head}.layers.{old + 1}.{_norms(was, head)[0]}"
@@ -261,11 +312,9 @@ def _streams(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
     """What enters each norm that reads the stream, the logits, the largest stream's deviation."""
     seen: dict[str, torch.Tensor] = {}
-    config = model_config(state)
-    readers = {t.name.rpartition(".")[0] for t in tensors(config) if t.op == "norm" and t.reads}
     with _model(state, torch.float64) as model:
         for name, module in model.named_modules():
-            if name in readers:
+            if re.search(r"(^|[._])norm$", name) and not name.startswith("head."):
                 module.register_forward_pre_hook(_keeper(seen, name))
         logits_BTV = _run(model, tokens_BT)
     return seen, logits_BTV, max(float(x.std()) for x in seen.values())

@@ -78,7 +78,7 @@ def test_a_proof_that_fails_ends_in_an_error_and_removes_nothing(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--set", "hidden=64"], "hidden is 32 and the target has 64"),
+        (["--set", "hidden=31"], "hidden would shrink from 32 to 31"),
         (["--set", "layrs=4"], "did you mean 'layers'"),
         (["--set", "layers=0"], "must be at least 1"),
     ],

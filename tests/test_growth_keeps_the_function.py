@@ -188,11 +188,11 @@ def test_a_fresh_models_biases_stay_zero() -> None:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        (larger(hidden=64), ["hidden is 32", "64", "hidden=32", "layers=3"]),
+        (larger(hidden=24), ["hidden would shrink from 32 to 24", "hidden=32", "layers=3"]),
         (larger(layers=2), ["shrink from 3 to 2", "layers=3"]),
         (
-            larger(layers=6, heads=8, vocab=100),
-            ["heads is 4", "vocab is 97", "layers=6", "heads=4"],
+            larger(layers=6, heads=2, positions=100),
+            ["heads would shrink from 4 to 2", "positions is 48", "layers=6", "heads=4"],
         ),
         (larger(norm_eps=1e-6), ["norm_eps is 1e-05", "norm_eps=1e-05"]),
         (T5PegasusConfig("t5_pegasus", 97, 32, 3, 4, 8, 64), ["t5_pegasus", "cpm"]),

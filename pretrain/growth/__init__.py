@@ -1,72 +1,119 @@
 """Growth: a trained state in, a larger state that computes the same function out.
 
-    state (4 layers, ffn 1024) --depth--> (6, 1024) --width--> (6, 1536)
+    state (4 layers, ffn 1024) --depth--> (6, 1024) --width--> (6, 1536) --one rounding--> float32
           entries: name -> how to read it         entries: name -> how to compute it
 
 An operator is a function from one logical state to another. It is driven by the table of tensors
-(configs/model.py): which tensors belong to a layer, which write the residual stream, which axes
-they have. Nothing is read or computed until an entry of the result is read, so that growing holds
-one tensor at a time, whatever the model's size; operators compose.
+(configs/model.py): which tensors belong to a layer, which write the residual stream and which read
+it, which axes they have. Nothing is read or computed until an entry of the result is read, so that
+growing holds one tensor at a time, whatever the model's size; operators compose in any order.
 
-Today: deeper by zero-output layers (depth.py) and a wider feed-forward layer by zero columns
-(width.py), for pre-norm CPM; moments.py says how Adam's moments begin. Sources: LEMON (Wang et al.,
-ICLR 2024), LLaMA-Pro (Wu et al., 2024), Net2Net (Chen et al., ICLR 2016).
+depth.py adds layers; width.py widens feed-forward layers, heads, the stream and the vocabulary, by
+axis.py; moments.py carries Adam's moments; configs/grown.py knows which numbers of the config must
+follow. Sources: GROWTH of record (the project's own derivations: gain shift, rotary heads, exact
+moments); LEMON (Wang et al., ICLR 2024), LLaMA-Pro (Wu et al., 2024), Net2Net (Chen et al., ICLR
+2016), HyperCloning (Samragh et al., 2024), bert4keras (Su, kexue.fm/archives/8444).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
+from configs.grown import CARRIED, carried, completed, times
 from configs.load import from_dict, to_dict
-from configs.model import CPMConfig, ModelConfig, tensors
+from configs.model import ModelConfig, RoFormerConfig, tensors
+from pretrain.growth import width
 from pretrain.growth.depth import deeper
 from pretrain.growth.moments import slots
-from pretrain.growth.width import wider
-from pretrain.state import State
+from pretrain.state import Entry, State
 
-GROWS = ("layers", "ffn")
-"""What can be enlarged."""
+Operator = Callable[[State, ModelConfig, ModelConfig, int], State]
+
+OPERATORS: dict[str, Operator] = {
+    "layers": deeper,
+    "heads": width.more_heads,
+    "head_dim": width.larger_heads,
+    "ffn": width.more_units,
+    "hidden": width.wider,
+    "vocab": width.more_words,
+}
+"""What can be enlarged, and by which operator, in the order of application."""
+GROWS = tuple(OPERATORS)
+FOLLOWS = {"hidden": ("norm_eps", "logit_scale"), "head_dim": ("rope_base",)}
+"""Numbers of the config that change together with a size."""
 FREE = ("dropout", "attention_dropout", "init_std")
 """What may differ because it changes neither a tensor nor the function at inference."""
+LARGEST_EPS_BEHIND = 1e-11
+"""Layers behind a post-norm change the function by about their norms' eps; so much is rounding."""
 
 
 class GrowthError(ValueError):
     """The target cannot be reached from the model at hand; the message names what can."""
 
 
-def grow(state: State, to: ModelConfig, seed: int) -> State:
+def grow(
+    state: State,
+    to: ModelConfig,
+    seed: int,
+    *,
+    new_words: str = "mean",
+    rounded: bool = True,
+) -> State:
     """The state enlarged to the config `to`; logits are the same in exact arithmetic, dropout off.
 
-    Entries are computed when read. Old tensors keep their moments and their `born`; new tensors
-    get moments of zero and are born at the present update, so that their Adam step starts at 0;
-    new entries inside old tensors follow moments.py. `seed` decides the new random rows. The
-    record gets the new config and one more line in `growth`. Raises GrowthError for a target out
-    of reach.
+    Entries are computed when read. Old tensors keep their `born`, and their moments by the exact
+    rule of moments.py; new tensors get moments of zero and are born at the present update, so that
+    their Adam step starts at 0. Numbers that `to` leaves open are set (configs/grown.py). `seed`
+    decides the random entries. The record gets the new config, the `scales` of tensors that the
+    optimizer must treat by the rule, and one more line in `growth`.
+
+    Args:
+        new_words: what new rows of the vocabulary begin as: `mean`, or `masked` (never said;
+            RoFormer v1 only, which has a bias there).
+        rounded: to float32, once; without, what needs rounding stays in float64, for proofs.
+
+    Raises GrowthError for a target out of reach.
     """
     now = model_config(state)
-    refused = refusal(now, to)
+    refused = refusal(now, to, new_words=new_words)
     if refused:
         raise GrowthError(refused)
-    operators, grown, at = [], state, now
-    for operator, size in ((deeper, "layers"), (wider, "ffn")):
-        if getattr(at, size) != getattr(to, size):
-            target = dataclasses.replace(at, **{size: getattr(to, size)})  # type: ignore[type-var]
-            grown = operator(grown, at, target, seed)
-            operators.append(f"{size} {getattr(at, size)} -> {getattr(to, size)}")
-            at = target
+    to = completed(now, to)
+    names, grown, at = [], state, now
+    for size, operator in OPERATORS.items():
+        if getattr(at, size) == getattr(to, size):
+            continue
+        keys = [key for key in (size, *FOLLOWS.get(size, ())) if hasattr(to, key)]
+        target = dataclasses.replace(at, **{key: getattr(to, key) for key in keys})
+        if size == "vocab" and new_words == "masked":
+            operator = width.masked_words
+        grown = operator(grown, at, target, seed)
+        names.append(f"{size} {getattr(at, size)} -> {getattr(to, size)}")
+        at = target
     line = {
         "step": state.record.get("step", 0),
         "updates": state.record.get("updates", 0),
         "from": to_dict(now),
         "to": to_dict(to),
-        "operators": operators,
+        "operators": names,
         "seed": seed,
     }
+    if new_words != "mean":
+        line["new_words"] = new_words
     history = [*state.record.get("growth", []), line]
     # in the table's order, so that the files' bytes do not depend on the way that led here
     keys = [f"{kind}/{t.name}" for kind in ("weights", *slots(grown)) for t in tensors(to)]
     keys += [key for key in grown.entries if key.startswith("buffers/")]
     entries = {key: grown.entries[key] for key in keys}
+    if rounded:
+        entries = {key: _rounded(entry) for key, entry in entries.items()}
     return State(entries, {**grown.record, "model": to_dict(to), "growth": history})
+
+
+def _rounded(entry: Entry) -> Entry:
+    if entry.dtype != "float64":
+        return entry
+    return Entry(entry.shape, "float32", lambda: entry.read().float())
 
 
 def model_config(state: State) -> ModelConfig:
@@ -74,27 +121,55 @@ def model_config(state: State) -> ModelConfig:
     return cast(ModelConfig, from_dict(cast(Any, ModelConfig), state.record["model"], "model"))
 
 
-def refusal(now: ModelConfig, to: ModelConfig) -> str | None:
+def refusal(now: ModelConfig, to: ModelConfig, *, new_words: str = "mean") -> str | None:
     """Why `to` cannot be reached from `now`, in one sentence with the nearest sizes; or None."""
-    if not isinstance(now, CPMConfig) or not isinstance(to, CPMConfig):
+    if type(now) is not type(to):
         return (
             f"family: a {now.family} cannot be grown to a {to.family}; "
-            "a cpm can be grown to a larger cpm (此模型族暂不能扩大)"
+            f"it can be grown to a larger {now.family} (不能变成另一模型族)"
         )
-    wrong, nearest = [], {}
+    to, wrong = completed(now, to), []
+    needed, nearest = carried(now, to), {}
     for key in (field.name for field in dataclasses.fields(to)):
         old, new = getattr(now, key), getattr(to, key)
         if key in GROWS:
             nearest[key] = max(old, new)
             if new < old:
                 wrong.append(f"{key} would shrink from {old} to {new}")
+        elif key in CARRIED:
+            other = now.rope_base ** (to.head_dim / now.head_dim) if key == "rope_base" else None  # type: ignore[union-attr]
+            if new not in (needed[key], other):
+                nearest[key] = needed[key]
+                wrong.append(f"{key} is {old}, the function needs {needed[key]}, not {new}")
         elif key not in FREE and new != old:
             nearest[key] = old
             wrong.append(f"{key} is {old} and the target has {new}")
+    if isinstance(now, RoFormerConfig):
+        wrong += _post_norm(now, to, nearest)
+    if new_words == "masked" and not (isinstance(now, RoFormerConfig) and now.version == 1):
+        wrong.append("new words can be masked where logits have a bias, in RoFormer v1")
     if not wrong:
         return None
     sizes = ", ".join(f"{key}={value}" for key, value in nearest.items())
     return (
-        f"model: {'; '.join(wrong)}; only {' and '.join(GROWS)} can grow, and only upwards: the "
-        f"nearest target that can be reached has {sizes} (只能加层或加宽 ffn)"
+        f"model: {'; '.join(wrong)}; {', '.join(GROWS)} can grow, and only upwards: the nearest "
+        f"target that can be reached has {sizes} (只能加大，最近的可行尺寸见上)"
     )
+
+
+def _post_norm(now: RoFormerConfig, to: ModelConfig, nearest: dict[str, Any]) -> list[str]:
+    """What a post-norm cannot do; `nearest` is corrected."""
+    wrong = []
+    if now.version == 1 and to.hidden > now.hidden and times(now.hidden, to.hidden) is None:
+        nearest["hidden"] = now.hidden * max(1, round(to.hidden / now.hidden))
+        wrong.append(
+            f"hidden {now.hidden} cannot become {to.hidden}, RoFormer v1 widens by whole factors "
+            f"only (its norms stand behind the sum)"
+        )
+    if to.layers > now.layers and now.norm_eps > LARGEST_EPS_BEHIND:
+        nearest["layers"] = now.layers
+        wrong.append(
+            f"layers cannot be added under norm_eps {now.norm_eps:g}: each changes the stream by "
+            f"about as much, at most {LARGEST_EPS_BEHIND:g} is rounding"
+        )
+    return wrong

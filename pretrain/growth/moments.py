@@ -1,4 +1,11 @@
-"""How Adam's moments begin for what growth has added.
+"""How Adam's moments go on in a grown model: the exact rule, and a beginning for what is new.
+
+    p' = a x p, in n copies:   the loss as a function is the same, so the gradient of each copy is
+                               1 / (a n) of the old one. Hence  exp_avg     x 1 / (a n)
+                                                                exp_avg_sq  x 1 / (a n)^2
+    and the update is the small model's under     lr x a,  decoupled decay x 1 / a,  eps x 1 / (a n)
+    and the global gradient norm, if a tensor's squared norm weighs a^2 n in it (GROWTH of record
+    4.1; derived for this project). Those four are kept in the record's `scales` by tensor name.
 
 A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first updates are up to
 6.6 times the learning rate. Hence
@@ -8,9 +15,14 @@ A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first
                                the tensor has one step count: a row's new columns take its mean
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from pretrain.state import MOMENTS, Entry, State
+
+Scales = dict[str, dict[str, float]]
+"""By tensor name: lr, wd, eps, clip; what is not named has 1 for each."""
 
 
 def slots(state: State) -> list[str]:
@@ -26,16 +38,21 @@ def zeros(size: tuple[int, ...]) -> Entry:
     return Entry(size, "float32", lambda: torch.zeros(size))
 
 
-def extended(slot: str, old: Entry, size: tuple[int, ...], dim: int) -> Entry:
-    """A moment of an old tensor whose dimension `dim` grew."""
+def moment_factor(slot: str, amplitude: float, copies: int) -> float:
+    """What a moment of a tensor is multiplied by that became `copies` x (amplitude x itself)."""
+    gradient = 1.0 / (amplitude * copies)
+    return gradient**2 if slot.endswith("exp_avg_sq") else gradient
 
-    def read() -> torch.Tensor:
-        values = old.read()
-        grown = values.new_zeros(size)
-        grown.narrow(dim, 0, values.shape[dim]).copy_(values)
-        if slot.endswith("exp_avg_sq"):
-            mean = values.mean(dim, keepdim=True, dtype=torch.float64).to(values.dtype)
-            grown.narrow(dim, values.shape[dim], size[dim] - values.shape[dim]).copy_(mean)
-        return grown
 
-    return Entry(size, old.dtype, read)
+def rescaled(scales: Scales, changes: Mapping[str, tuple[float, int]]) -> Scales:
+    """`scales` after tensors became `copies` x (amplitude x themselves), by the exact rule."""
+    found = {name: dict(scale) for name, scale in scales.items()}
+    for name, (amplitude, copies) in changes.items():
+        if amplitude == 1.0 and copies == 1:
+            continue
+        scale = found.setdefault(name, {"lr": 1.0, "wd": 1.0, "eps": 1.0, "clip": 1.0})
+        scale["lr"] *= amplitude
+        scale["wd"] /= amplitude
+        scale["eps"] /= amplitude * copies
+        scale["clip"] *= amplitude**2 * copies
+    return found

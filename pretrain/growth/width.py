@@ -1,78 +1,121 @@
-"""Wider: more units in the feed-forward layer, which say nothing yet.
+"""Wider: one function for each axis of the table, saying what its new entries are.
 
-                 old units | new units
-    up   [ffn, embed]   W  /  R            new rows: random, as large as the old ones
-    up   bias [ffn]     b  /  r            the same
-    down [embed, ffn]   W  |  0            new columns: zero, so the output is unchanged
+    axis       new OUTPUT entries (rows)            new INPUT entries (columns)
+    ffn        random: units that compute           zero: nobody listens yet
+    heads      random q, k, v; random T5 bias       zero in o
+    head_dim   random q, v; zero k; q x scale       zero in o
+    vocab      the mean of the rows, or masked
+    hidden     see below
 
-The table says which tensors have the axis: where it is an OUTPUT axis the new entries are random
-(a unit that computes something), where it is an INPUT axis they are zero (nobody listens yet).
-The zero columns receive a gradient from the first step on, the random rows from the second. Zero
-on both sides would never wake up. Under Net2Net's other form the units are copied and their
-columns split; that is an option of a later operator.
+The zero side gets a gradient from the first step on, the random side from the second; zero on both
+sides would never wake up. In head_dim, q takes up the change of the score's scale; under rotary
+positions the old pair i goes to pair k i for a whole factor k, where the same base turns it by the
+same angles; for other sizes the base changes (configs/grown.py) and every pair stays.
+
+The hidden width by a whole factor k is tiled, the stream becomes [x; ..; x]: what writes it is
+repeated, what reads it is divided by k, and the norm before a tied head too, because that head
+reads as well. To any other width, pre-norm families and RoFormer v2 are padded:
+
+    T5        [x; 0]         writers zero rows, gains x sqrt(d / D), norm_eps x d / D
+    CPM       [x; mean(x)]   writers the mean of their rows, the same gains and norm_eps (LEMON)
+    v2        c [x; 0], c = sqrt(D / d): writers x c, readers / c; its norm has no gain
+
+where readers get random new columns, which read zeros of the normalised stream. A copy is locked to
+its twin until dropout, noise or data part them (GROWTH of record 4.3).
 """
 
-from collections.abc import Callable
+from configs.grown import averages, scale_of_scores, times
+from configs.model import ModelConfig, RoFormerConfig, Tensor, tensors
+from pretrain.growth.axis import Fill, Rule, longer
+from pretrain.state import State
 
-import torch
+MASKED = -1e4
+"""A logit's bias under which a token is never said: exp of it is 0 in every precision."""
 
-from configs.model import ModelConfig, shape, tensors
-from pretrain.growth.moments import extended, slots
-from pretrain.state import Entry, State, draw
 
-AXIS = "ffn"
+def more_units(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+    """to.ffn units in each feed-forward layer, gated or not."""
+    return longer(state, now, to, seed, "ffn", _silent)
+
+
+def more_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+    """to.heads heads in each attention."""
+    return longer(state, now, to, seed, "heads", _silent)
+
+
+def _silent(tensor: Tensor, dim: int) -> Fill:
+    return Fill("zero" if dim == 1 and tensor.op == "linear" else "random")
+
+
+def larger_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+    """to.head_dim values in each head."""
+    ratio = scale_of_scores(now) / scale_of_scores(to)
+
+    def rule(tensor: Tensor, dim: int) -> Fill:
+        part = tensor.name.split(".")[-2]
+        if part == "q":
+            return Fill("random", ratio)
+        return Fill("zero" if part in ("k", "o") else "random")
+
+    factor, places = times(now.head_dim, to.head_dim), None
+    if isinstance(now, RoFormerConfig) and now.rope_base == getattr(to, "rope_base", None):
+        assert factor is not None, "rotary heads of another size need another rope_base"
+        pairs = [2 * factor * i for i in range(now.head_dim // 2)]
+        at = tuple(place for pair in pairs for place in (pair, pair + 1))
+        turned = [t.name for t in tensors(to) if t.name.split(".")[-2] in ("q", "k")]
+        places = dict.fromkeys(turned, at)
+    return longer(state, now, to, seed, "head_dim", rule, places)
 
 
 def wider(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
-    """`state` with to.ffn feed-forward units; new rows are drawn from (seed, name, both sizes).
+    """to.hidden values in the residual stream: tiled by a whole factor, else padded."""
+    factor = times(now.hidden, to.hidden)
+    rule = _padded(now, to) if factor is None else _tiled(now, factor)
+    return longer(state, now, to, seed, "embed", rule)
 
-    The sizes belong to the draw so that a model which is widened twice with one seed does not get
-    the same units twice.
+
+def _reads(tensor: Tensor, dim: int) -> bool:
+    return dim == 1 and tensor.op == "linear"
+
+
+def _tiled(now: ModelConfig, factor: int) -> Rule:
+    table = tensors(now)
+    last = [t.name.rpartition(".")[0] for t in table if t.op == "norm"][-1:]
+    before_head = last if any(t.tied_to == "head" for t in table) else []
+
+    def rule(tensor: Tensor, dim: int) -> Fill:
+        divided = _reads(tensor, dim) or tensor.name.rpartition(".")[0] in before_head
+        return Fill("tile", 1 / factor if divided else 1.0)
+
+    return rule
+
+
+def _padded(now: ModelConfig, to: ModelConfig) -> Rule:
+    root = (to.hidden / now.hidden) ** 0.5
+    free_of_gain = not any(t.op == "norm" for t in tensors(now))
+
+    def rule(tensor: Tensor, dim: int) -> Fill:
+        if tensor.op == "norm":
+            return Fill("zero") if tensor.name.endswith(".bias") else Fill("mean", 1 / root)
+        if _reads(tensor, dim):
+            return Fill("random", 1 / root if free_of_gain else 1.0)
+        return Fill("mean" if averages(now) else "zero", root if free_of_gain else 1.0)
+
+    return rule
+
+
+def more_words(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+    """to.vocab rows; a new word begins as the mean of all: the old logits stay as they are.
+
+    The log-probability of an old word falls by at most log(1 + new / old).
     """
-    entries = dict(state.entries)
-    for tensor in tensors(to):
-        size = shape(to, tensor)
-        for dim, axes in enumerate((tensor.out, tensor.in_)):
-            if AXIS not in axes:
-                continue
-            assert axes == (AXIS,), f"{tensor.name}: {axes} is no plain feed-forward axis"
-            label = f"{tensor.name}.growth.{now.ffn}-{to.ffn}"
-            old = state.entries[f"weights/{tensor.name}"]
-            read = _random_rows(old, size, label, seed) if dim == 0 else _zero_columns(old, size)
-            entries[f"weights/{tensor.name}"] = Entry(size, old.dtype, read)
-            for slot in slots(state):
-                key = f"{slot}/{tensor.name}"
-                entries[key] = extended(slot, state.entries[key], size, dim)
-    return State(entries, state.record)
+    return longer(state, now, to, seed, "vocab", lambda tensor, dim: Fill("mean"))
 
 
-def _random_rows(
-    old: Entry, size: tuple[int, ...], label: str, seed: int
-) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        values = old.read()
-        grown = values.new_empty(size)
-        grown[: values.shape[0]] = values
-        grown[values.shape[0] :] = _like(values, grown[values.shape[0] :].shape, label, seed)
-        return grown
+def masked_words(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+    """The same with a bias under which no new word is ever said: for rows that only fill up."""
 
-    return read
+    def rule(tensor: Tensor, dim: int) -> Fill:
+        return Fill("constant", 1.0, MASKED) if tensor.op == "vector" else Fill("mean")
 
-
-def _like(
-    values: torch.Tensor, size: tuple[int, ...] | torch.Size, label: str, seed: int
-) -> torch.Tensor:
-    """Random numbers of the root mean square of `values`: zeros (a fresh bias) beget zeros."""
-    # in float64, so that the float32 that is drawn from it does not depend on the thread count
-    rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / values.numel() ** 0.5
-    return draw(label, seed, tuple(size), rms) if rms > 0 else values.new_zeros(size)
-
-
-def _zero_columns(old: Entry, size: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        values = old.read()
-        grown = values.new_zeros(size)
-        grown[:, : values.shape[1]] = values
-        return grown
-
-    return read
+    return longer(state, now, to, seed, "vocab", rule)

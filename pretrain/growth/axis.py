@@ -1,0 +1,157 @@
+r"""One axis of a tensor made longer: where its old entries go, and what stands between them.
+
+    [pre, old, post] --places, x factor--> [pre, new, post], the rest filled:
+
+        zero       nobody listens yet, or nothing is said
+        random     as large as the old entries: what computes something that nobody reads
+        mean       of the old ones along the axis
+        tile       the old ones again, in order: [x; x]; for a whole factor
+        constant   one number
+
+A factored axis (heads x head_dim) is one dimension of the tensor; `pre` and `post` hold what lies
+before and behind the axis. Nothing is computed before it is read, and one tensor at a time. What
+needs rounding (a factor that is no power of two, a mean) is computed in float64 and stays so:
+grow() rounds once, at the end of all operators.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import frexp, prod
+from typing import Literal
+
+import torch
+
+from configs.model import ModelConfig, Tensor, axis_size, shape, tensors
+from pretrain.growth.moments import moment_factor, rescaled, slots
+from pretrain.state import Entry, State, draw
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What a dimension's new entries are, and what the old ones are multiplied by."""
+
+    how: Literal["zero", "random", "mean", "tile", "constant"]
+    factor: float = 1.0
+    value: float = 0.0
+    """The number of `constant`."""
+
+
+Rule = Callable[[Tensor, int], Fill]
+"""(tensor, dimension that has the axis) -> how it grows."""
+
+
+@dataclass(frozen=True)
+class _Longer:
+    """One dimension of one tensor, and how it grows."""
+
+    size: tuple[int, ...]
+    pre: int
+    old: int
+    new: int
+    post: int
+    places: tuple[int, ...]
+    label: str
+    seed: int
+
+
+def longer(
+    state: State,
+    now: ModelConfig,
+    to: ModelConfig,
+    seed: int,
+    axis: str,
+    rule: Rule,
+    places: Mapping[str, tuple[int, ...]] | None = None,
+) -> State:
+    """`state` with every `axis` as long as in `to`; moments, `scales` by moments.py.
+
+    places: tensor name -> where its old entries go along the axis; without one, in front. Random
+    entries are drawn from (seed, tensor, axis, both sizes), so that a model which grows twice with
+    one seed does not get the same numbers twice.
+    """
+    old, new = axis_size(now, axis), axis_size(to, axis)
+    entries, changes = dict(state.entries), {}
+    for tensor in tensors(to):
+        dims = [dim for dim, axes in enumerate((tensor.out, tensor.in_)) if axis in axes]
+        if not dims:
+            continue
+        at = (places or {}).get(tensor.name, tuple(range(old)))
+        fills = [rule(tensor, dim) for dim in dims]
+        amplitude = prod(fill.factor for fill in fills)
+        copies = prod(new // old if fill.how == "tile" else 1 for fill in fills)
+        changes[tensor.name] = (amplitude, copies)
+        for kind in ("weights", *slots(state)):
+            key, size = f"{kind}/{tensor.name}", shape(now, tensor)
+            if key not in entries:
+                continue
+            if kind != "weights":
+                factor = moment_factor(kind, amplitude, copies)
+            for dim, fill in zip(dims, fills, strict=True):
+                label = f"{tensor.name}.growth.{axis}.{dim}.{old}-{new}"
+                cut = _cut(now, to, tensor, dim, axis, size, at, label, seed)
+                if kind == "weights":
+                    entries[key] = _grown(entries[key], cut, fill)
+                else:
+                    beginning = "mean" if kind.endswith("exp_avg_sq") else "zero"
+                    how = "tile" if fill.how == "tile" else beginning
+                    entries[key] = _grown(entries[key], cut, Fill(how, factor))
+                    factor = 1.0
+                size = cut.size
+    scales = rescaled(state.record.get("scales", {}), changes)
+    return State(entries, {**state.record, "scales": scales} if scales else state.record)
+
+
+def _cut(
+    now: ModelConfig,
+    to: ModelConfig,
+    tensor: Tensor,
+    dim: int,
+    axis: str,
+    size: tuple[int, ...],
+    places: tuple[int, ...],
+    label: str,
+    seed: int,
+) -> _Longer:
+    axes = (tensor.out, tensor.in_)[dim]
+    before, behind = axes[: axes.index(axis)], axes[axes.index(axis) + 1 :]
+    new = axis_size(to, axis)
+    lead = prod(axis_size(now, a) for a in before)
+    tail = prod(axis_size(now, a) for a in behind)
+    grown = (*size[:dim], lead * new * tail, *size[dim + 1 :])
+    pre, post = prod(size[:dim]) * lead, tail * prod(size[dim + 1 :])
+    return _Longer(grown, pre, axis_size(now, axis), new, post, places, label, seed)
+
+
+def _grown(old: Entry, cut: _Longer, fill: Fill) -> Entry:
+    rounds = fill.how == "mean" or abs(frexp(fill.factor)[0]) != 0.5
+    dtype = "float64" if rounds else old.dtype
+
+    def read() -> torch.Tensor:
+        values = old.read().reshape(cut.pre, cut.old, cut.post)
+        values = values.double() * fill.factor if rounds else values * fill.factor
+        if fill.how == "tile":
+            return values.repeat(1, cut.new // cut.old, 1).view(cut.size)
+        grown = values.new_zeros(cut.pre, cut.new, cut.post)
+        places = torch.tensor(cut.places)
+        rest = torch.ones(cut.new, dtype=torch.bool).index_fill_(0, places, False).nonzero()[:, 0]
+        if cut.places == tuple(range(cut.old)):  # no index: half the memory
+            grown[:, : cut.old], new = values, grown[:, cut.old :]
+            new.copy_(_new(values, tuple(new.shape), cut, fill))
+        else:
+            grown[:, places] = values
+            size = (cut.pre, len(rest), cut.post)
+            grown[:, rest] = _new(values, size, cut, fill).expand(size).to(grown.dtype)
+        return grown.view(cut.size)
+
+    return Entry(cut.size, dtype, read)
+
+
+def _new(values: torch.Tensor, size: tuple[int, ...], cut: _Longer, fill: Fill) -> torch.Tensor:
+    if fill.how == "mean":
+        return values.mean(1, keepdim=True)
+    if fill.how == "random":
+        # in float64, so that the float32 that is drawn from it does not depend on the thread count
+        rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / values.numel() ** 0.5
+        if rms > 0:  # zeros (a fresh bias) beget zeros
+            return draw(cut.label, cut.seed, size, rms)
+    return torch.full((1, 1, 1), fill.value, dtype=values.dtype)

@@ -1,0 +1,211 @@
+"""Every size of every family grows and keeps the function; each factor is needed for it.
+
+Float64, of the growth without rounding: 1e-12 of the logits' deviation (another summation order
+reaches 2e-14; a layer behind a post-norm changes as much as eps = 1e-12 allows, 4e-13). Float32, as
+written: 3 times the small model's own rounding.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from configs.grown import completed
+from configs.load import to_dict
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
+from pretrain import proof
+from pretrain.growth import GrowthError, grow, refusal
+from pretrain.state import State
+from tests.growing import changed, trained
+
+SIZES: dict[str, Any] = {"vocab": 97, "hidden": 32, "layers": 2, "heads": 4, "head_dim": 8}
+FAMILIES: dict[str, ModelConfig] = {
+    "cpm": CPMConfig("cpm", **SIZES, ffn=64, positions=48, init_std=0.1),
+    "t5": T5PegasusConfig("t5_pegasus", **SIZES, ffn=48, init_std=0.1),
+    "v1": RoFormerConfig("roformer", 1, **SIZES, ffn=64, init_std=0.1),
+    "v2": RoFormerConfig("roformer", 2, **SIZES, ffn=64),
+}
+PROBES = proof.probes(None, FAMILIES["cpm"])[:2]
+ALL = {"layers": 3, "heads": 6, "head_dim": 12, "ffn": 100, "hidden": 48, "vocab": 130}
+TILED = {"layers": 3, "heads": 8, "head_dim": 16, "ffn": 128, "hidden": 96}
+STEPS: list[dict[str, int]] = [
+    {"layers": 5},
+    {"ffn": 100},
+    {"heads": 6},
+    {"head_dim": 12},
+    {"head_dim": 16},
+    {"hidden": 64},
+    {"hidden": 48},
+    {"vocab": 120},
+    ALL,
+    TILED,
+]
+
+
+def small(family: str) -> State:
+    return trained(FAMILIES[family])
+
+
+def larger(family: str, **changes: Any) -> ModelConfig:
+    return dataclasses.replace(FAMILIES[family], **changes)
+
+
+def far(before: State, after: State) -> float:
+    """Largest difference of the old words' logits in float64, over their deviation."""
+    import torch
+
+    exact = proof.logits(before, PROBES, torch.float64)
+    grown = proof.logits(after, PROBES, torch.float64)[..., : exact.shape[-1]]
+    return float((grown - exact).abs().max() / exact.std())
+
+
+def under(state: State, **numbers: Any) -> State:
+    """The state with other numbers in its model's config."""
+    return State(state.entries, {**state.record, "model": {**state.record["model"], **numbers}})
+
+
+@pytest.mark.parametrize("sizes", STEPS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_function_is_kept(family: str, sizes: dict[str, int]) -> None:
+    if family == "v1" and sizes.get("hidden") == 48:
+        sizes = {**sizes, "hidden": 64}
+    before = small(family)
+    found = proof.prove(before, grow(before, larger(family, **sizes), seed=1), PROBES)
+    assert found["float64"]["max_difference"] <= 1e-12 * found["float64"]["std"]
+    assert found["float32"]["max_difference"] <= found["float32"]["tolerance"]
+    assert found["kept"] and found["not_as_computed"] is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_order_and_again(family: str) -> None:
+    """Size by size, backwards, twice over: the function is that of the first model."""
+    before = grown = small(family)
+    first = {"vocab": 120, "hidden": 64 if family == "v1" else 40, "ffn": 80, "head_dim": 10}
+    then = {"heads": 5, "hidden": 128 if family == "v1" else 44, "head_dim": 20, "layers": 3}
+    for step in (first, then):
+        for size, number in step.items():
+            now = from_record(grown)
+            grown = grow(grown, dataclasses.replace(now, **{size: number}), 2, rounded=False)
+    assert far(before, grown) <= 1e-12
+    assert len(grown.record["growth"]) == 8
+
+
+def from_record(state: State) -> ModelConfig:
+    from pretrain.growth import model_config
+
+    return model_config(state)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "wrong", "least"),
+    [
+        ("cpm", {"hidden": 48}, {"norm_eps": 1e-5}, 1e-7),
+        ("t5", {"hidden": 48}, {"norm_eps": 1e-6}, 1e-8),
+        ("t5", {"hidden": 48}, {"logit_scale": None}, 0.1),
+        ("t5", {"hidden": 64}, {"logit_scale": None}, 0.1),
+        ("v2", {"hidden": 48}, {"logit_scale": 1.0}, 0.1),
+        ("v2", {"hidden": 64}, {"logit_scale": 1.0}, 0.1),
+        ("cpm", {"head_dim": 12}, {"softmax_scale": 8**-0.5}, 0.01),
+        ("t5", {"head_dim": 12}, {"softmax_scale": None}, 0.01),
+        ("v1", {"head_dim": 12}, {"rope_base": 1e4}, 0.01),
+        ("v2", {"head_dim": 12}, {"rope_base": 1e4}, 0.01),
+        ("v1", {"head_dim": 16}, {"rope_base": 1e8}, 0.01),
+    ],
+)
+def test_each_number_is_needed(
+    family: str, sizes: dict[str, int], wrong: dict[str, Any], least: float
+) -> None:
+    """Negative controls: with the number that a page would have had, the function is another."""
+    before = small(family)
+    grown = grow(before, larger(family, **sizes), 1, rounded=False)
+    assert far(before, grown) <= 1e-12
+    assert far(before, under(grown, **wrong)) > least
+    if least >= 0.01:
+        assert not proof.prove(before, under(grown, **wrong), PROBES)["kept"]
+
+
+def test_a_gain_that_is_not_shifted_is_found() -> None:
+    before, name = small("v1"), "encoder.layers.{}.ffn_norm.{}"
+    grown = grow(before, larger("v1", layers=4), 1)
+    wrong = {}
+    for part in ("weight", "bias"):  # the old layer 0 stands at 0, its copy at 1
+        own, last = (grown.read(f"weights/{name.format(layer, part)}") for layer in (0, 1))
+        wrong |= {name.format(0, part): last, name.format(1, part): own}
+        assert float(own.std()) == 0 < float(last.std())
+    bad = changed(grown, **wrong)
+    assert far(before, grown) <= 1e-12 < 0.01 < far(before, bad)
+    found = proof.prove(before, bad, PROBES)
+    assert not found["kept"] and "encoder.layers" in found["differs_at"]
+
+
+def test_a_norm_before_a_tied_head_reads_too() -> None:
+    before = small("cpm")
+    grown = grow(before, larger("cpm", hidden=64), 1)
+    gain = grown.read("weights/decoder.final_norm.weight")
+    assert far(before, changed(grown, **{"decoder.final_norm.weight": 2 * gain})) > 0.1
+
+
+def test_a_value_that_is_not_the_growth_s_rounding_is_no_proof() -> None:
+    before = small("t5")
+    grown = grow(before, larger("t5", hidden=48), 1)
+    name = "encoder.layers.1.self_norm.weight"
+    off = grown.read(f"weights/{name}").clone()
+    off[3] *= 1 + 2e-7  # far below what logits in float32 would show
+    found = proof.prove(before, changed(grown, **{name: off}), PROBES)
+    assert not found["kept"] and found["not_as_computed"] == name
+
+
+def test_new_words_begin_as_the_mean_or_are_never_said() -> None:
+    import torch
+
+    before = small("v1")
+    masked = grow(before, larger("v1", vocab=128), 1, new_words="masked")
+    chance = proof.logits(masked, PROBES, torch.float64).softmax(-1)
+    exact = proof.logits(before, PROBES, torch.float64).softmax(-1)
+    assert not chance[..., 97:].any() and float((chance[..., :97] - exact).abs().max()) < 1e-12
+    mean = grow(before, larger("v1", vocab=128), 1)
+    lost = exact.log() - proof.logits(mean, PROBES, torch.float64).log_softmax(-1)[..., :97]
+    # Jensen: a mean row is said no more often than the average word
+    assert 0 < float(lost.max()) <= torch.tensor(128 / 97).log()
+    with pytest.raises(GrowthError, match="masked where logits have a bias"):
+        grow(small("cpm"), larger("cpm", vocab=128), 1, new_words="masked")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("v1", {"hidden": 48}, ["hidden 32 cannot become 48", "hidden=64"]),
+        ("v1", {"hidden": 97}, ["whole factors", "hidden=96"]),
+        ("v2", {"hidden": 48, "logit_scale": 0.3}, ["logit_scale is 1.0", "not 0.3"]),
+        ("t5", {"head_dim": 4}, ["head_dim would shrink from 8 to 4"]),
+        ("v1", {"head_dim": 12, "rope_base": 5e3}, ["rope_base is 10000.0", "not 5000.0"]),
+        ("v1", {"version": 2}, ["version is 1 and the target has 2"]),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    family: str, changes: dict[str, Any], said: list[str]
+) -> None:
+    sentence = refusal(FAMILIES[family], larger(family, **changes))
+    assert sentence and "\n" not in sentence
+    assert all(word in sentence for word in said), sentence
+
+
+def test_a_layer_behind_a_large_eps_is_refused() -> None:
+    now = larger("v2", norm_eps=1e-6)
+    sentence = refusal(now, dataclasses.replace(now, layers=3))
+    assert sentence and "norm_eps 1e-06" in sentence and "layers=2" in sentence
+    assert refusal(now, dataclasses.replace(now, ffn=80)) is None
+
+
+def test_a_page_need_not_know_the_numbers() -> None:
+    """The default, the small model's number and the needed one all lead to the needed one."""
+    now = FAMILIES["t5"]
+    once = completed(now, larger("t5", hidden=48))
+    assert isinstance(once, T5PegasusConfig)
+    assert once.norm_eps == 1e-6 * 32 / 48 and once.logit_scale == 32**-0.5
+    assert completed(now, once) == once
+    deeper = dataclasses.replace(larger("t5", hidden=48), layers=4)  # a page with the defaults
+    assert completed(once, deeper) == dataclasses.replace(once, layers=4)
+    rotary = completed(FAMILIES["v2"], larger("v2", head_dim=12, hidden=64))
+    assert to_dict(rotary)["rope_base"] == 1e4**1.5 and rotary.logit_scale == 0.5
+    assert completed(FAMILIES["v2"], larger("v2", head_dim=16)) == larger("v2", head_dim=16)
