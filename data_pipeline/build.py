@@ -109,6 +109,7 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
         return again.build_again(config, out, crew, say, code_of(CODE))
 
     # What is asked for: if it stands there already, nothing is done.
+    not_within_a_source(config, out)
     tasks, files = ingest.plan(config.data)
     models = [
         xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
@@ -122,6 +123,8 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
         say.line(f"{out}: complete, nothing to do (语料已建好)")
         return manifest
     sweep(out, executors.still_at_work(out, config.data.executor))
+    encode.refuse(config.tokenizer)  # late in the story, and yet no reason to clean first
+    decontaminate.refuse(config)
 
     def stage(name: str, blocks: list[Block], tasks: int, inputs: list[Any], size: int) -> Stage:
         return run(out, name, blocks, tasks, crew, inputs, say.watch(name, size))
@@ -197,6 +200,16 @@ def only_builder(out: Path) -> Iterator[None]:
                 "(另一个进程正在建此语料)"
             ) from None
         yield
+
+
+def not_within_a_source(config: CorpusConfig, out: Path) -> None:
+    """Refuse a corpus whose own files would be read as text."""
+    for source in config.data.sources:
+        if ingest.reaches(source, out):
+            raise CorpusError(
+                f"data.out '{config.data.out}' lies within source '{source.name}', which would read"
+                " the corpus as its text; change data.out or the source's path (输出目录在来源之内)"
+            )
 
 
 def unchanged_sources(config: CorpusConfig, files: list[list[Any]], cleaned: Stage) -> None:

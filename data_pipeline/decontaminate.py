@@ -49,6 +49,13 @@ def files(config: CorpusConfig) -> list[Path]:
     return [evaluation_file(part) for part in config.decontaminate]
 
 
+def refuse(config: CorpusConfig) -> None:
+    """Raise now what the search would raise for a file that is none of evaluation items."""
+    for part in config.decontaminate:
+        for _ in items(part):
+            pass
+
+
 def said(sets: tuple[Evaluation, ...], counts: "Counter[str]") -> dict[str, dict[str, int]]:
     """For the manifest: items, those too short to be found, documents that hold some."""
     return {

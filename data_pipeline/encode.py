@@ -12,6 +12,7 @@ of a pair are those of its two texts, and one end of document.
 
 import importlib.metadata
 import shutil
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from configs.encoding import Tokenizing
-from data_pipeline import tokenizer, training, vocabulary, wordpiece
+from data_pipeline import tokenizer, training, user_dictionary, vocabulary, wordpiece
 from data_pipeline.aside import sync_folder
 from data_pipeline.blocks import SPLITS, Block, Documents
 from data_pipeline.borders import Borders
@@ -104,6 +105,19 @@ def make_tokenizer(config: Tokenizing, texts: Iterable[str], out: Path) -> None:
         _train(config, config.vocab_size, texts, partial)
     partial.rename(out)
     sync_folder(out.parent)
+
+
+def refuse(config: Tokenizing) -> None:
+    """Raise now what make_tokenizer() would raise for files of the config, whatever the text: a
+    build finds it before its first day of cleaning and not after it."""
+    if config.model is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            _freeze(config, _place("model", config.model), Path(folder))
+        return
+    if config.base_vocab is not None:
+        wordpiece.tokens_of(_place("base_vocab", config.base_vocab).read_bytes())
+    if (dictionary := _user_dictionary(config)) is not None:
+        user_dictionary.entries(dictionary)
 
 
 def _train(config: Tokenizing, vocab_size: int, texts: Iterable[str], out: Path) -> None:

@@ -17,7 +17,7 @@ is dropped silently: what cannot be read goes to `faults`, which stops the build
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,19 @@ from configs.corpus import Data
 from configs.sources import Source
 from data_pipeline.shards import CorpusError
 from data_pipeline.sources import lines, tables, tokens, unpack, web
-from data_pipeline.sources.documents import Document, Fault, Faults, Meter, Part, stop
-from data_pipeline.sources.places import files, first_place, opened
+from data_pipeline.sources.documents import (
+    Document,
+    Fault,
+    Faults,
+    Meter,
+    Part,
+    stop,
+)
+from data_pipeline.sources.places import files, first_place, named_files, opened, reaches
 
 __all__ = [
-    "CorpusError", "Document", "Fault", "Faults", "Meter", "Part", "files", "first_place", "stop",
+    "CorpusError", "Document", "Fault", "Faults", "Meter", "Part", "files", "first_place",
+    "reaches", "stop",
 ]  # fmt: skip
 
 MODULES = (
@@ -71,6 +79,8 @@ class Holding:
     """What tells it from another one."""
     documents: int = -1
     """If it is known without reading them."""
+    name: str = ""
+    """The file from the folder on that the source's path names."""
 
 
 def plan(data: Data) -> tuple[list[tuple[Part, ...]], list[list[Any]]]:
@@ -84,7 +94,8 @@ def plan(data: Data) -> tuple[list[tuple[Part, ...]], list[list[Any]]]:
     identity: list[list[Any]] = []
     for number, source in enumerate(data.sources):
         for held in holdings(source):
-            whole = Part(number, held.path, held.packed, 0, 1, max(held.text_bytes, 1))
+            weight = max(held.text_bytes, 1)
+            whole = Part(number, held.path, held.packed, 0, 1, weight, held.name)
             parts += _cut(whole, limit, held.most)
             identity.append(held.identity)
     return _tasks(parts, limit), identity
@@ -98,18 +109,18 @@ def holdings(source: Source) -> Iterator[Holding]:
         known = [source.name, rows._fingerprint, len(rows)]
         yield Holding(source.paths[0], size, size, False, len(rows) or 1, known, len(rows))
         return
-    for path in files(source):
+    for path, name in named_files(source).items():
         with opened(path) as file:
             status = os.fstat(file.fileno())
         size, most = status.st_size, max(status.st_size, 1)
-        known = [path.name, size, status.st_mtime_ns, _glance(path, size)]
+        known = [name, size, status.st_mtime_ns, _glance(path, size)]
         if source.kind == "parquet":
             groups, text_bytes, rows = tables.row_groups(path)
             most = max(groups, 1)
-            yield Holding(str(path), size, text_bytes or size, False, most, known, rows)
+            yield Holding(str(path), size, text_bytes or size, False, most, known, rows, name)
             continue
         if source.kind == "index":
-            yield _index(source, path, known)
+            yield _index(source, path, name, known)
             continue
         packed = unpack.is_whole(path)
         if source.kind in ("txt", "html"):
@@ -121,22 +132,22 @@ def holdings(source: Source) -> Iterator[Holding]:
         ratio = PACKED_RATIO if unpack.packing_of(path) else 1
         one = source.kind == "html" or (source.kind, source.documents) == ("txt", "file")
         documents = 1 if one else -1
-        yield Holding(str(path), size, size * ratio, packed, most, known, documents)
+        yield Holding(str(path), size, size * ratio, packed, most, known, documents, name)
 
 
-def _index(source: Source, path: Path, known: list[Any]) -> Holding:
+def _index(source: Source, path: Path, name: str, known: list[Any]) -> Holding:
     """An index is known by its tokens and by the tokenizer that reads them."""
     stream = path.with_suffix(".bin")
     size = stream.stat().st_size if stream.exists() else 0
     known += [_glance(stream, size) if size else "", tokens.tokenizer_of(source).fingerprint]
     documents = tokens.documents(path)
-    return Holding(str(path), size, 2 * size, False, max(documents, 1), known, documents)
+    return Holding(str(path), size, 2 * size, False, max(documents, 1), known, documents, name)
 
 
 def _cut(whole: Part, limit: int, most: int) -> list[Part]:
     of = max(1, min(-(-whole.weight // limit), most))
     share = max(whole.weight // of, 1)
-    return [Part(whole.source, whole.path, whole.packed, n, of, share) for n in range(of)]
+    return [replace(whole, number=n, of=of, weight=share) for n in range(of)]
 
 
 def _tasks(parts: list[Part], limit: int) -> list[tuple[Part, ...]]:

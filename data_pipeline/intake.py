@@ -52,7 +52,7 @@ class Read(Block):
 
 def _where(part: ingest.Part) -> list[Any]:
     """A part without its folder: a corpus moved elsewhere is the same corpus."""
-    return [part.source, Path(part.path).name, part.number, part.of]
+    return [part.source, part.name, part.number, part.of]
 
 
 class Clean(Block):

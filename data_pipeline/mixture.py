@@ -73,7 +73,7 @@ def survey(data: Data) -> tuple[list[Branch], int]:
         for one in held:
             text_bytes = round(one.size * ratio) if one.packed else one.text_bytes
             documents = one.documents if one.documents >= 0 else round(text_bytes * per_byte)
-            leaf = Branch(Path(one.path).name, "", 1, one.size, text_bytes, documents)
+            leaf = Branch(one.name or Path(one.path).name, "", 1, one.size, text_bytes, documents)
             leaf.parts, leaf.counted = parts.get((number, one.path), 0), one.documents >= 0
             branch.below.append(leaf)
             branch.files += 1

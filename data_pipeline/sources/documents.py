@@ -10,15 +10,25 @@ Ids need not differ: nothing in the pipeline takes an id for an identity, a docu
 place; two documents with one id stay two documents.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from configs.sources import Source
 from data_pipeline.shards import CorpusError
 
 SIMPLE = (str, int, float, bool)
+TAKEN = frozenset(
+    {
+        *("text", "label", "spans", "scores", "digest", "columns of scores"),
+        *("near_duplicates", "kept", "alike", "jaccard"),
+    }
+)
+"""Names that the pipeline gives to fields of its own: what a source calls so keeps its value under
+another name, NAME_of_source."""
 
 
 class Document(NamedTuple):
@@ -41,6 +51,14 @@ class Part:
     of: int
     weight: int
     """Bytes of text in it, about."""
+    called: str = ""
+    """The file within its source, as ids have it: see `name`."""
+
+    @property
+    def name(self) -> str:
+        """The file from the folder on that the source's path names: nothing above that, so that a
+        corpus may be moved."""
+        return self.called or readable(Path(self.path).name)
 
 
 @dataclass
@@ -87,6 +105,18 @@ def stop(fault: Fault) -> NoReturn:
     raise CorpusError(fault.sentence)
 
 
+def readable(path: str | Path) -> str:
+    """A path as text: names that are not UTF-8 are read as GB18030 (archives made on Windows), else
+    their bytes are written out as \\xff."""
+    name = os.fsencode(path)
+    for encoding in ("utf-8", "gb18030"):
+        try:
+            return name.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    return name.decode("utf-8", "backslashreplace")
+
+
 def excerpt(data: bytes) -> str:
     """The beginning of what cannot be read, nothing of it lost."""
     return data[:EXCERPT_BYTES].decode("utf-8", "backslashreplace")
@@ -114,6 +144,8 @@ def document(source: Source, record: dict[str, Any], place: str) -> Document:
     fields: dict[str, Any] = {
         key: value for key, value in record.items() if isinstance(value, SIMPLE)
     }
+    for key in sorted(TAKEN & fields.keys()):
+        fields[f"{key}_of_source"] = fields.pop(key)
     fields["source"] = str(fields.get("source", source.name))
     if label is not None:
         fields["label"] = label

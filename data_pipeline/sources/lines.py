@@ -49,7 +49,7 @@ def read(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[D
             data = data.removeprefix(BYTE_ORDER_MARK) if offset == 0 else data
             if data and not data.isspace() and (line >= after or block.offset != 0):
                 try:
-                    if (found := parse(data, f"{file.path.name}:{offset}")) is not None:
+                    if (found := parse(data, f"{part.name}:{offset}")) is not None:
                         yield found
                 except Unusable as bad:
                     file.unusable(bad, offset, line, data)
@@ -216,7 +216,7 @@ def read_text(source: Source, part: Part, meter: Meter, faults: Faults) -> Itera
         except Unusable as bad:
             file.unusable(bad, start, line, data)
             return
-        yield Document(f"{source.name}/{file.path.name}:{start}", words, {"source": source.name})
+        yield Document(f"{source.name}/{part.name}:{start}", words, {"source": source.name})
 
     for block in file.blocks():
         last = 0

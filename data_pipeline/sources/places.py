@@ -3,6 +3,7 @@
 "$TEXT/**/*.jsonl"  --variables, the working directory, the project's folder-->  files, sorted
 """
 
+import fnmatch
 import glob
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from configs.sources import Source
 from data_pipeline.shards import CorpusError
+from data_pipeline.sources.documents import readable
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
@@ -23,32 +25,76 @@ SUFFIXES = {
     "index": (".idx",),
 }
 PACKINGS = ("", ".gz", ".zst", ".bz2", ".xz")
+WRITTEN = (
+    "documents/train-00000.jsonl.zst", "rejects/too_short/00000.jsonl.zst", "manifest.json",
+    "report.html", "train.idx", "tokenizer/vocab.txt",
+)  # fmt: skip
+"""Files of a corpus that a source might take for text."""
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 def files(source: Source) -> list[Path]:
     """The files of a source, in order: each path's matches sorted, no file twice."""
-    found: dict[Path, None] = {}
+    return list(named_files(source))
+
+
+def named_files(source: Source) -> dict[Path, str]:
+    """The same, each with its name below the folder, or the part of a pattern without wildcards,
+    that the source's path names: nothing above that, so that a corpus may be moved."""
+    found: dict[Path, str] = {}
     for pattern in source.paths:
-        matches = [path for path in _matches(pattern, SUFFIXES[source.kind]) if not path.is_dir()]
+        above, matches = _matches(pattern, SUFFIXES[source.kind])
+        matches = [path for path in matches if not path.is_dir()]
         if not matches:
             raise CorpusError(
                 f"source '{source.name}': no file at '{pattern}'; correct its path (找不到文件)"
             )
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        for path in matches:
+            found.setdefault(path, readable(path.relative_to(above)))
+    return found
 
 
-def _matches(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+def _matches(pattern: str, suffixes: tuple[str, ...]) -> tuple[Path, list[Path]]:
+    """The folder above what a path names, and the files."""
     for candidate in places(pattern):
         if candidate.is_file():
-            return [candidate]
+            return candidate.parent, [candidate]
         if candidate.is_dir():
             ends = tuple(suffix + packing for suffix in suffixes for packing in PACKINGS)
-            return sorted(path for path in candidate.rglob("*") if path.name.endswith(ends))
+            found = (path for path in candidate.rglob("*") if path.name.endswith(ends))
+            return candidate, sorted(found)
         if matches := glob.glob(str(candidate), recursive=True):
-            return sorted(map(Path, matches))
-    return []
+            return _before_wildcards(candidate), sorted(map(Path, matches))
+    return Path(), []
+
+
+def reaches(source: Source, folder: Path) -> bool:
+    """Whether the paths of a source would find the files of a corpus in a folder."""
+    if source.kind == "datasets":
+        return False
+    ends = tuple(s + packing for s in SUFFIXES[source.kind] for packing in PACKINGS)
+    for pattern in source.paths:
+        for candidate in map(Path.absolute, places(pattern)):
+            inside = folder.resolve().is_relative_to(candidate.resolve())
+            if candidate.is_dir() and inside and any(name.endswith(ends) for name in WRITTEN):
+                return True
+            written = (folder.absolute() / name for name in WRITTEN)
+            if any(_fit(path.parts, candidate.parts) for path in written):
+                return True
+    return False
+
+
+def _fit(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether glob finds a path by a pattern, part by part; `**` is any number of parts."""
+    if not patterns or not parts:
+        return not patterns and not parts
+    if patterns[0] == "**":
+        return _fit(parts, patterns[1:]) or _fit(parts[1:], patterns)
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _fit(parts[1:], patterns[1:])
+
+
+def _before_wildcards(pattern: Path) -> Path:
+    return next(path for path in pattern.parents if not glob.has_magic(str(path)))
 
 
 def places(pattern: str) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from data_pipeline.sources.documents import (
     Part,
     Unusable,
     document,
+    readable,
 )
 from data_pipeline.sources.places import places
 
@@ -28,15 +29,16 @@ ROWS = 1000
 
 
 def _rows(
-    source: Source, columns: dict[str, list[Any]], first: int, path: str, faults: Faults
+    source: Source, columns: dict[str, list[Any]], first: int, part: Part, faults: Faults
 ) -> Iterator[Document]:
     """Documents of rows given as columns; `first` is the number of the first row."""
     for row, values in enumerate(zip(*columns.values(), strict=True), first):
         record = dict(zip(columns, values, strict=True))
         try:
-            place = f"{Path(path).name}:{row}" if source.kind == "parquet" else str(row)
+            place = f"{part.name}:{row}" if source.kind == "parquet" else str(row)
             yield document(source, record, place)
         except Unusable as bad:
+            path = readable(part.path)
             where = f"source '{source.name}', {path}" if source.kind == "datasets" else path
             sentence = f"{where}, row {row}: the row {bad.what} (此行无法使用)"
             faults(Fault(bad.kind, path, f"row {row}", sentence, repr(record)[:2000]))
@@ -77,8 +79,9 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
 
     def damaged(place: str, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200]
-        sentence = f"{part.path}, {place}, is damaged ({reason}); fetch it again (文件损坏)"
-        faults(Fault("damaged", part.path, place, sentence, ""))
+        path = readable(part.path)
+        sentence = f"{path}, {place}, is damaged ({reason}); fetch it again (文件损坏)"
+        faults(Fault("damaged", path, place, sentence, ""))
 
     try:
         file = parquet.ParquetFile(part.path)
@@ -97,7 +100,7 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
             try:
                 for batch in file.iter_batches(ROWS, row_groups=[group], columns=names):
                     columns = {name: batch.column(name).to_pylist() for name in names}
-                    yield from _rows(source, columns, row, part.path, faults)
+                    yield from _rows(source, columns, row, part, faults)
                     row += batch.num_rows
             except CorpusError:
                 raise
@@ -133,7 +136,7 @@ def read_dataset(source: Source, part: Part, meter: Meter, faults: Faults) -> It
     first, last = (len(rows) * n // part.of for n in (part.number, part.number + 1))
     for start in range(first, last, ROWS):
         stop = min(start + ROWS, last)
-        yield from _rows(source, rows[start:stop], start, part.path, faults)
+        yield from _rows(source, rows[start:stop], start, part, faults)
         meter.share = (stop - first) / (last - first)
 
 

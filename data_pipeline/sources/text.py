@@ -13,7 +13,15 @@ from typing import BinaryIO, NamedTuple
 
 from configs.sources import Source
 from data_pipeline.sources import unpack
-from data_pipeline.sources.documents import Fault, Faults, Meter, Part, Unusable, excerpt
+from data_pipeline.sources.documents import (
+    Fault,
+    Faults,
+    Meter,
+    Part,
+    Unusable,
+    excerpt,
+    readable,
+)
 from data_pipeline.sources.places import opened
 from data_pipeline.sources.unpack import Damage, Pieces
 
@@ -43,6 +51,7 @@ class Text:
     def __init__(self, source: Source, part: Part, meter: Meter, faults: Faults) -> None:
         self.source, self.part, self.meter = source, part, meter
         self.path = Path(part.path)
+        self.shown = readable(part.path)
         self.faults = faults
         self._packing = unpack.packing_of(self.path)
         self._whole = part.packed or unpack.is_whole(self.path)
@@ -84,8 +93,8 @@ class Text:
         """Hand on that a line cannot be used; `line` is Block.line and what was added to it."""
         line = (line if self._whole else self._lines_before(offset)) + 1
         place = f"line {line}, byte {offset}"
-        sentence = f"{self.path}, {place}: the line {what} (此行无法使用)"
-        self.faults(Fault(kind, str(self.path), place, sentence, excerpt(data)))
+        sentence = f"{self.shown}, {place}: the line {what} (此行无法使用)"
+        self.faults(Fault(kind, self.shown, place, sentence, excerpt(data)))
 
     def unusable(self, bad: Unusable, offset: int, line: int, data: bytes) -> None:
         """The same for what was raised; `line` is that of the first byte of `data`."""
@@ -145,8 +154,8 @@ class Text:
             what = f"{damage.what}; split the document or leave the file out"
             self.fault(damage.kind, what, offset, line, b"")
             return
-        sentence = f"{self.path} {damage.what}; fetch it again (压缩文件损坏或不完整)"
-        self.faults(Fault(damage.kind, str(self.path), f"byte {offset}", sentence, ""))
+        sentence = f"{self.shown} {damage.what}; fetch it again (压缩文件损坏或不完整)"
+        self.faults(Fault(damage.kind, self.shown, f"byte {offset}", sentence, ""))
 
     def _lines_before(self, offset: int) -> int:
         """Lines before a place of a plain file; the places of a part rise, so that no byte is

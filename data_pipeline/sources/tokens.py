@@ -67,6 +67,6 @@ def read(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[D
             sentence = f"{path}, document {number}: the document {what} (分词器不符)"
             faults(Fault("no_token", str(path), f"document {number}", sentence, str(ids[:100])))
             continue
-        name = f"{source.name}/{path.name}:{number}"
+        name = f"{source.name}/{part.name}:{number}"
         yield Document(name, words.decode(ids.tolist()), {"source": source.name})
         meter.share = (number + 1 - first) / (last - first)

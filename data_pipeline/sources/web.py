@@ -31,6 +31,7 @@ from data_pipeline.sources.documents import (
     Part,
     Unusable,
     excerpt,
+    readable,
 )
 from data_pipeline.sources.places import opened
 from data_pipeline.sources.unpack import Damage, Pieces
@@ -110,7 +111,7 @@ def _html(page: Page, decoder: Decoder) -> str:
 
 def read_html(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[Document]:
     """The document of a file."""
-    path = Path(part.path)
+    path, shown = Path(part.path), readable(part.path)
     packing = unpack.packing_of(path)
     with opened(path) as file:
         if packing is None:
@@ -119,8 +120,8 @@ def read_html(source: Source, part: Part, meter: Meter, faults: Faults) -> Itera
             pieces = list(unpack.pieces(file, packing, meter))
             for piece in pieces:
                 if isinstance(piece, Damage):
-                    sentence = f"{path} {piece.what}; fetch it again (压缩文件损坏或不完整)"
-                    faults(Fault(piece.kind, str(path), "its end", sentence, ""))
+                    sentence = f"{shown} {piece.what}; fetch it again (压缩文件损坏或不完整)"
+                    faults(Fault(piece.kind, shown, "its end", sentence, ""))
                     return
             data = b"".join(piece for piece in pieces if isinstance(piece, bytes))
     if not data.strip():
@@ -129,10 +130,10 @@ def read_html(source: Source, part: Part, meter: Meter, faults: Faults) -> Itera
         decoder = Decoder(source.encoding, data[: text.HEAD_BYTES], meter)
         words, about = words_of(Page(data, "", "", ""), decoder, source.kind)
     except Unusable as bad:
-        sentence = f"{path}, byte {bad.at}: the page {bad.what} (此页无法使用)"
-        faults(Fault(bad.kind, str(path), f"byte {bad.at}", sentence, excerpt(data)))
+        sentence = f"{shown}, byte {bad.at}: the page {bad.what} (此页无法使用)"
+        faults(Fault(bad.kind, shown, f"byte {bad.at}", sentence, excerpt(data)))
         return
-    yield Document(f"{source.name}/{path.name}", words, {**about, "source": source.name})
+    yield Document(f"{source.name}/{part.name}", words, {**about, "source": source.name})
 
 
 # ---- a crawl
@@ -149,12 +150,12 @@ class Record(NamedTuple):
 def read_warc(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[Document]:
     """The documents of every n-th record."""
     guest("warcio", source.kind)
-    path = Path(part.path)
+    path, shown = Path(part.path), readable(part.path)
     decoder = Decoder(source.encoding, b"", meter)
 
     def fault(kind: str, what: str, offset: int, data: bytes) -> None:
-        sentence = f"{path}, byte {offset}: the record {what} (此页无法使用)"
-        faults(Fault(kind, str(path), f"byte {offset}", sentence, excerpt(data)))
+        sentence = f"{shown}, byte {offset}: the record {what} (此页无法使用)"
+        faults(Fault(kind, shown, f"byte {offset}", sentence, excerpt(data)))
 
     with opened(path) as file:
         pieces = unpack.pieces(file, unpack.packing_of(path), meter)
@@ -164,7 +165,7 @@ def read_warc(source: Source, part: Part, meter: Meter, faults: Faults) -> Itera
             try:
                 if record.bad is not None:
                     raise record.bad
-                name = f"{source.name}/{path.name}:{record.offset}"
+                name = f"{source.name}/{part.name}:{record.offset}"
                 found = _document(source, record, name, decoder)
                 if found is not None:
                     yield found

@@ -1,0 +1,74 @@
+"""A mistake that the config and its files show is said before the first document is read: of a
+crawl, cleaning is days."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.corpus import CorpusConfig
+from configs.load import from_dict
+from data_pipeline import build
+
+WORDS = "床前明月光，疑是地上霜。举头望明月，低头思故乡。"
+NOT_THERE = {"vocab_size": None, "model": "/nowhere"}
+
+
+def refused(folder: Path, **sections: Any) -> str:
+    """What a build says, which must have made no stage."""
+    (folder / "text").mkdir(exist_ok=True)
+    lines = [json.dumps({"text": f"{number}：{WORDS}"}) for number in range(20)]
+    (folder / "text" / "a.jsonl").write_text("\n".join(lines))
+    source = {"kind": "jsonl", "name": "mine", "path": str(folder / "text")}
+    page: dict[str, Any] = {
+        "data": {"out": str(folder / "out"), "sources": [source], "workers": 1},
+        "split": {"valid_documents": 2},
+        "tokenizer": {"kind": "byte_bpe", "vocab_size": 420},
+    }
+    for name, section in sections.items():
+        page[name] = page[name] | section if isinstance(section, dict) else section
+    with pytest.raises(ValueError) as error:
+        build.build(from_dict(CorpusConfig, page))
+    assert not list(folder.glob("**/stages/*")), "nothing was cleaned"
+    return str(error.value)
+
+
+def test_an_evaluation_set_without_its_field(tmp_path: Path) -> None:
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"question": WORDS}))
+    exam = {"name": "exam", "path": str(tmp_path / "exam.jsonl"), "fields": ["q"]}
+    assert "has no field of ['q']" in refused(tmp_path, decontaminate=[exam])
+    (tmp_path / "exam.jsonl").write_text('{"q": "a"}\n{"q": ')
+    assert "exam.jsonl cannot be read" in refused(tmp_path, decontaminate=[exam])
+
+
+def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.write_bytes(b"\xff\xfe\x00")
+    for kind in ("cpm", "wordpiece", "byte_bpe"):
+        said = refused(tmp_path, tokenizer={"kind": kind, "vocab_size": None, "model": str(model)})
+        assert "model" in said or "vocab.txt" in said
+    said = refused(
+        tmp_path, tokenizer={"kind": "wordpiece", "vocab_size": 300, "base_vocab": str(model)}
+    )
+    assert "is UTF-8" in said
+
+
+def test_a_dictionary_with_a_mistake(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("生命起源 5 n\n生命\t起源 5\n")
+    said = refused(tmp_path, tokenizer={"kind": "cpm", "user_dictionary": str(words)})
+    assert "tokenizer.user_dictionary: line 2" in said
+
+
+@pytest.mark.parametrize("path", ["text", "text/**/*.jsonl*", "text/*/*/*.zst"])
+def test_a_corpus_within_its_own_source(path: str, tmp_path: Path) -> None:
+    source = {"kind": "jsonl", "name": "mine", "path": str(tmp_path / path)}
+    inside = {"out": str(tmp_path / "text" / "corpus"), "sources": [source]}
+    said = refused(tmp_path, data=inside)
+    assert "lies within source 'mine'" in said and "data.out" in said
+    if "**" in path:  # a pattern that does not reach into folders, and another kind of file
+        source["path"] = str(tmp_path / "text" / "*.jsonl")
+        assert "lies within" not in refused(tmp_path, data=inside, tokenizer=NOT_THERE)
+        source |= {"path": str(tmp_path / "text"), "kind": "parquet"}
+        assert "no file at" in refused(tmp_path, data=inside)
