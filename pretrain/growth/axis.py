@@ -25,12 +25,14 @@ from configs.model import ModelConfig, Tensor, axis_size, shape, tensors
 from pretrain.growth.moments import moment_factor, rescaled, slots
 from pretrain.state import Entry, State, draw
 
+How = Literal["zero", "random", "mean", "tile", "constant"]
+
 
 @dataclass(frozen=True)
 class Fill:
     """What a dimension's new entries are, and what the old ones are multiplied by."""
 
-    how: Literal["zero", "random", "mean", "tile", "constant"]
+    how: How
     factor: float = 1.0
     value: float = 0.0
     """The number of `constant`."""
@@ -92,8 +94,8 @@ def longer(
                 if kind == "weights":
                     entries[key] = _grown(entries[key], cut, fill)
                 else:
-                    beginning = "mean" if kind.endswith("exp_avg_sq") else "zero"
-                    how = "tile" if fill.how == "tile" else beginning
+                    how: How = "mean" if kind.endswith("exp_avg_sq") else "zero"
+                    how = "tile" if fill.how == "tile" else how
                     entries[key] = _grown(entries[key], cut, Fill(how, factor))
                     factor = 1.0
                 size = cut.size
