@@ -63,6 +63,8 @@ class Source:
     def problems(self) -> list[str]:
         """A source without a name, without files or without a field."""
         found = [] if self.name.strip() else ["name: is empty, must be a name (须有名字)"]
+        if not self.name.isprintable():
+            found.append(f"name: is {self.name!r}, must be one line of text (名字须为一行)")
         if not self.paths or not all(self.paths):
             found.append("path: is empty, must name a file, folder, pattern or dataset (须有路径)")
         if self.kind == "datasets" and len(self.paths) > 1:

@@ -37,7 +37,7 @@ def build_again(
 
     `code` is the version of the pipeline. CorpusError if there is no whole corpus.
     """
-    folder, origin = _origin(config)
+    folder, origin = _origin(config, out)
     models = [
         xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
     ]
@@ -72,7 +72,7 @@ def build_again(
     return manifest
 
 
-def _origin(config: CorpusConfig) -> tuple[Path, dict[str, Any]]:
+def _origin(config: CorpusConfig, out: Path) -> tuple[Path, dict[str, Any]]:
     """The corpus folder whose documents are taken, and its manifest."""
     named = config.data.documents
     assert named is not None
@@ -82,6 +82,11 @@ def _origin(config: CorpusConfig) -> tuple[Path, dict[str, Any]]:
         whole = manifest["format"] == FORMAT
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         whole = False
+    if folder is not None and folder.resolve() == out.resolve():
+        raise CorpusError(
+            f"data.documents: '{named}' is data.out itself, whose tokens and rejects would be lost;"
+            " give the new corpus a folder of its own (不能覆盖原语料)"
+        )
     if folder is None or not whole:
         raise CorpusError(
             f"data.documents: there is no whole corpus in '{named}' (no manifest.json of format "

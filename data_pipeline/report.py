@@ -158,8 +158,8 @@ def _flow(facts: Facts) -> Iterator[str]:
         rows = [(name, n) for name, n in manifest["changed"].items()]
         yield page.table(("", "times 次"), rows)
     if scripts := manifest.get("scripts"):
-        yield page.heading("Scripts of the documents", "简繁", 3)
-        yield page.table(("", "documents 文档"), list(scripts.items()))
+        yield page.heading("Scripts of the texts (each named field is one)", "简繁", 3)
+        yield page.table(("", "texts 文本"), list(scripts.items()))
     met = [
         (f"{source['name']}: {what}", n)
         for source in manifest["sources"]

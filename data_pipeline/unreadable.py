@@ -50,7 +50,7 @@ def faults_of(
         counts[f"read/{source.name}"] += 1
         counts["read_documents"] += 1
         counts["read_characters"] += len(fault.excerpt)
-        counts[f"unreadable/{source.name}"] += 1
+        counts[f"unread/{source.name}"] += 1
         counts[f"unreadable/{source.name}/{fault.kind}"] += 1
         counts[f"rejected/{reason}"] += 1
         counts[f"rejected_characters/{reason}"] += len(fault.excerpt)
@@ -66,7 +66,7 @@ def faults_of(
 
 
 def _all(counts: "Counter[str]", source: Source) -> bool:
-    return counts[f"unreadable/{source.name}"] == counts[f"read/{source.name}"]
+    return counts[f"unread/{source.name}"] == counts[f"read/{source.name}"]
 
 
 def unread(sources: Sequence[Source], cleaned: Stage) -> str:
@@ -117,6 +117,11 @@ def of_source(counts: "Counter[str]", name: str) -> dict[str, int]:
     return _family(counts, f"unreadable/{name}/")
 
 
+def _leads(lead: str, key: str) -> bool:
+    return key.rpartition("/")[0] + "/" == lead
+
+
 def _family(counts: "Counter[str]", lead: str) -> dict[str, int]:
-    found = {key.removeprefix(lead): n for key, n in counts.items() if n and key.startswith(lead)}
+    # A source may be called a/b: only the last part of a key is the kind.
+    found = {key.rpartition("/")[2]: n for key, n in counts.items() if n and _leads(lead, key)}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -61,6 +61,17 @@ def test_fields_and_labels_come_along(tmp_path: Path) -> None:
         assert direct[name] == second[name], name
 
 
+def test_a_corpus_is_not_encoded_over_itself(tmp_path: Path) -> None:
+    """Its tokens and rejects would be lost."""
+    build.build(pairs_page(tmp_path, "bytes", data={"workers": 1}))
+    before = contents(tmp_path / "bytes")
+    (tmp_path / "link").symlink_to(tmp_path / "bytes")
+    other = {"tokenizer": {"kind": "byte_bpe", "vocab_size": 300}}
+    with pytest.raises(CorpusError, match=r"data\.documents: .* is data\.out itself"):
+        build.build(again(tmp_path / "link", tmp_path / "bytes", **other))
+    assert contents(tmp_path / "bytes") == before
+
+
 def test_what_is_no_corpus_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     tokenizer = {"tokenizer": {"kind": "byte_bpe", "vocab_size": 300}}

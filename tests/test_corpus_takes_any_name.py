@@ -77,6 +77,21 @@ def test_one_name_in_many_folders_gives_ids_that_can_be_found_again(tmp_path: Pa
     assert ids(Source("txt", str(tmp_path / "b" / "crawl"), "s")) == want
 
 
+def test_the_name_of_one_source_begins_with_anothers(tmp_path: Path) -> None:
+    """What could not be read of code/python is none of code's."""
+    good = "".join(json.dumps({"text": text_of(n)}) + "\n" for n in range(20))
+    (tmp_path / "a.jsonl").write_text(good + "{\n")
+    (tmp_path / "b.jsonl").write_bytes(good.encode() + b"{\n{\n" + b"{}\n")
+    sources = [
+        {"kind": "jsonl", "name": name, "path": str(tmp_path / f"{file}.jsonl")}
+        for name, file in (("code", "a"), ("code/python", "b"))
+    ]
+    manifest = build.build(page(tmp_path, sources))
+    one, other = manifest["sources"]
+    assert one["unreadable"] == {"broken_json": 1}
+    assert other["unreadable"] == {"broken_json": 2, "no_text": 1}
+
+
 def test_fields_that_are_called_as_ours(tmp_path: Path) -> None:
     """A crawl whose records have `spans` and `label` beside pairs with fields and classes."""
     pages = tmp_path / "pages.jsonl"
