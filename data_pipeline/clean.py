@@ -9,8 +9,9 @@ space one space, every line end "\\n". Private-use code points, control characte
 direction marks and U+FFFD are removed and counted. Ideographic indentation and trailing blanks go,
 three and more line breaks become two. Applied twice it changes nothing more.
 
-It is fast because every character is looked up once, in a table of kinds (numpy), and only text
-that has something to change is touched again.
+It is fast because every character is looked up once, in a table that says all that the steps want
+to know: its kind, and whether they may have work with it (TRAITS). A compiled pass counts them, and
+only the steps that a page gives work to look at it again.
 """
 
 import re
@@ -41,6 +42,16 @@ REMOVED = {
     CONTROL: "control",
     INVISIBLE: "zero_width",
 }
+
+# Traits of characters, above their kind in one number: what gives a later step work.
+_ALL_KINDS = 15
+COMPOSES = 1 << 4  # Unicode may move it, compose it, or replace it
+ADDRESSED = 1 << 5  # addresses or their labels have it: private.py
+SPOILT = 1 << 6  # a wrong decoding makes it: mojibake.py
+ODD_HAN = 1 << 7  # Han here and not in mojibake.py or hanzi.py, or the other way round
+SIMPLER = 1 << 8  # OpenCC changes it: hanzi.py
+LEAD = 1 << 9  # Han that could begin a wrong decoding: mojibake.py
+RAGGED = 1 << 10  # of a text, not of a character: blanks end a line, or three line breaks follow
 
 _HAN = (
     (0x2E80, 0x2FDF),  # radicals
@@ -89,6 +100,12 @@ class Page(NamedTuple):
     """Characters that are not blank."""
     codes: "np.ndarray"
     """Every character's code point, uint32 [characters]."""
+    traits: int
+    """The traits that any of its characters has."""
+    simpler: int
+    """Characters that OpenCC changes."""
+    leads: int
+    """Han that could begin a wrong decoding."""
 
 
 @cache
@@ -122,50 +139,98 @@ def _tables() -> "tuple[np.ndarray, np.ndarray]":
     return kinds, becomes
 
 
+@cache
+def _traits() -> "tuple[np.ndarray, np.ndarray]":
+    """The kind and the traits of every code point, uint16; and where _survey counts, int64."""
+    kinds = _tables()[0]
+    traits, han = kinds.astype(np.uint16), kinds == HAN
+    traits[_composing()] |= COMPOSES
+    traits[[ord(char) for char in private.ADDRESSES]] |= ADDRESSED
+    spoilt, lead, counted = mojibake.characters()
+    traits[spoilt] |= SPOILT
+    traits[lead] |= LEAD
+    simpler, told = hanzi.characters()
+    traits[simpler] |= SIMPLER
+    traits[(counted != han) | (told != han)] |= ODD_HAN
+    return traits, np.zeros(KINDS + 3, dtype=np.int64)
+
+
+def _composing() -> list[int]:
+    """Code points without which a text is NFC: what moves or composes, and what NFC replaces (the
+    quick check of Unicode's annex 15)."""
+    found = {*range(0x1100, 0x1200)}  # Hangul's parts
+    for code in range(0x110000):
+        parts = unicodedata.decomposition(char := chr(code)).split()
+        if len(parts) == 2 and parts[0][0] != "<":
+            found.add(int(parts[1], 16))
+        if unicodedata.combining(char) or (
+            parts and parts[0][0] != "<" and not unicodedata.is_normalized("NFC", char)
+        ):
+            found.add(code)
+    return sorted(found)
+
+
 def _look(text: str) -> "tuple[np.ndarray, np.ndarray, list[int]]":
-    """Code points, their kinds, and how many there are of each kind."""
+    """Code points, their kinds, and what _survey counts."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    kinds, counts = _kinds(codes, _tables()[0])
-    return codes, kinds, counts.tolist()
+    kinds = np.empty(len(codes), np.uint8)
+    table, counted = _traits()
+    _survey(codes, table, kinds, counted)
+    return codes, kinds, counted.tolist()
 
 
 @compiled
-def _kinds(codes, table):  # type: ignore[no-untyped-def]
-    """The kind of each code point, and how many there are of each."""
-    kinds, counts = np.empty(len(codes), np.uint8), np.zeros((2, KINDS), np.int64)
+def _survey(codes, table, kinds, counted):  # type: ignore[no-untyped-def]
+    """The kind of each code point; how many there are of each kind, the traits of any, how many are
+    SIMPLER, how many LEAD."""
+    found, simpler, leads, ragged = 0, 0, 0, False
+    rows = np.zeros((2, _ALL_KINDS + 1), np.int64)
     for k in range(len(codes)):
-        kinds[k] = table[codes[k]]
-        counts[k & 1, kinds[k]] += 1  # two rows: neighbours seldom wait for each other
-    return kinds, counts[0] + counts[1]
+        traits = table[codes[k]]
+        kind = traits & _ALL_KINDS
+        kinds[k] = kind
+        rows[k & 1, kind] += 1  # two rows: neighbours seldom wait for each other
+        found |= traits
+        simpler += (traits & SIMPLER) != 0
+        leads += (traits & LEAD) != 0
+    for k in range(1, len(codes)):
+        ragged |= (codes[k] == 10) & ((codes[k - 1] == 32) | (codes[k - 1] == 9))
+    for k in range(2, len(codes)):
+        ragged |= (codes[k] == 10) & (codes[k - 1] == 10) & (codes[k - 2] == 10)
+    for kind in range(KINDS):
+        counted[kind] = rows[0, kind] + rows[1, kind]
+    counted[KINDS] = (found & ~_ALL_KINDS) | (RAGGED if ragged else 0)
+    counted[KINDS + 1], counted[KINDS + 2] = simpler, leads
 
 
 def normalise(text: str) -> Page:
     """Even out a document; see the head of this file for what that means and what it leaves."""
-    codes, kinds, counts = _look(text)
+    codes, kinds, counted = _look(text)
     changed: Counter[str] = Counter()
-    before = text
-    if any(counts[WIDE:]):
+    if any(counted[WIDE:KINDS]):
         for kind, name in REMOVED.items():
-            if counts[kind]:
-                changed[name] = counts[kind]
-        if counts[WIDE]:
-            changed["width"] = counts[WIDE]
-        text = _even(text, codes, kinds, counts)
-    if not unicodedata.is_normalized("NFC", text):
+            if counted[kind]:
+                changed[name] = counted[kind]
+        if counted[WIDE]:
+            changed["width"] = counted[WIDE]
+        text = _even(text, codes, kinds, counted)
+        codes, kinds, counted = _look(text)
+    even = text
+    if counted[KINDS] & COMPOSES and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
-    if " \n" in text or "\t\n" in text:
-        text = _TRAILING.sub("", text)
-    if "\n\n\n" in text:
-        text = _GAPS.sub("\n\n", text)
+    if counted[KINDS] & RAGGED:
+        text = _GAPS.sub("\n\n", _TRAILING.sub("", text))
     text = text.strip(" \t\n")
-    if text is not before and text != before:
-        codes, kinds, counts = _look(text)
-    return Page(text, kinds, counts, changed, len(text) - counts[BLANK], codes)
+    if text is not even and text != even:
+        codes, kinds, counted = _look(text)
+    *counts, traits, simpler, leads = counted
+    solid = len(text) - counts[BLANK]
+    return Page(text, kinds, counts, changed, solid, codes, traits, simpler, leads)
 
 
 def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]) -> str:
     """What normalise() does where a character has to go or to change."""
-    if any(counts[LOST:]):
+    if any(counts[LOST:KINDS]):
         text = _text(codes[kinds < LOST])
     if counts[WIDE]:
         text = _INDENTATION.sub("", text)
@@ -183,8 +248,8 @@ def folded(text: str) -> str:
 
     For prompts: what normalise() does to characters, and nothing that it does to layout.
     """
-    codes, kinds, counts = _look(text)
-    if any(counts[WIDE:]):
+    codes, kinds, counted = _look(text)
+    if any(counted[WIDE:KINDS]):
         text = _plain(_text(codes[kinds < LOST]))
     return unicodedata.normalize("NFC", text)
 
@@ -196,7 +261,9 @@ def _text(codes: "np.ndarray") -> str:
 def simplify(page: Page) -> tuple[Page, str]:
     """A page in traditional characters in simplified ones; also its script (hanzi.script): of
     "classical" and "simplified" nothing is changed."""
-    script = hanzi.script(page.text)
+    if not page.traits & ODD_HAN and hanzi.few(page.simpler, page.counts[HAN]):
+        return page, "simplified"
+    script = hanzi.script(page.text, page.codes)
     if script != "traditional":
         return page, script
     text, number = hanzi.simplified(page.text)
@@ -214,7 +281,7 @@ def prepared(text: str, rules: Cleaning) -> Page:
     if rules.simplify:
         page, script = simplify(page)
         page.changed[f"script/{script}"] += 1
-    if kinds := rules.private_kinds():
+    if (kinds := rules.private_kinds()) and _may_be_private(page):
         text, masked = private.mask(page.text, kinds, page.codes)
         if masked:
             page = normalise(text)._replace(changed=page.changed)
@@ -224,13 +291,27 @@ def prepared(text: str, rules: Cleaning) -> Page:
     return page
 
 
+def _may_be_private(page: Page) -> bool:
+    """Whether there are digits enough, or what an address or its label has."""
+    return page.counts[DIGIT] >= private.FEWEST_DIGITS or page.traits & ADDRESSED != 0
+
+
 def digest(page: Page) -> bytes:
     """16 bytes that are equal for documents with the same letters and digits, whatever stands
     between them, in traditional or simplified characters: xxh3-128 of their code points; without
     any, of all its characters."""
-    codes = page.codes
-    words = hanzi.folded(codes[page.kinds <= DIGIT])
-    return xxhash.xxh3_128_digest((words if len(words) else codes).tobytes())
+    words = _words(page.codes, page.kinds, hanzi.forms())
+    return xxhash.xxh3_128_digest((words if len(words) else page.codes).data)
+
+
+@compiled
+def _words(codes, kinds, forms):  # type: ignore[no-untyped-def]
+    """Letters and digits alone, both scripts made one."""
+    words, number = np.empty(len(codes), np.uint32), 0
+    for k in range(len(codes)):
+        words[number] = forms[codes[k]]
+        number += kinds[k] <= DIGIT
+    return words[:number]
 
 
 # ---- filters: each answers True or (False, reason)
@@ -241,19 +322,22 @@ Filter = Callable[[Page, Cleaning], Verdict]
 
 def not_lost(page: Page, rules: Cleaning) -> Verdict:
     """Few U+FFFD: the text was decoded with the right encoding."""
-    share = page.changed["lost"] / max(page.solid + page.changed["lost"], 1)
+    lost = page.changed.get("lost", 0)
+    share = lost / max(page.solid + lost, 1)
     return share <= rules.max_lost_ratio or (False, "lost_characters")
 
 
 def not_mojibake(page: Page, rules: Cleaning) -> Verdict:
     """Few characters that only a wrong decoding makes."""
+    if not page.traits & (SPOILT | ODD_HAN) and page.leads <= mojibake.SUSPECT * page.counts[HAN]:
+        return True
     made = mojibake.traces(page.text, page.codes)
     return made <= rules.max_mojibake_ratio * page.solid or (False, "mojibake")
 
 
 def not_private(page: Page, rules: Cleaning) -> Verdict:
     """Few private-use code points: the text does not depend on one font."""
-    private = page.changed["private_use"]
+    private = page.changed.get("private_use", 0)
     return private <= rules.max_private_use_ratio * (page.solid + private) or (False, "private_use")
 
 
@@ -273,7 +357,7 @@ def chinese(page: Page, rules: Cleaning) -> Verdict:
         return True
     if page.counts[HAN] < rules.min_han_ratio_with_code * page.solid:
         return False, "few_han"
-    prose = _look(_NO_PROSE.sub("", page.text))[2]
+    prose = _look(_NO_PROSE.sub("", page.text))[2][:KINDS]
     solid = sum(prose) - prose[BLANK]
     return prose[HAN] >= rules.min_han_ratio * solid or (False, "few_han")
 

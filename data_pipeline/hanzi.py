@@ -90,11 +90,23 @@ def folded(codes: np.ndarray) -> np.ndarray:
     return forms()[codes]
 
 
-def script(text: str) -> str:
-    """ "traditional" (to be converted), "classical" (to be left) or "simplified" (or other)."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    han, changing, modern, classical = _tally(codes, _kinds()).tolist()
-    if changing <= max(1, MOST_CHANGED * han):
+def characters() -> tuple[np.ndarray, np.ndarray]:
+    """Which code points (bool) OpenCC changes, and which are counted as Han."""
+    return (_kinds() & _CHANGES) != 0, (_kinds() & _IS_HAN) != 0
+
+
+def few(changing: int, han: int) -> bool:
+    """Whether so few of a page's Han change that it is simplified."""
+    return changing <= max(1, MOST_CHANGED * han)
+
+
+def script(text: str, codes: np.ndarray | None = None) -> str:
+    """ "traditional" (to be converted), "classical" (to be left) or "simplified" (or other).
+    `codes`: its code points, if they are at hand."""
+    if codes is None:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    han, changing, modern, classical = _tally(codes, _kinds())
+    if few(changing, han):
         return "simplified"
     spoken = modern >= LEAST_MODERN * han and modern >= LEAST_MODERN_BY_CLASSICAL * classical
     return "traditional" if spoken else "classical"
@@ -132,4 +144,4 @@ def _tally(codes, kinds):  # type: ignore[no-untyped-def]
         changing += (kind >> 1) & 1
         modern += (kind >> 2) & 1
         classical += (kind >> 3) & 1
-    return np.array([han, changing, modern, classical])
+    return han, changing, modern, classical

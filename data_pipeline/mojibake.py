@@ -42,6 +42,15 @@ def _marks() -> np.ndarray:
     return marks
 
 
+def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which code points (bool) a text without which has no traces but leads; which are those; which
+    are counted as Han."""
+    marks = _marks()
+    spoilt = (marks & (_ACCENT | _KATAKANA)) != 0
+    spoilt[[ord(char) for char in "锟烫屯"]] = True
+    return spoilt, (marks & _LEAD) != 0, (marks & _HAN) != 0
+
+
 def traces(text: str, codes: np.ndarray) -> int:
     """How many characters of a text (and its code points) a wrong decoding has made."""
     found, han, leads = _count(codes, _marks())

@@ -91,35 +91,51 @@ def _replace(text: str, kind: str) -> tuple[str, int]:
     return _pattern(kind).sub(put, text), times
 
 
-_LABELS = {
-    "qq": ("QQ", "qq", "Qq", "qQ", "扣扣"),
-    "wechat": ("微信", "薇信", "V信", "v信", "eixin", "eiXin", "echat", "eChat", "vx", "VX", "Vx"),
-}
+ADDRESSES = "@＠微薇VvWw"
+"""Characters of which an e-mail address or the label of a WeChat name has one."""
+FEWEST_DIGITS = 4
+"""All other kinds have more."""
 
 
 def _gates(text: str, codes: np.ndarray | None) -> dict[str, bool]:
     """Which kinds there may be: patterns are slow, most texts hold none of what they begin with."""
     if codes is None:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    most, dotted = _digits(codes)
-    told = "信" in text or "x" in text or "X" in text or "Chat" in text or "chat" in text
+    most, dotted, at, qq, wechat = _signs(codes)
     return {
-        "email": "@" in text or "＠" in text,
+        "email": at,
         "id": most >= 17,
         "card": most >= 16,
         "phone": most >= 11,
-        "ip": bool(dotted),
-        "qq": most >= 5 and any(word in text for word in _LABELS["qq"]),
-        "wechat": told and any(word in text for word in _LABELS["wechat"]),
+        "ip": dotted,
+        "qq": most >= 5 and qq,
+        "wechat": wechat,
     }
 
 
 @compiled
-def _digits(codes):  # type: ignore[no-untyped-def]
+def _signs(codes):  # type: ignore[no-untyped-def]
     """The most digits in a row, single blanks, dots and hyphens between them left out; whether
-    three dots stand in one of the rows."""
+    three dots stand in one of the rows; whether there is an @, a label of QQ, one of WeChat."""
     most, digits, dots, dotted, gap = 0, 0, 0, False, False
-    for code in codes:
+    at, qq, wechat = False, False, False
+    for k in range(len(codes)):
+        code = codes[k]
+        last = codes[k - 1] if k else np.uint32(0)
+        if code == 0x4FE1:  # 信 after 微, 薇, V, v
+            wechat |= last == 0x5FAE or last == 0x8587 or last | 32 == 118
+        elif code == 0x6263:  # 扣扣
+            qq |= last == code
+        elif code == 0x40 or code == 0xFF20:
+            at = True
+        elif code >= 128:
+            pass
+        elif code | 32 == 113:  # QQ
+            qq |= last | 32 == 113
+        elif code | 32 == 120:  # vx, VX, Vx
+            wechat |= last == 86 or (last == 118 and code == 120)
+        elif code == 110 or code == 116:  # ei(x|X)in, e(c|C)hat: the last letter, then back
+            wechat |= k >= 4 and _ends_a_label(codes[k - 4 : k + 1])
         if 48 <= code <= 57:
             digits += 1
             gap = False
@@ -130,7 +146,15 @@ def _digits(codes):  # type: ignore[no-untyped-def]
                 digits, dots = 0, 0
             dots += code == 46
             gap = True
-    return most, dotted
+    return most, dotted, at, qq, wechat
+
+
+@compiled
+def _ends_a_label(five):  # type: ignore[no-untyped-def]
+    """Whether five characters are eixin, eiXin, echat or eChat."""
+    a, b, c, d, e = five[0], five[1], five[2], five[3], five[4]
+    weixin = b == 105 and c | 32 == 120 and d == 105 and e == 110
+    return a == 101 and (weixin or (b | 32 == 99 and c == 104 and d == 97 and e == 116))
 
 
 _BLANKS = r"[ \t]{0,2}"

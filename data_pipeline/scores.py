@@ -9,9 +9,8 @@ those of Gopher (Rae et al. 2021, A1), FineWeb-2 and MAP-CC; their words are cha
 needs no segmenter and is 300 times as fast. Repetition is counted in windows: in a book of 100,000
 characters every run of five has stood before somewhere, and that says nothing about it.
 
-In a window the longest earlier copy of what follows each character is found once (chains of equal
-runs of five, compared character by character, so no hash can err); the shares of runs of 5 to 10
-and of 13 are read off it.
+In a window a run can only repeat where the two shorter runs in it do: runs of two are counted, and
+each longer size looks at the few places that are left.
 """
 
 from collections.abc import Iterable
@@ -28,7 +27,7 @@ from data_pipeline.shards import save
 WINDOW = 2000  # characters
 SHORT_LINE = 10  # characters
 LONGEST = 13
-SLOTS, FILTER = 4096, 8192  # twice and four times a window
+SLOTS = 16384  # eight times a window
 COLUMNS = np.dtype([(name, "<f4") for name in SCORES])
 """A row of a shard's table of scores."""
 
@@ -67,16 +66,8 @@ def _products() -> np.ndarray:
 
 @cache
 def _work() -> tuple[np.ndarray, ...]:
-    """Tables of a window, made once: characters' counts; buckets of runs of 2 to 5 and the bucket
-    of each run of five; keys, counts; runs that stood before: where, how long, their chains."""
-    return (
-        np.zeros(0x110000, np.int16),
-        np.empty((4, FILTER), np.uint8),
-        np.empty(WINDOW, np.int16),
-        np.empty(SLOTS, np.uint64),
-        np.empty(SLOTS, np.int16),
-        np.empty((3, WINDOW + 1), np.int16),
-    )
+    """What kernels look up and count in, made once: marks, products, counts of characters."""
+    return _marks(), _products(), np.zeros(0x110000, np.int16)
 
 
 def scores(page: Page) -> np.ndarray:
@@ -84,7 +75,7 @@ def scores(page: Page) -> np.ndarray:
     out = np.zeros(len(SCORES), dtype=np.float32)
     if len(page.codes):
         han, *others = page.counts[HAN : SYMBOL + 1]
-        _score(page.codes, page.kinds, han, *others, _marks(), _products(), _work(), out)
+        _score(page.codes, page.kinds, han, *others, *_work(), out)
     return out
 
 
@@ -137,7 +128,7 @@ TOP_2, DUP_5, ENTROPY, UNIQUE_RATIO = (
 
 
 @compiled
-def _score(codes, kinds, han, letters, digits, punctuation, symbols, marks, products, work, out):  # type: ignore[no-untyped-def]
+def _score(codes, kinds, han, letters, digits, punctuation, symbols, marks, products, singles, out):  # type: ignore[no-untyped-def]
     """All scores of one document into `out`."""
     solid, ends = np.empty(len(codes), np.uint32), np.empty(len(codes) + 1, np.int64)
     n, lines, breaks = _characters(codes, kinds, marks, solid, ends, out)
@@ -149,9 +140,16 @@ def _score(codes, kinds, han, letters, digits, punctuation, symbols, marks, prod
     out[SYMBOL_RATIO], out[NEWLINE_RATIO] = symbols / n, breaks / n
     out[MEAN_WORD] = (letters + digits) / max(out[MEAN_WORD], 1.0)  # it held their number
     _lines(solid, ends[:lines], marks, out)
-    windows = (n + WINDOW - 1) // WINDOW
+    windows, longest = (n + WINDOW - 1) // WINDOW, min(n, WINDOW)
+    # Places of runs, the names of those, and the slots that give them: keys, counts.
+    work = (
+        np.empty(longest, np.int16),
+        np.empty(longest, np.int16),
+        np.empty(4 * longest + 4, np.uint64),
+        np.empty(SLOTS, np.int16),
+    )
     for w in range(windows):
-        _window(solid[w * n // windows : (w + 1) * n // windows], n, products, work, out)
+        _window(solid[w * n // windows : (w + 1) * n // windows], n, products, singles, work, out)
 
 
 @compiled
@@ -274,116 +272,95 @@ def _more(line):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _window(window, whole, products, work, out):  # type: ignore[no-untyped-def]
+def _window(window, whole, products, singles, work, out):  # type: ignore[no-untyped-def]
     """Scores of one window, each by its share of the whole."""
-    singles, buckets, fives, keys, counts, runs = work
+    places = work[0]
     length, share, distinct, total = len(window), len(window) / whole, 0, 0.0
-    for code in window:
+    for k in range(length):
+        code = window[k]
+        places[distinct] = k
+        distinct += singles[code] == 0
         singles[code] += 1
-    for code in window:
-        distinct += singles[code] != 0
+    for m in range(distinct):
+        code = window[places[m]]
         total += products[singles[code]]
         singles[code] = 0
     out[ENTROPY] += share * (np.log(length) - total / length)
     out[UNIQUE_RATIO] += share * distinct / length
-    if length < 5:
-        return
-    fullest, where = _filtered(window, buckets, fives)
-    for size in range(2, 5):
-        top = fullest[size - 2]
-        if top == 1:
+    if length >= 5:
+        _repeated(window, whole, work, out)
+
+
+@compiled
+def _repeated(window, whole, work, out):  # type: ignore[no-untyped-def]
+    """Share of the window in its most frequent run of 2, 3, 4; shares of the whole in runs of 5
+    and more that stood before in the window.
+
+    A run of n + 1 is told by the names of the two runs of n in it, and can only repeat where both
+    do: so each size looks at what is left of the size before, and no hash can err.
+    """
+    places, names, slots_of, held = work
+    number = _pairs(window, places, held)
+    for size in range(2, LONGEST + 1):
+        if number == 0:
             return
-        if top == 255 or _stands(window, size, where[size - 2]) != top:
-            top = _top(window, size, keys, counts)  # two runs have shared the fullest bucket
-        if top > 1:
-            out[TOP_2 + size - 2] += share * min(size * top / length, 1.0)
-    if fullest[3] > 1:
-        _repeated(window, whole, buckets[3], fives, counts, runs, out)
-
-
-@compiled
-def _filtered(window, buckets, fives):  # type: ignore[no-untyped-def]
-    """Drop each run of 2 to 5 characters into a bucket of its size: how many are in the fullest
-    (255: or more), and where its last one stands."""
-    shift, slots, length = 63, 2, len(window)
-    while slots < 4 * length and slots < FILTER:
-        slots, shift = slots * 2, shift - 1
-    buckets[:, :slots] = 0
-    factor, mixer = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
-    down = np.uint64(shift)
-    fullest, where = np.zeros(4, np.int64), np.zeros(4, np.int64)
-    for k in range(length - 1):
-        key = np.uint64(window[k])
-        for j in range(min(4, length - 1 - k)):
-            key = key * factor + np.uint64(window[k + j + 1])
-            bucket = (key * mixer) >> down
-            number = buckets[j, bucket]
-            number += number < 255
-            buckets[j, bucket] = number
-            if number > fullest[j]:
-                fullest[j], where[j] = number, k
-        fives[k] = bucket  # of the last four characters, of no use
-    return fullest, where
-
-
-@compiled
-def _stands(window, size, at):  # type: ignore[no-untyped-def]
-    """How often the run of `size` (2 to 4) characters at a place stands in the window."""
-    found, a, b = 0, window[at], window[at + 1]
-    c, d = window[at + min(2, size - 1)], window[at + size - 1]
-    for k in range(len(window) - size + 1):
-        if window[k] == a and window[k + 1] == b:
-            found += window[k + min(2, size - 1)] == c and window[k + size - 1] == d
-    return found
-
-
-@compiled
-def _top(window, size, keys, counts):  # type: ignore[no-untyped-def]
-    """How often the most frequent run of `size` (2 to 4) characters stands."""
-    counts[:] = 0
-    top = 0
-    for k in range(len(window) - size + 1):
-        key = np.uint64(window[k])
-        for j in range(1, size):
-            key = (key * np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(window[k + j])
-        slot = (key * np.uint64(0xD6E8FEB86659FD93)) >> np.uint64(52)
-        while counts[slot] != 0 and keys[slot] != key:
-            slot = (slot + np.uint64(1)) & np.uint64(SLOTS - 1)
-        keys[slot] = key
-        counts[slot] += 1
-        top = max(top, counts[slot])
-    return top
-
-
-@compiled
-def _repeated(window, whole, buckets, fives, heads, runs, out):  # type: ignore[no-untyped-def]
-    """Shares of the whole in runs of 5 and more that stood before in the window."""
-    where, copied, chain = runs
-    number, longest = 0, 0
-    for k in range(len(window) - 4):
-        where[number] = k
-        number += buckets[fives[k]] > 1
-    slots = 2
-    while slots < 2 * number:
-        slots *= 2
-    heads[:slots] = -1
-    for m in range(number):
-        k, slot = where[m], fives[where[m]] & (slots - 1)
-        most, best, other = min(LONGEST, len(window) - k), 0, heads[slot]
-        chain[m], heads[slot] = other, m
-        while other >= 0 and best < most:
-            at, same = where[other], 0
-            while same < most and window[at + same] == window[k + same]:
-                same += 1
-            best = max(best, same)
-            other = chain[other]
-        copied[m] = best
-        longest = max(longest, best)
-    for size in range(5, min(longest, LONGEST) + 1):
-        if size > 10 and size != LONGEST:
-            continue
-        free, share = 0, 0
+        slots, shift = 4, np.uint64(62)
+        while slots < 2 * number:
+            slots, shift = slots * 2, shift - np.uint64(1)
+        held[:slots] = 0
+        top, free, copied = 0, 0, 0
         for m in range(number):
-            if copied[m] >= size and where[m] >= free:
-                free, share = where[m] + size, share + size
-        out[DUP_5 + (size - 5 if size <= 10 else 6)] += share / whole
+            k = places[m]
+            if size == 2:
+                key = np.uint64(window[k]) << np.uint64(32) | np.uint64(window[k + 1])
+            else:
+                key = np.uint64(names[k]) << np.uint64(32) | np.uint64(names[k + 1])
+            slot = (key * np.uint64(0x9E3779B97F4A7C15)) >> shift
+            while held[slot] != 0 and slots_of[slot] != key:
+                slot = (slot + np.uint64(1)) & np.uint64(slots - 1)
+            slots_of[slot] = key
+            if held[slot] != 0 and k >= free:
+                free, copied = k + size, copied + size
+            held[slot] += 1
+            top = max(top, held[slot])
+            names[k] = slot
+        if size < 5:
+            if top > 1:
+                length = len(window)
+                out[TOP_2 + size - 2] += length / whole * min(size * top / length, 1.0)
+        elif size <= 10 or size == LONGEST:
+            out[DUP_5 + (size - 5 if size <= 10 else 6)] += copied / whole
+        number = _longer(places[:number], names, held)
+
+
+@compiled
+def _pairs(window, places, buckets):  # type: ignore[no-untyped-def]
+    """Where a run of two may stand that stands twice, into `places`; returns their number. Runs
+    that share a bucket are taken for one, which _repeated finds out."""
+    slots, shift, last = 64, np.uint64(58), len(window) - 1
+    while slots < 8 * last and slots < SLOTS:
+        slots, shift = slots * 2, shift - np.uint64(1)
+    buckets[:slots] = 0
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    for k in range(last):
+        key = np.uint64(window[k]) << np.uint64(32) | np.uint64(window[k + 1])
+        places[k] = (key * factor) >> shift
+        buckets[places[k]] += 1
+    number = 0
+    for k in range(last):
+        often = buckets[places[k]] > 1
+        places[number] = k
+        number += often
+    return number
+
+
+@compiled
+def _longer(places, names, held):  # type: ignore[no-untyped-def]
+    """Keep the places of runs that stand twice and are followed by another; returns how many."""
+    number = 0
+    for m in range(len(places) - 1):
+        k = places[m]
+        both = held[names[k]] > 1 and places[m + 1] == k + 1 and held[names[k + 1]] > 1
+        places[number] = k
+        number += both
+    return number
