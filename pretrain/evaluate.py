@@ -1,10 +1,12 @@
-"""How well a checkpoint predicts text, beside counts that need no network.
+"""How well a checkpoint predicts text, beside counts that need no network; and what it can do.
 
     python -m launch evaluate CHECKPOINT --task bits --data CORPUS
+    python -m launch evaluate CHECKPOINT --task mlm|csl|ape210k|lcqmc --data CORPUS_OR_FILE
 
-`bits` measures bits per character on rows of a corpus' valid split: the checkpoint's, a unigram's
-and an interpolated bigram's, the two counted on the train split and asked about the same targets.
-Bits per character compare across tokenizers: the loss in nats / ln 2 / characters of the targets.
+The tasks are in tasks.py, their scores in scores.py. `bits` measures bits per character on rows of
+a corpus' valid split: the checkpoint's, a unigram's and an interpolated bigram's, the two counted
+on the train split and asked about the same targets. Bits per character compare across tokenizers:
+the loss in nats / ln 2 / characters of the targets.
 """
 
 import argparse
@@ -175,21 +177,64 @@ def _check(samples: int, seq_len: int, positions: int | None) -> None:
 def main(argv: Sequence[str]) -> int:
     """The command `python -m launch evaluate`."""
     parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="a checkpoint or a run folder (its newest)")
-    parser.add_argument("--task", choices=["bits"], default="bits", help="what is measured")
-    parser.add_argument("--data", required=True, help="a corpus folder")
-    parser.add_argument("--samples", type=int, default=256, help="rows of the valid split")
+    tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc"]
+    parser.add_argument("--task", choices=tasks, default="bits", help="what is measured")
+    parser.add_argument("--data", required=True, help="a corpus folder (bits, mlm), or a file")
+    parser.add_argument("--samples", type=int, help="rows (256), or lines of a file (all)")
     parser.add_argument("--seq-len", type=int, help="tokens of a row; default: as trained")
+    parser.add_argument("--masking", choices=["token", "word", "word_token"], help="of mlm")
+    parser.add_argument("--beams", type=int, default=1, help="of csl and ape210k, as published")
+    parser.add_argument("--outputs", metavar="FILE", help="write what the model wrote, a line each")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
-    result = bits(words.checkpoint, words.data, words.samples, words.seq_len)
+    if words.task == "bits":
+        samples = 256 if words.samples is None else words.samples
+        result = bits(words.checkpoint, words.data, samples, words.seq_len)
+    else:
+        result = measured(words)
     if words.json:
         print(json.dumps(result, ensure_ascii=False))
-        return 0
+    elif words.task == "bits":
+        _show(result)
+    else:
+        from pretrain import tasks as rooms
+
+        print("\n".join(rooms.table(result)))
+    return 0
+
+
+def measured(words: argparse.Namespace) -> dict[str, Any]:
+    """What a task finds, as plain data."""
+    from pretrain import tasks
+
+    if words.samples is not None and words.samples < 1:
+        raise tasks.TaskError(f"--samples: is {words.samples}, must be at least 1 (至少一行)")
+    head = {"task": words.task, "checkpoint": str(words.checkpoint), "data": str(words.data)}
+    if words.task == "mlm":
+        chosen = words.masking, words.samples or 256, words.seq_len
+        return head | tasks.masked(words.checkpoint, words.data, *chosen)
+    model, tokenizer = tasks.opened(words.checkpoint)
+    if words.task == "lcqmc":
+        return head | tasks.similarity(model, tokenizer, words.data, words.samples)
+
+    def writes(sources: Sequence[str]) -> list[str]:
+        return tasks.written(model, tokenizer, sources, words.beams, words.task)
+
+    task = tasks.titles if words.task == "csl" else tasks.problems
+    found = task(words.data, words.samples, writes)
+    outputs = found.pop("outputs")
+    if words.outputs is not None:
+        lines = (" ".join(output.split()) + "\n" for output in outputs)
+        Path(words.outputs).write_text("".join(lines), "utf-8")
+    return head | {"beams": words.beams} | found
+
+
+def _show(result: dict[str, Any]) -> None:
     print(
         f"{result['rows']} rows, {result['tokens']:,} tokens, {result['characters']:,} characters"
     )
     print(f"{'':10}{'bits/character':>16}{'nats/token':>12}")
     for name, value in result["bits_per_character"].items():
         print(f"{name:10}{value:16.4f}{result['nats_per_token'][name]:12.4f}")
-    return 0

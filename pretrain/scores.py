@@ -138,8 +138,10 @@ def value(text: str) -> float:
 
 
 def _valued(node: ast.expr) -> float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return float(node.value)
+    if isinstance(node, ast.Constant) and not isinstance(node.value, bool):
+        if isinstance(node.value, int | float):
+            return float(node.value)
+        raise NotArithmetic("only numbers are read")
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         inner = _valued(node.operand)
         return inner if isinstance(node.op, ast.UAdd) else -inner

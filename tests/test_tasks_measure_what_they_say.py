@@ -1,0 +1,199 @@
+"""Promise: `evaluate` measures its tasks as they are defined: on models whose answers are known, on
+files of the published formats, from a checkpoint through the command.
+
+Vectors are compared to 1e-12 of the largest value (float64, in batches and alone); the rest is
+counted.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.load import from_dict
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
+from configs.objectives import Masked
+from configs.run import CorpusShare, Data
+from data_pipeline import wordpiece
+from launch import cli
+from pretrain import checkpoint, state, tasks
+from pretrain.answer import answer, framed
+from pretrain.corpora import open_corpora
+from pretrain.decoding import Decoding
+
+TEXTS = ["今天天气很好", "天气好", "很好很好今天", "好", "今今天天气气很很好好"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天气很好1234567890+-*/=x()"]
+SIZES: dict[str, ModelConfig] = {
+    "t5": T5PegasusConfig("t5_pegasus", len(WORDS), 24, 2, 2, 12, 32),
+    "cpm": CPMConfig("cpm", len(WORDS), 24, 3, 2, 12, 32, 80),
+    "roformer": RoFormerConfig("roformer", 1, len(WORDS), 24, 3, 2, 12, 32),
+}
+
+
+def saved(folder: Path, config: ModelConfig, **changed: torch.Tensor) -> Path:
+    """A checkpoint of random weights with a tokenizer of single characters."""
+    made = state.fresh(config, 1)
+    entries = {}
+    for number, (key, entry) in enumerate(made.entries.items()):
+        generator = torch.Generator().manual_seed(number)
+        value = torch.randn(entry.shape, generator=generator) * 0.3 + ("norm" in key)
+        value = changed.get(key.removeprefix("weights/").replace(".", "_"), value)
+        entries[key] = state.Entry(entry.shape, "float32", lambda value=value: value)
+    words = wordpiece.WordPiece("".join(f"{word}\n" for word in WORDS).encode(), False)
+    words.save(folder / "tokenizer")
+    checkpoint.write_state(folder / "made", state.State(entries, made.record), folder / "tokenizer")
+    return folder / "made"
+
+
+def said(capsys: pytest.CaptureFixture[str], *line: Any) -> dict[str, Any]:
+    assert cli.main(["evaluate", *map(str, line), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_masked_tokens_are_counted(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that says token 9 wherever it is asked is right as often as that is the target."""
+    config = RoFormerConfig("roformer", 1, 320, 8, 1, 1, 8, 8)
+    bias = torch.zeros(320)
+    data = Data((CorpusShare(str(tiny_corpus)),), 64)
+    section = from_dict(Masked, {"name": "masked", "masking": "token"}, "objective")
+    corpora = open_corpora(data, section, 0, 320)
+    batches = list(corpora.validation(40, 0, 1, 4))
+    targets = torch.cat([b.targets_BT[b.loss_mask_BT] for b in batches])
+    shown = torch.cat([b.tokens_BT[b.loss_mask_BT] for b in batches])
+    token = int(targets.mode().values)
+    bias[token] = 50.0
+    folder = saved(tmp_path, config, head_bias=bias)
+    record = json.loads((folder / "state.json").read_text())
+    assert record.get("tokenizer") is None
+    line = (folder, "--task", "mlm", "--data", tiny_corpus, "--masking", "token")
+    found = said(capsys, *line, "--samples", 40, "--seq-len", 64)
+    right = targets == token
+    assert found["tokens"] == len(targets) > 100
+    assert found["accuracy"] == pytest.approx(float(right.double().mean()))
+    assert 0 < found["accuracy"] < 1
+    mask = shown == corpora.tokenizer.mask_id
+    hidden = found["by_kind"]["masked"]
+    assert hidden["tokens"] == int(mask.sum())
+    assert hidden["accuracy"] == pytest.approx(float(right[mask].double().mean()))
+    assert sum(kind["tokens"] for kind in found["by_kind"].values()) == len(targets)
+    assert found["among_best_5"] >= found["accuracy"]
+    assert cli.main(["evaluate", *map(str, line), "--seq-len", "64"]) == 0
+    assert "of those masked" in capsys.readouterr().out
+
+
+def test_titles_and_problems_of_known_outputs(tmp_path: Path) -> None:
+    (tmp_path / "two.tsv").write_text("天气\t今天天气很好\n好\t很好\n", "utf-8")
+    (tmp_path / "three.tsv").write_text(
+        "to title\t今天天气很好\t天气\nto title\t很好\t好\n", "utf-8"
+    )
+    for name in ("two.tsv", "three.tsv"):
+        asked: list[Sequence[str]] = []
+
+        def right(sources: Sequence[str], asked: list[Sequence[str]] = asked) -> list[str]:
+            asked.append(sources)
+            return ["天气", "好"]
+
+        found = tasks.titles(tmp_path / name, None, right)
+        assert asked == [["今天天气很好", "很好"]]
+        assert found["rouge-1"] == found["rouge-l"] == pytest.approx(100, abs=1e-5)
+        half = tasks.titles(tmp_path / name, None, lambda _: ["天气", ""])
+        assert half["rouge-1"] == pytest.approx(50, abs=1e-5) and half["samples"] == 2
+        assert tasks.titles(tmp_path / name, 1, lambda _: ["天气"])["samples"] == 1
+    rows = [("1+1=", "x=1+1", "2"), ("2%", "x=2%", "0.02"), ("错", "x=1", "2")]
+    (tmp_path / "ape.json").write_text(
+        "".join(
+            json.dumps({"original_text": q, "equation": e, "ans": a}) + "\n" for q, e, a in rows
+        ),
+        "utf-8",
+    )
+    found = tasks.problems(tmp_path / "ape.json", None, lambda _: ["x=4 /2", "import os"])
+    assert (found["samples"], found["accuracy"], found["same_equation"]) == (2, 50.0, 0.0)
+
+
+@pytest.mark.parametrize("family", ["t5", "cpm"])
+def test_a_checkpoint_writes_what_its_model_writes(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, SIZES[family])
+    model, words = tasks.opened(folder)
+    (tmp_path / "titles.tsv").write_text("".join(f"天气\t{text}\n" for text in TEXTS), "utf-8")
+    for beams in (1, 3):
+        outputs = tasks.written(model, words, TEXTS, beams, "csl", batch=2)
+        alone = [tasks.written(model, words, [text], beams, "csl")[0] for text in TEXTS]
+        assert outputs == alone
+        line = (folder, "--task", "csl", "--data", tmp_path / "titles.tsv", "--beams", beams)
+        found = said(capsys, *line, "--outputs", tmp_path / "out.txt")
+        assert found["samples"] == len(TEXTS) and found["beams"] == beams
+        lines = (tmp_path / "out.txt").read_text("utf-8").split("\n")[:-1]
+        assert lines == [" ".join(text.split()) for text in outputs]
+    if family == "t5":
+        ids = framed([int(i) for i in words.encode(TEXTS[0])], words.bos_id, words.eod_id)
+        known = (words.bos_id, words.eod_id, words.pad_id, words.vocab_size)
+        (one,) = answer(model, [ids], Decoding(32, beams=3), *known)
+        assert words.decode(one.ids) == outputs[0]
+
+
+@pytest.mark.parametrize("family", ["t5", "cpm", "roformer"])
+def test_vectors_are_means_of_the_first_and_last_block(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, SIZES[family])
+    model, words = tasks.opened(folder)
+    model = model.double()
+    found = tasks.vectors(model, words, TEXTS, batch=2)
+    stack = model.encoder if hasattr(model, "encoder") else model.decoder
+    for text, vector in zip(TEXTS, found, strict=True):
+        bos = [] if family == "cpm" else [words.bos_id]
+        ids = torch.tensor([[*bos, *(int(i) for i in words.encode(text)), words.eod_id]])
+        seen: list[torch.Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+            for block in (stack.layers[0], stack.layers[-1])
+        ]
+        places = torch.arange(ids.shape[1])[None]
+        with torch.no_grad():
+            (model.encode if family == "t5" else model)(ids, places, None)
+        for hook in hooks:
+            hook.remove()
+        wanted = (seen[0] + seen[1]).double().mean(1)[0].numpy() / 2
+        assert np.abs(wanted - vector).max() < 1e-12 * np.abs(wanted).max()
+    # A pair of one text beside a pair of two: a perfect order.
+    (tmp_path / "pairs.txt").write_text("今天\t今天\t1\n天气\t很好很好\t0\n", "utf-8")
+    result = said(capsys, folder, "--task", "lcqmc", "--data", tmp_path / "pairs.txt")
+    assert result["first_last_average"] == pytest.approx(100)
+    assert result["samples"] == 2 and "whitened" in result
+
+
+def test_what_a_user_gets_wrong_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, SIZES["roformer"])
+    cases = {
+        "a\tb\tc\td\n": (["csl"], "line 1 has 4 columns, there must be 2 or 3"),
+        "\n": (["lcqmc"], "has no line with text"),
+        "a\tb\tc\n": (["lcqmc"], "the third column is a number"),
+        "{}\n": (["ape210k"], "line 1 is no problem with original_text"),
+        "a\tb\n": (["csl"], "needs a model that writes"),
+        "a\tb\t1\n": (["lcqmc", "--samples", "0"], "--samples: is 0"),
+    }
+    for content, (task, message) in cases.items():
+        (tmp_path / "file").write_text(content, "utf-8")
+        line = ["evaluate", str(folder), "--data", str(tmp_path / "file"), "--task", *task]
+        assert cli.main(line) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    assert (
+        cli.main(["evaluate", str(folder), "--task", "csl", "--data", str(tmp_path / "file")]) == 2
+    )
+    assert "is not UTF-8" in capsys.readouterr().err
+    made = tmp_path / "t5"
+    other = saved(made, SIZES["t5"])
+    assert cli.main(["evaluate", str(other), "--task", "mlm", "--data", str(tmp_path)]) == 2
+    assert "needs a RoFormer" in capsys.readouterr().err
