@@ -11,6 +11,8 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+LETTER = 6.2
+"""Width of a character below a histogram, at most: svg text of 10 px."""
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2421;--soft:#5d6a64;--line:#d9dfdb;--ground:#fbfcfb;
 --panel:#f1f5f2;--bamboo:#2f7d5b;--pale:#b9d8c8;--amber:#c77d1e;--mark:#ffe3a8}
@@ -146,8 +148,9 @@ def columns(
     out.append(f'<line class="axis" x1="0" y1="{height}" x2="{width}" y2="{height}"></line>')
     every = max(1, -(-len(values) // 8))
     for place in range(0, len(values), every):
-        out.append(f'<text x="{left + place * step:.1f}" y="{height + 13}">{text(labels[place])}')
-        out.append("</text>")
+        x = left + place * step
+        if x + LETTER * len(labels[place]) <= width:  # cut, it would be another number
+            out.append(f'<text x="{x:.1f}" y="{height + 13}">{text(labels[place])}</text>')
     out.append(f"</svg><figcaption>{text(caption)}</figcaption></figure>")
     return "".join(out)
 

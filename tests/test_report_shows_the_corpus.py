@@ -168,3 +168,14 @@ def test_a_browser_draws_the_page(corpus: Path, tmp_path: Path) -> None:
     command += ["--window-size=1100,3000", f"--screenshot={picture}"]
     subprocess.run([*command, (corpus / "report.html").as_uri()], check=True, timeout=120)
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 50_000
+
+
+def test_no_number_below_a_histogram_is_cut() -> None:
+    """A label that runs over the edge reads as another number."""
+    fewer = 0
+    for columns in range(1, 60):
+        drawn = page.columns("x", ["10,000"] * columns, [1.0] * columns)
+        places = [float(x) for x in re.findall(r'<text x="([\d.]+)"', drawn)]
+        assert max(places) + 6 * page.LETTER <= 360
+        fewer += len(places) < len(range(0, columns, max(1, -(-columns // 8))))
+    assert fewer, "some do not fit"
