@@ -12,7 +12,7 @@ import pytest
 
 from configs.grown import completed
 from configs.load import to_dict
-from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
 from pretrain import proof
 from pretrain.growth import GrowthError, grow, refusal
 from pretrain.state import State
@@ -209,3 +209,37 @@ def test_a_page_need_not_know_the_numbers() -> None:
     rotary = completed(FAMILIES["v2"], larger("v2", head_dim=12, hidden=64))
     assert to_dict(rotary)["rope_base"] == 1e4**1.5 and rotary.logit_scale == 0.5
     assert completed(FAMILIES["v2"], larger("v2", head_dim=16)) == larger("v2", head_dim=16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_new_is_dead(family: str) -> None:
+    """Every row and column of every matrix has had a gradient after three steps."""
+    import torch
+
+    from pretrain.models import build
+
+    sizes = ALL | ({"hidden": 64} if family == "v1" else {})
+    grown = grow(small(family), larger(family, **sizes, dropout=0.0, attention_dropout=0.0), 1)
+    config = from_record(grown)
+    with torch.device("meta"):
+        model = build(config)
+    model.to_empty(device="cpu").double()
+    model.load_state_dict({n: grown.read(f"weights/{n}").double() for n in grown.names()})
+    seen = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    sides = (PROBES, torch.arange(PROBES.shape[1]).expand_as(PROBES), None)
+    for _ in range(3):
+        model.zero_grad()
+        logits = model.logits(model(*sides, *sides) if family == "t5" else model(*sides))
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), PROBES.flatten()).backward()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                seen[name] += parameter.grad.abs()
+                parameter -= 0.1 * parameter.grad
+    for tensor in tensors(config):
+        gradient = seen[tensor.name]
+        share = 0.9 if family == "v2" and ".ffn." in tensor.name else 1.0  # a ReLU may rest
+        if tensor.op not in ("lookup", "table") and not tensor.name.endswith(".k.bias"):
+            rows = gradient.reshape(gradient.shape[0], -1).amax(1)
+            assert float((rows > 0).double().mean()) >= share, tensor.name
+        if tensor.in_:
+            assert float((gradient.amax(0) > 0).double().mean()) >= share, tensor.name
