@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,9 +59,8 @@ def rules(recipe: str) -> Cleaning:
     return from_dict(Cleaning, read_yaml(RECIPES[recipe])["clean"])
 
 
-def whole(recipe: str) -> Callable[[str], object]:
+def whole(asked: Cleaning) -> Callable[[str], object]:
     """All that Clean does with a document."""
-    asked = rules(recipe)
 
     def one(text: str) -> object:
         page = clean.prepared(text, asked)
@@ -74,6 +74,7 @@ def whole(recipe: str) -> Callable[[str], object]:
 def ours(texts: list[str]) -> dict[str, tuple[Callable[[Any], object], list[Any]]]:
     """Each step with what it is given."""
     pages, asked = [clean.normalise(text) for text in texts], rules("web")
+    everything = replace(rules("books"), simplify=True, mask_private=True)
     return {
         "normalise": (clean.normalise, texts),
         "simplify (script)": (clean.simplify, pages),
@@ -83,8 +84,9 @@ def ours(texts: list[str]) -> dict[str, tuple[Callable[[Any], object], list[Any]
         "digest": (clean.digest, pages),
         "private data": (lambda page: private.mask(page.text), pages),
         "markup": (leftovers.strip, texts),
-        "all of `books`": (whole("books"), texts),
-        "all of `web`": (whole("web"), texts),
+        "all of `books`": (whole(rules("books")), texts),
+        "`books`, simplified, masked": (whole(everything), texts),
+        "all of `web`": (whole(asked), texts),
     }
 
 

@@ -30,6 +30,7 @@ LONGEST = 13
 SLOTS = 16384  # eight times a window
 COLUMNS = np.dtype([(name, "<f4") for name in SCORES])
 """A row of a shard's table of scores."""
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 by the golden ratio: Knuth's hash
 
 _TERMINAL, _SENTENCE, _CLOSER, _BULLET, _ELLIPSIS, _RARE = (1 << bit for bit in range(6))
 _STOP_SHIFT = 8
@@ -92,7 +93,7 @@ def stored(cleaned: Path, rank: int) -> np.ndarray:
 
 def store(cleaned: Path, rank: int, rows: Iterable[np.ndarray]) -> None:
     """Write the rows (float32 [SCORES]) of a shard's documents."""
-    whole = np.array(list(rows), dtype=np.float32).reshape(-1, len(COLUMNS))
+    whole = np.array(list(rows), dtype=np.float32).reshape(-1, len(SCORES))
     save(cleaned / "scores" / f"{rank:05d}.npy", whole.view(COLUMNS).reshape(-1))
 
 
@@ -141,11 +142,11 @@ def _score(codes, kinds, han, letters, digits, punctuation, symbols, marks, prod
     out[MEAN_WORD] = (letters + digits) / max(out[MEAN_WORD], 1.0)  # it held their number
     _lines(solid, ends[:lines], marks, out)
     windows, longest = (n + WINDOW - 1) // WINDOW, min(n, WINDOW)
-    # Places of runs, the names of those, and the slots that give them: keys, counts.
+    # Places of runs, the names of those, which are slots, and what these hold: keys, counts.
     work = (
         np.empty(longest, np.int16),
         np.empty(longest, np.int16),
-        np.empty(4 * longest + 4, np.uint64),
+        np.empty(8 * longest + 4, np.uint32),
         np.empty(SLOTS, np.int16),
     )
     for w in range(windows):
@@ -274,59 +275,57 @@ def _more(line):  # type: ignore[no-untyped-def]
 @compiled
 def _window(window, whole, products, singles, work, out):  # type: ignore[no-untyped-def]
     """Scores of one window, each by its share of the whole."""
-    places = work[0]
+    _, names, _, held = work
     length, share, distinct, total = len(window), len(window) / whole, 0, 0.0
-    for k in range(length):
-        code = window[k]
-        places[distinct] = k
-        distinct += singles[code] == 0
-        singles[code] += 1
-    for m in range(distinct):
-        code = window[places[m]]
-        total += products[singles[code]]
+    held[: length + 1] = 0
+    for k in range(length):  # characters are named 1, 2, ... as they come
+        name = singles[window[k]]
+        distinct += name == 0
+        name = distinct if name == 0 else name
+        singles[window[k]] = names[k] = name
+        held[name] += 1
+    for code in window:
         singles[code] = 0
+    for name in range(1, distinct + 1):
+        total += products[held[name]]
     out[ENTROPY] += share * (np.log(length) - total / length)
     out[UNIQUE_RATIO] += share * distinct / length
     if length >= 5:
-        _repeated(window, whole, work, out)
+        _repeated(length, whole, work, out)
 
 
 @compiled
-def _repeated(window, whole, work, out):  # type: ignore[no-untyped-def]
+def _repeated(length, whole, work, out):  # type: ignore[no-untyped-def]
     """Share of the window in its most frequent run of 2, 3, 4; shares of the whole in runs of 5
-    and more that stood before in the window.
+    and more that stood before in the window; `names` are those of its characters.
 
     A run of n + 1 is told by the names of the two runs of n in it, and can only repeat where both
     do: so each size looks at what is left of the size before, and no hash can err.
     """
-    places, names, slots_of, held = work
-    number = _pairs(window, places, held)
+    places, names, keys, held = work
+    number = _pairs(names[:length], places, held)
     for size in range(2, LONGEST + 1):
         if number == 0:
             return
         slots, shift = 4, np.uint64(62)
-        while slots < 2 * number:
+        while slots < 4 * number:
             slots, shift = slots * 2, shift - np.uint64(1)
         held[:slots] = 0
         top, free, copied = 0, 0, 0
         for m in range(number):
             k = places[m]
-            if size == 2:
-                key = np.uint64(window[k]) << np.uint64(32) | np.uint64(window[k + 1])
-            else:
-                key = np.uint64(names[k]) << np.uint64(32) | np.uint64(names[k + 1])
-            slot = (key * np.uint64(0x9E3779B97F4A7C15)) >> shift
-            while held[slot] != 0 and slots_of[slot] != key:
+            key = np.uint32(names[k]) << np.uint32(16) | np.uint32(names[k + 1])
+            slot = (np.uint64(key) * FACTOR) >> shift
+            while (held[slot] != 0) & (keys[slot] != key):  # & is one branch, `and` would be two
                 slot = (slot + np.uint64(1)) & np.uint64(slots - 1)
-            slots_of[slot] = key
-            if held[slot] != 0 and k >= free:
-                free, copied = k + size, copied + size
+            copy = (held[slot] != 0) & (k >= free)
+            free = k + size if copy else free
+            copied += size if copy else 0
+            keys[slot], names[k] = key, slot
             held[slot] += 1
             top = max(top, held[slot])
-            names[k] = slot
         if size < 5:
             if top > 1:
-                length = len(window)
                 out[TOP_2 + size - 2] += length / whole * min(size * top / length, 1.0)
         elif size <= 10 or size == LONGEST:
             out[DUP_5 + (size - 5 if size <= 10 else 6)] += copied / whole
@@ -334,17 +333,16 @@ def _repeated(window, whole, work, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _pairs(window, places, buckets):  # type: ignore[no-untyped-def]
+def _pairs(names, places, buckets):  # type: ignore[no-untyped-def]
     """Where a run of two may stand that stands twice, into `places`; returns their number. Runs
     that share a bucket are taken for one, which _repeated finds out."""
-    slots, shift, last = 64, np.uint64(58), len(window) - 1
+    slots, shift, last = 64, np.uint64(58), len(names) - 1
     while slots < 8 * last and slots < SLOTS:
         slots, shift = slots * 2, shift - np.uint64(1)
     buckets[:slots] = 0
-    factor = np.uint64(0x9E3779B97F4A7C15)
     for k in range(last):
-        key = np.uint64(window[k]) << np.uint64(32) | np.uint64(window[k + 1])
-        places[k] = (key * factor) >> shift
+        key = np.uint32(names[k]) << np.uint32(16) | np.uint32(names[k + 1])
+        places[k] = (np.uint64(key) * FACTOR) >> shift
         buckets[places[k]] += 1
     number = 0
     for k in range(last):
