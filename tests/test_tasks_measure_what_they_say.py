@@ -197,3 +197,14 @@ def test_what_a_user_gets_wrong_is_a_sentence(
     other = saved(made, SIZES["t5"])
     assert cli.main(["evaluate", str(other), "--task", "mlm", "--data", str(tmp_path)]) == 2
     assert "needs a RoFormer" in capsys.readouterr().err
+
+
+def test_generate_with_beams_from_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, SIZES["t5"])
+    (tmp_path / "lines.txt").write_text("天气\n很好\n", "utf-8")
+    line = ["generate", str(folder), "--prompt", "今天", "--beams", "3", "--length-penalty", "1"]
+    assert cli.main([*line, "--allowed", str(tmp_path / "lines.txt"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["generated"]
+    assert row["text"] in ("天气", "很好") and row["ended"] and row["score"] < 0
