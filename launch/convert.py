@@ -215,11 +215,11 @@ def _write(
         return
     if to == "bert4keras":
         rules = bert4keras.rules(config)
-        if wrong := bert4keras.unsayable(config):
-            raise ConversionError(f"--to {to}: {'; '.join(wrong)} (该格式无法表示)")
+        if unsaid := bert4keras.unsayable(config):
+            raise ConversionError(f"--to {to}: {'; '.join(unsaid)} (该格式无法表示)")
         check(rules, config)
-        page = json.dumps(bert4keras.page_of(config), indent=2)
-        (folder / "bert4keras_config.json").write_text(page + "\n", "utf-8")
+        text = json.dumps(bert4keras.page_of(config), indent=2)
+        (folder / "bert4keras_config.json").write_text(text + "\n", "utf-8")
         bundle.write(folder / "model.ckpt", exported(rules, weight))
         return
     if not isinstance(config, CPMConfig):
