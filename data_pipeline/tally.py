@@ -23,7 +23,7 @@ from data_pipeline.shards import aside, records, save
 EXCERPTS, EXCERPT_CHARACTERS = 4, 400
 LABELS_OF_A_FIELD = 40
 """A field with more distinct values than this, or longer ones, is no label: it is not counted."""
-NO_LABELS = ("id", "text", "source", "scores", "spans")
+NO_LABELS = ("id", "text", "source", "scores", "spans", "path", "url", "file", "title", "date")
 TOKENS_AT_ONCE = 1 << 22
 
 
