@@ -34,8 +34,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, world1:
         ({"run__steps": 5, "schedule": {}}, "the run ends at step 5, the checkpoint .* at step 10"),
         ({"run__prompt": "长" * 300}, "run.prompt: is .* tokens long, must be 1 to 32"),
         (
-            {"run__steps": None, "stages": [{"steps": 20}, {"steps": 5, "model": {"hidden": 64}}]},
-            "stages.1.model: hidden is 32 and the target has 64",
+            {"run__steps": None, "stages": [{"steps": 20}, {"steps": 5, "model": {"hidden": 16}}]},
+            "hidden would shrink from 32 to 16",
         ),
     ],
 )
