@@ -94,7 +94,7 @@ def test_a_label_needs_no_fields_and_may_be_a_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": "mine", "class": 0}', "utf-8")
     (document,) = read_all(Source("jsonl", str(path), "s", label_field="class"))
-    assert document.fields == {"source": "s", "label": 0}
+    assert document.fields == {"source": "s", "label": 0, "label_of_source": "mine"}
 
 
 def test_a_table_without_names_has_a_text_too(tmp_path: Path) -> None:
