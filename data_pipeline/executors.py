@@ -49,7 +49,7 @@ Crew = Callable[[Sequence[Any], int, Path], PipelineExecutor]
 
 ROOT = Path(__file__).resolve().parents[1]
 GUESTS = (
-    *("datatrove", "jieba", "numba", "numpy", "orjson", "rjieba"),
+    *("datatrove", "jieba", "numba", "numpy", "orjson"),
     *("sentencepiece", "xxhash", "zstandard"),
 )
 """Packages that bytes may depend on: on another machine they must be of the same version."""

@@ -28,7 +28,6 @@ DOORS = {
         "data_pipeline/tokenizer.py",
         "data_pipeline/training.py",
     },
-    "rjieba": {"data_pipeline/segment.py"},
     "jieba": {"data_pipeline/segment.py"},
     "datasets": {"data_pipeline/sources/tables.py"},
     "pyarrow": {"data_pipeline/sources/tables.py"},
