@@ -87,6 +87,7 @@ class Engine:
         micro_rows: rows of the largest micro-batch.
         seed: of dropout.
         born: updates before a tensor came into being; 0 where it says nothing.
+        scales: factors on lr, decay and eps of tensors that growth changed, as a record keeps them.
 
     Raises ValueError for a precision that the device cannot compute. The weights are zero until
     load().
@@ -105,6 +106,7 @@ class Engine:
         micro_rows: int,
         seed: int = 0,
         born: Mapping[str, int] | None = None,
+        scales: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         import deepspeed
         from deepspeed.utils import groups
@@ -125,7 +127,11 @@ class Engine:
         self._step = _Step(model, objective, parallel.token_losses(mesh, config.vocab))
         self._deepspeed, *_ = deepspeed.initialize(
             model=self._step,
-            optimizer=optimizers.build(optimizers.groups(config, self.born), parameters, optimizer),
+            optimizer=optimizers.build(
+                optimizers.groups(config, self.born, optimizers.recorded(scales)),
+                parameters,
+                optimizer,
+            ),
             mpu=glue,
             config=json,
             dist_init_required=False,

@@ -56,6 +56,15 @@ class Scales:
     clip: float = 1.0
 
 
+def recorded(scales: Mapping[str, Mapping[str, float]] | None) -> dict[str, Scales]:
+    """The factors that a record keeps by tensor name, but for the clip weight, which is not built:
+    a tensor that became copies weighs in the global norm as what it is now."""
+    return {
+        name: Scales(lr=given["lr"], wd=given["wd"], eps=given["eps"])
+        for name, given in (scales or {}).items()
+    }
+
+
 def groups(
     config: ModelConfig,
     born: Mapping[str, int] | None = None,

@@ -188,6 +188,7 @@ def _engine(job: Job, state: "State") -> "Engine":
         micro_rows=config.batch.micro,
         seed=config.run.seed,
         born=state.record["born"],
+        scales=state.record.get("scales"),
     )
 
 
