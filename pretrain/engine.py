@@ -49,8 +49,8 @@ class StepResult:
     """Positions, 0-d int64."""
     grad_norm: Tensor | float
     """Global norm of the gradient before clipping; inf if the step was skipped."""
-    skipped: bool
-    """A gradient was not finite: nothing was updated."""
+    skipped: Tensor | bool
+    """A gradient was not finite: nothing was updated. A tensor where only the device knows."""
 
 
 class _Step(nn.Module):
@@ -88,6 +88,8 @@ class Engine:
         seed: of dropout.
         born: updates before a tensor came into being; 0 where it says nothing.
         scales: factors on lr, decay and eps of tensors that growth changed, as a record keeps them.
+        hold: after a gradient that was not finite change nothing any more, until load(): the state
+            stays the one before it, for whoever reads of it some steps later.
 
     Raises ValueError for a precision that the device cannot compute. The weights are zero until
     load().
@@ -107,6 +109,7 @@ class Engine:
         seed: int = 0,
         born: Mapping[str, int] | None = None,
         scales: Mapping[str, Mapping[str, float]] | None = None,
+        hold: bool = False,
     ) -> None:
         import deepspeed
         from deepspeed.utils import groups
@@ -115,7 +118,8 @@ class Engine:
         self.model, self.config, self.mesh = model, config, mesh
         self.precision, self.zero, self.seed = precision, zero, seed
         self.clip_norm = float(optimizer.clip_norm)
-        self.micro_rows, self.updates = micro_rows, 0
+        self.micro_rows, self._hold = micro_rows, hold
+        self._count_updates(0)
         self.born = {t.name: (born or {}).get(t.name, 0) for t in tensors(config)}
         self._zero_stage = 1 if zero == 0 and precision != "fp32" else zero
         groups.mpu = glue = parallel.Glue(mesh) if mesh.tensor > 1 else None
@@ -173,7 +177,7 @@ class Engine:
         self._reduce(loss_sum)
         optimizers.set_lr(self._partitions.base, lr)
         norm, skipped = self._update()
-        self.updates += not skipped
+        self._tried, self._skipped = self._tried + 1, self._skipped + skipped
         return StepResult(loss_sum, count, norm, skipped)
 
     def _progress(self, step: int) -> None:
@@ -201,12 +205,26 @@ class Engine:
         if self.mesh.data > 1:
             dist.all_reduce(value, group=self.mesh.data_group)
 
-    def _update(self) -> tuple[Tensor | float, bool]:
+    @property
+    def updates(self) -> int:
+        """Updates that the weights have had; asking may wait for the device."""
+        return self._tried - int(self._skipped)
+
+    def _count_updates(self, updates: int) -> None:
+        self._tried, self._skipped = updates, torch.zeros((), device=self.mesh.device)
+        self._sick = torch.zeros((), device=self.mesh.device)
+
+    def _update(self) -> tuple[Tensor | float, Tensor | bool]:
         if self._partitions.kind != "torch":
-            self._deepspeed.step()
+            self._deepspeed.step()  # waits for the device, and changes nothing if it is sick
             return self._zero._global_grad_norm, bool(self._zero.overflow)
-        norm = self._norm()
-        if not torch.isfinite(norm):
+        norm, base = self._norm(), self._partitions.base
+        sick = (~torch.isfinite(norm)).float()
+        if self._hold:
+            sick = self._sick = torch.maximum(sick, self._sick)
+        if getattr(base, "_step_supports_amp_scaling", False):
+            base.found_inf = sick  # type: ignore[attr-defined]  # the kernel masks its own update
+        elif bool(sick):
             self._deepspeed.zero_grad()
             return float("inf"), True
         if self.clip_norm:
@@ -215,7 +233,7 @@ class Engine:
                 [p.grad for p in self.model.parameters() if p.grad is not None], scale
             )
         self._deepspeed.step()
-        return norm, False
+        return norm, sick.bool()
 
     def _norm(self) -> Tensor:
         """Of the whole gradient, each value once: what is cut is summed over the tensor group."""
@@ -268,7 +286,7 @@ class Engine:
         """
         updates = int(state.record.get("updates", 0))
         self._partitions.load(state, updates)
-        self.updates = updates
+        self._count_updates(updates)
         self._progress(int(state.record.get("step", 0)))
         buffers = dict(self.model.named_buffers())
         for name in state.names("buffers"):
