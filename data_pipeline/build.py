@@ -54,6 +54,7 @@ from data_pipeline import (
     hanzi,
     ingest,
     lines,
+    repeated_ids,
     report,
 )
 from data_pipeline.blocks import (
@@ -136,14 +137,19 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     unchanged_sources(config, files, cleaned)
     if lost := unread(config.data.sources, cleaned):
         say.line(lost)
+    read_ids = [cleaned.data / "read_ids" / f"{rank:05d}.npy" for rank in range(len(tasks))]
     cleaned, before = lines.trimmed(config, stage, cleaned)
     something_left(cleaned.counts)
 
     # Compare the hashes; divide what is distinct into train and valid.
     tables = [cleaned.data / "hashes" / f"{rank:05d}.npy" for rank in range(len(tasks))]
-    buckets = dedup.buckets(cleaned.counts["documents"])
-    search = FindDuplicates(tables, config.split.seed, config.split.valid_documents or 0)
+    buckets = dedup.buckets(max(cleaned.counts["documents"], cleaned.counts["read_ids"]))
+    named = [source.name for source in config.data.sources]
+    lowest = config.split.valid_documents or 0
+    search = FindDuplicates(tables, config.split.seed, lowest, read_ids, named)
     found = stage("duplicates", [search], buckets, [cleaned.key], 0)
+    if twice := repeated_ids.said(named, cleaned.counts + found.counts):
+        say.line(twice)
     sizes = dedup.sizes_of(cleaned)
     losses = what_goes(config, stage, cleaned, found, sizes, exams)
     below = limit_of_lots(config, found, tables, losses)

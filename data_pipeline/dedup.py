@@ -11,7 +11,6 @@ same hash, mixed with a seed, is the document's lot in the draw of the validatio
 falls on one side, and no document's side depends on the others.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipeline import names
+from data_pipeline import names, repeated_ids
 from data_pipeline.blocks import Block, Documents, Stage
 from data_pipeline.intake import Rejects
-from data_pipeline.shards import Record, open_table, records, save, shard
+from data_pipeline.shards import Record, key_range, open_table, records, save, shard
 
 DOCUMENTS_PER_BUCKET = 4_000_000  # about 0.4 GB while it is sorted
 U64 = np.uint64
@@ -78,16 +77,6 @@ def _slices(
             slices.append((rows["high"], rows["low"], rows["row"].astype(U64) + U64(base)))
         base += len(table)
     return slices
-
-
-def key_range(table: np.ndarray, bucket: int, of: int) -> slice:
-    """The rows of a table (sorted by its first column, uint64) that lie in one bucket of `of`."""
-    width = (1 << 64) // of
-    start, stop = (
-        bisect_left(range(len(table)), edge * width, key=lambda row: int(table[row][0]))
-        for edge in (bucket, bucket + 1)
-    )
-    return slice(start, stop)
 
 
 def lots(high: np.ndarray, low: np.ndarray, seed: int) -> np.ndarray:
@@ -182,14 +171,18 @@ def limit_of_the_rest(
 
 
 class FindDuplicates(Block):
-    """One bucket of hashes a task: which documents stood before, and the lowest lots."""
+    """One bucket of hashes a task: which documents stood before, and the lowest lots; and how many
+    documents of each source that was read, by its name, have an id that stood before in it."""
 
     name = "duplicates"
-    modules: ClassVar = ("dedup",)
+    modules: ClassVar = ("dedup", "repeated_ids")
 
-    def __init__(self, tables: list[Path], seed: int, lowest: int) -> None:
-        super().__init__(seed=seed, lowest=lowest)
+    def __init__(
+        self, tables: list[Path], seed: int, lowest: int, ids: list[Path], sources: list[str]
+    ) -> None:
+        super().__init__(seed=seed, lowest=lowest, sources=sources)
         self.tables, self.seed, self.lowest = tables, seed, lowest
+        self.ids, self.sources = ids, sources
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield nothing; write data/duplicates/, data/why/ and data/lots/."""
@@ -202,6 +195,8 @@ class FindDuplicates(Block):
         save(self.folder / "data" / "lots" / f"{rank:05d}.npy", found.lots)
         self.counts["distinct_documents"] += found.distinct
         self.counts["duplicate_documents"] += len(found.duplicates)
+        for source, number in repeated_ids.again(self.ids, rank, world_size).items():
+            self.counts[f"repeated_ids/{self.sources[source]}"] += number
         yield from ()
 
 

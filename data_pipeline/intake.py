@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from configs.cleaning import Cleaning
 from configs.sources import Source
-from data_pipeline import clean, fields, hanzi, ingest, names, scores, unreadable
+from data_pipeline import clean, fields, hanzi, ingest, names, repeated_ids, scores, unreadable
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
@@ -19,7 +19,7 @@ class Read(Block):
     """The documents of a task's parts of the sources."""
 
     name = "read"
-    modules: ClassVar = (*ingest.MODULES, "fields", "intake", "unreadable")
+    modules: ClassVar = (*ingest.MODULES, "fields", "intake", "repeated_ids", "unreadable")
 
     def __init__(self, sources: tuple[Source, ...], tasks: list[tuple[ingest.Part, ...]]) -> None:
         super().__init__(sources=sources, tasks=[[_where(part) for part in t] for t in tasks])
@@ -27,7 +27,7 @@ class Read(Block):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield documents; what cannot be read goes to rejects/unreadable:KIND/, or stops."""
-        done = 0.0
+        done, ids = 0.0, repeated_ids.Ids()
         with Rejects(self.folder / "data" / "rejects", rank) as rejects:
             for part in self.tasks[rank]:
                 source, meter = self.sources[part.source], ingest.Meter()
@@ -35,6 +35,8 @@ class Read(Block):
                 for document in ingest.read(source, part, meter, faults):
                     self.counts[f"read/{source.name}"] += 1
                     self.counts["read_documents"] += 1
+                    if document.own_id:
+                        ids.add(part.source, document.id)
                     if source.label_field:
                         label = fields.label_text(document.fields["label"])
                         self.counts[f"{fields.FAMILY}/{label}"] += 1
@@ -47,6 +49,8 @@ class Read(Block):
                 for what, number in meter.met.items():
                     self.counts[f"met/{source.name}/{what}"] += number
                 done += part.weight
+        ids.save(self.folder / "data" / "read_ids" / f"{rank:05d}.npy")
+        self.counts["read_ids"] += len(ids)
         self.tick(done, rank, final=True)
 
 

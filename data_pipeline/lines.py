@@ -29,10 +29,10 @@ from configs.corpus import CorpusConfig
 from configs.dedup import Lines
 from data_pipeline import clean, hanzi, minhash, scores
 from data_pipeline.blocks import Block, Document, Documents, Stage
-from data_pipeline.dedup import U64, buckets, key_range, sizes_of
+from data_pipeline.dedup import U64, buckets, sizes_of
 from data_pipeline.intake import COLUMNS, Rejects, Store
 from data_pipeline.kernels import compiled
-from data_pipeline.shards import open_table, records, save
+from data_pipeline.shards import key_range, open_table, records, save
 
 LINE = np.dtype([("hash", "<u8"), ("first", "<u8"), ("documents", "<u4")])
 """A line: its hash, the first document with it (in a shard's table: its row), how many have it."""

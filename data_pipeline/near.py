@@ -37,13 +37,12 @@ from data_pipeline.dedup import (
     U64,
     WHY,
     buckets,
-    key_range,
     marks_within,
     numbers_in,
     rows_within,
 )
 from data_pipeline.kernels import compiled
-from data_pipeline.shards import records, save
+from data_pipeline.shards import key_range, records, save
 
 KEY = np.dtype([("key", "<u8"), ("row", "<u4")])
 PARTNERS = 16

@@ -74,7 +74,7 @@ def _shards(stage: Stage, split: str) -> list[Path]:
 def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
     """The manifest: what the corpus is, and fingerprints of its contents. It holds no date and no
     path, so that the same text and config give the same bytes anywhere."""
-    cleaned, _, divided, _, encoded = (stage.counts for stage in stages[:5])
+    cleaned, found, divided, _, encoded = (stage.counts for stage in stages[:5])
     words = tokenizer.load(out / "tokenizer")
     splits: dict[str, dict[str, Any]] = {
         split: {
@@ -107,6 +107,7 @@ def describe(config: CorpusConfig, out: Path, stages: Sequence[Stage]) -> dict[s
         "sources": [
             {"name": s.name, "kind": s.kind, "documents": cleaned[f"read/{s.name}"]}
             | unreadable.told(cleaned, s.name)
+            | ({"repeated_ids": n} if (n := found[f"repeated_ids/{s.name}"]) else {})
             for s in config.data.sources
         ],
         "read": {name: cleaned[f"read_{name}"] for name in ("documents", "characters", "bytes")},

@@ -166,6 +166,11 @@ def _flow(facts: Facts) -> Iterator[str]:
         for family in ("met", "unreadable")
         for what, n in source.get(family, {}).items()
     ]
+    met += [
+        (f"{source['name']}: documents whose id stood before (重复的 id)", source["repeated_ids"])
+        for source in manifest["sources"]
+        if "repeated_ids" in source
+    ]
     if met:
         yield page.heading("Met while reading", "读取时遇到", 3)
         yield page.table(("", "records 条"), met)

@@ -8,6 +8,7 @@ killed at any moment leaves whole files and rubbish that is recognised by its na
 """
 
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +102,13 @@ def save(path: Path, array: np.ndarray) -> None:
 def open_table(path: Path) -> np.ndarray:
     """A shard's hashes, left on the disk."""
     return np.load(path, mmap_mode="r")
+
+
+def key_range(table: np.ndarray, bucket: int, of: int) -> slice:
+    """The rows of a table (sorted by its first column, uint64) that lie in one bucket of `of`."""
+    width = (1 << 64) // of
+    start, stop = (
+        bisect_left(range(len(table)), edge * width, key=lambda row: int(table[row][0]))
+        for edge in (bucket, bucket + 1)
+    )
+    return slice(start, stop)

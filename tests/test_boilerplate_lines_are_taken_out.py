@@ -11,8 +11,7 @@ import pytest
 
 from configs.load import ConfigError
 from data_pipeline import build, clean, lines
-from data_pipeline.dedup import key_range
-from data_pipeline.shards import records
+from data_pipeline.shards import key_range, records
 from tests.test_corpus_build import contents, kept, page
 
 WORDS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜"

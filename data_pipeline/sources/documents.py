@@ -38,6 +38,8 @@ class Document(NamedTuple):
     text: str
     fields: dict[str, Any]
     """Simple fields; `spans` [[name, start, stop], ...] of a document with named fields."""
+    own_id: bool = False
+    """Whether the id is the source's and was not made of the document's place."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def document(source: Source, record: dict[str, Any], place: str) -> Document:
             f"it or correct label_field of source '{source.name}'",
         )
     name = record.pop("id", None)
-    name = f"{source.name}/{place}" if name is None else str(name)
+    own = name is not None
+    name = str(name) if own else f"{source.name}/{place}"
     fields: dict[str, Any] = {
         key: value for key, value in record.items() if isinstance(value, SIMPLE)
     }
@@ -151,7 +154,7 @@ def document(source: Source, record: dict[str, Any], place: str) -> Document:
         fields["label"] = label
     if spans:
         fields["spans"] = spans
-    return Document(name, text, fields)
+    return Document(name, text, fields, own)
 
 
 def _joined(source: Source, record: dict[str, Any], spans: list[list[Any]]) -> str:
