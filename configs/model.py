@@ -115,7 +115,7 @@ class T5PegasusConfig:
 
 @dataclass(frozen=True)
 class RoFormerConfig:
-    """A masked-LM encoder with rotary positions; v1 is post-LN BERT, v2 is gain-free."""
+    """A masked-LM encoder; v1 is post-LN BERT, v2 gain-free; positions are rotary or learned."""
 
     family: Literal["roformer"]
     """The architecture."""
@@ -130,11 +130,13 @@ class RoFormerConfig:
     heads: int
     """Attention heads."""
     head_dim: int
-    """Width of a head; even, the rotation turns pairs."""
+    """Width of a head; even where positions are rotary: the rotation turns pairs."""
     ffn: int
     """Width of the feed-forward layer."""
     segments: int = 2
     """Rows of the segment embedding."""
+    positions: int | None = None
+    """Learned positions, the longest sequence (BERT, WoBERT, SimBERT: v1 only); null: rotary."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     ramp_steps: int = 0
@@ -162,7 +164,11 @@ class RoFormerConfig:
         )
         if self.ramp_steps < 0:
             found.append(f"ramp_steps: is {self.ramp_steps}, must not be negative")
-        if self.head_dim % 2:
+        if self.positions is not None and self.positions < 1:
+            found.append(f"positions: is {self.positions}, must be null (rotary) or at least 1")
+        if self.positions is not None and self.version == 2:
+            found.append("positions: RoFormer v2 has rotary ones, must be null (仅 v1 可学习)")
+        if self.positions is None and self.head_dim % 2:
             found.append(f"head_dim: is {self.head_dim}, rotary positions need an even number")
         return found
 
@@ -247,6 +253,8 @@ def _roformer(config: RoFormerConfig) -> Iterator[Tensor]:
     v1 = config.version == 1
     yield Tensor("embed.tokens.weight", "lookup", ("vocab",), EMBED, writes="enc", tied_to="head")
     yield Tensor("embed.segments.weight", "lookup", ("segments",), EMBED, writes="enc")
+    if config.positions is not None:
+        yield Tensor("embed.positions.weight", "lookup", ("positions",), EMBED, writes="enc")
     if v1:
         yield from _norm("embed.norm", "enc", True, None)
     for i in range(config.layers):
@@ -340,6 +348,11 @@ def split_problems(config: ModelConfig, parallel: int) -> list[str]:
 
 def _nearest(size: int, divisor: int) -> int:
     return max(1, round(size / divisor)) * divisor
+
+
+def longest_row(config: ModelConfig) -> int | None:
+    """Tokens of the longest row that a model can read; None where nothing limits it."""
+    return getattr(config, "positions", None)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from configs.grown import completed
 from configs.load import ConfigError, from_dict, to_dict
-from configs.model import CPMConfig, ModelConfig, split_problems
+from configs.model import ModelConfig, longest_row, split_problems
 from configs.objectives import Causal, Objective, data_problems
 
 
@@ -287,10 +287,11 @@ class RunConfig:
                     f"{', '.join(self.objective.families)}; {where}.family is {model.family} "
                     "(目标与模型族不符)"
                 )
-            if isinstance(model, CPMConfig) and self.data.seq_len > model.positions:
+            room = longest_row(model)
+            if room is not None and self.data.seq_len > room:
                 found.append(
                     f"data.seq_len: is {self.data.seq_len}, {where}.positions has "
-                    f"{model.positions} rows; shorten the rows or extend the model"
+                    f"{room} rows; shorten the rows or extend the model"
                 )
         return found
 

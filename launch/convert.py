@@ -2,13 +2,15 @@
 
     SRC --what is it?--> state --rules of the format--> DST --read back--> proof.json
 
-SRC is a checkpoint or a run of ours, a folder of Hugging Face's (GPT2, MT5, RoFormer), CPM-1's
-mp_rank files, megatron-core's, or bert4keras' TensorFlow files. The proof reads what was written:
-every tensor must come back to the last bit, and where transformers has the model and is installed,
-its logits must be ours.
+SRC is a checkpoint or a run of ours, a folder of Hugging Face's (GPT2, MT5, RoFormer, BERT),
+CPM-1's mp_rank files, megatron-core's, or the TensorFlow files of bert4keras and of Google's BERT.
+The proof reads what was written: every tensor must come back to the last bit, and where
+transformers has the model and is installed, its logits must be ours. `--set positions=null` makes a
+RoFormer of a BERT or WoBERT, as RoFormer began: the table of positions is left out.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -24,7 +26,15 @@ from typing import Any
 import torch
 
 from configs.load import to_dict
-from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, parameter_count
+from configs.model import (
+    CPMConfig,
+    ModelConfig,
+    RoFormerConfig,
+    T5PegasusConfig,
+    parameter_count,
+    shape,
+)
+from configs.model import tensors as tensors_of
 from data_pipeline import tokenizer as corpus_tokenizer
 from pretrain import checkpoint, growth, proof
 from pretrain.convert import bert4keras, bundle, cpm1, hf, hf_config, megatron
@@ -43,6 +53,8 @@ class Source:
     state: State
     tokenizer: Path | None
     """A frozen tokenizer/, where there is one."""
+    notes: tuple[str, ...] = ()
+    """What was left behind."""
 
 
 def main(argv: list[str]) -> int:
@@ -84,18 +96,25 @@ def main(argv: list[str]) -> int:
 def read(folder: Path, kind: str | None, options: list[str], words: str | None) -> Source:
     """A checkpoint of any format as a state of ours."""
     kind = kind or format_of(folder)
+    left: list[str] = []
     if kind == "native":
         path = checkpoint.resolve(folder)
         state = checkpoint.read(path)
         inside = path / "tokenizer"
-        state = _changed(state, options)
-        return Source(kind, state, _tokenizer(words) or (inside if inside.is_dir() else None))
+        if options:
+            config = hf_config.with_options(growth.model_config(state), options)
+            state, left = _fitted(State(state.entries, state.record | {"model": to_dict(config)}))
+        kept = _tokenizer(words) or (inside if inside.is_dir() else None)
+        return Source(kind, state, kept, tuple(left))
     if kind == "hf":
         page, tensors = hf.read(folder)
-        config = hf_config.with_options(hf_config.ours(page), options)
+        said = hf_config.ours(page)
+        config = hf_config.with_options(said, options)
+        whole = _with_table(config, said)
         positions = int(page.get("max_position_embeddings", hf_config.ROFORMER_POSITIONS))
-        tables = [*hf.rules(config, positions)]
-        entries = imported(_present(tables, tensors), tensors, config, hf.ignored)
+        tables = [*hf.rules(whole, positions)]
+        entries = imported(_present(tables, tensors), tensors, whole, hf.ignored)
+        left = hf.dropped(tensors)
     elif kind == "cpm1":
         ranks, tensors = cpm1.read(folder)
         heads = [int(text[6:]) for text in options if re.fullmatch(r"heads=\d+", text)]
@@ -105,7 +124,8 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
     elif kind == "bert4keras":
         found, rules, tensors = bert4keras.read(folder)
         config = hf_config.with_options(found, options)
-        entries = imported(rules, tensors, config, bert4keras.ignored)
+        entries = imported(rules, tensors, _with_table(config, found), bert4keras.ignored)
+        left = bert4keras.dropped(tensors)
     else:
         made, ranks, tensors = megatron.read(folder)
         config = hf_config.with_options(made, options)
@@ -113,14 +133,38 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         entries = imported(megatron.rules(config, ranks), tensors, config, megatron.ignored)
     inside = folder / hf.TOKENIZER
     kept = _tokenizer(words) or (inside if inside.is_dir() else None)
-    return Source(kind, State(entries, {"model": to_dict(config)}), kept)
+    state, notes = _fitted(State(entries, {"model": to_dict(config)}))
+    notes += [f"left behind: {what} (未转换)" for what in left]
+    return Source(kind, state, kept, tuple(notes))
 
 
-def _changed(state: State, options: list[str]) -> State:
-    if not options:
-        return state
-    config = hf_config.with_options(growth.model_config(state), options)
-    return State(state.entries, state.record | {"model": to_dict(config)})
+def _with_table(config: ModelConfig, found: ModelConfig) -> ModelConfig:
+    """`config` with the positions that the files have, where it is to do without them."""
+    if isinstance(config, RoFormerConfig) and isinstance(found, RoFormerConfig):
+        return dataclasses.replace(config, positions=found.positions)
+    return config
+
+
+def _fitted(state: State) -> tuple[State, list[str]]:
+    """The state without the table of positions that its config may do without, and what was left.
+
+    Raises ConversionError if the config asks for other tensors than are there.
+    """
+    config = growth.model_config(state)
+    sizes = {f"weights/{t.name}": shape(config, t) for t in tensors_of(config)}
+    has = {key: e.shape for key, e in state.entries.items() if key.startswith("weights/")}
+    table = "weights/embed.positions.weight"
+    if table in has and table not in sizes and isinstance(config, RoFormerConfig):
+        kept = {key: e for key, e in state.entries.items() if not key.endswith(table[7:])}
+        return State(kept, state.record), ["left behind: the table of positions (位置表未转换)"]
+    for key in sorted(sizes.keys() | has.keys()):
+        if sizes.get(key) != has.get(key):
+            raise ConversionError(
+                f"--set: {key} would be {sizes.get(key, 'none')}, the source has "
+                f"{has.get(key, 'none')}; set only what changes no tensor, or positions=null "
+                "(张量不符)"
+            )
+    return state, []
 
 
 def _present(rules: Iterable[Rule], foreign: Any) -> list[Rule]:
@@ -164,7 +208,7 @@ def convert(
     config = growth.model_config(source.state)
     partial = target.with_name(f".{target.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
-    notes: list[str] = []
+    notes = list(source.notes)
     if to == "native":
         record = _begun(source)
         checkpoint.write_state(target, State(source.state.entries, record), source.tokenizer)
@@ -282,7 +326,8 @@ def _against_transformers(state: State, folder: Path, dtype: torch.dtype) -> dic
         return {"note": f"not compared: written in {dtype}, the source is in float32"}
     config = growth.model_config(state)
     # Its MT5 norm and its RoFormer positions are float32 in every precision.
-    tolerance = proof.FLOAT64_TOLERANCE if isinstance(config, CPMConfig) else 2e-6
+    exact = isinstance(config, CPMConfig) or getattr(config, "positions", None) is not None
+    tolerance = proof.FLOAT64_TOLERANCE if exact else 2e-6
 
     def other(tokens_BT: torch.Tensor, at: torch.dtype) -> dict[str, torch.Tensor]:
         return hf.outputs(folder, tokens_BT, at)

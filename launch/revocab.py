@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from configs.model import ModelConfig, parameter_count
+from configs.model import ModelConfig, longest_row, parameter_count
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline import wordpiece
 from data_pipeline.pieces import Pieces
@@ -175,7 +175,7 @@ def _same(before: State, after: State, made: Plan, tokenizer: Any) -> dict[str, 
     if not stream:
         return {"within": True, "probe_tokens": 0, "note": "no token is in both vocabularies"}
     rows = proof.PROBE_ROWS
-    length = min(proof.PROBE_TOKENS, getattr(_config(before), "positions", proof.PROBE_TOKENS))
+    length = min(proof.PROBE_TOKENS, longest_row(_config(before)) or proof.PROBE_TOKENS)
     ids = torch.tensor((stream * (rows * length // len(stream) + 1))[: rows * length])
     row_of = torch.tensor([one[0] for one in made.rows])
     old = proof.logits(before, row_of[ids].view(rows, length), torch.float64)[..., row_of[kept]]

@@ -116,6 +116,12 @@ def fill(
     best: int = 5,
 ) -> list[Filled]:
     """Fill every mask of rows of token ids, each as if the others stayed masked."""
+    room = getattr(model.config, "positions", None)
+    if room is not None and (longest := max(map(len, rows), default=0)) > room:
+        raise ValueError(
+            f"prompt: has {longest} tokens, [CLS] and [SEP] included, the model has {room} "
+            "positions; shorten it (提示过长)"
+        )
     device = next(model.parameters()).device
     tokens_BS, *places = right_padded(rows, pad_id, device)
     was_training = model.training

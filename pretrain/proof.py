@@ -30,7 +30,7 @@ from torch import nn
 
 from configs.grown import times
 from configs.load import to_dict
-from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
+from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, longest_row, tensors
 from pretrain.growth import grow, model_config
 from pretrain.growth.depth import source
 from pretrain.models import build
@@ -193,7 +193,7 @@ def probes(tokenizer: Path | None, config: ModelConfig, seed: int = 0) -> torch.
 
     Raises ProofError if the tokenizer has tokens that the model has no row for.
     """
-    length = min(PROBE_TOKENS, getattr(config, "positions", PROBE_TOKENS))
+    length = min(PROBE_TOKENS, longest_row(config) or PROBE_TOKENS)
     wanted = PROBE_ROWS * length
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed_of(seed, "probes"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import ConfigError, dump, to_dict
+from configs.model import longest_row
 from configs.run import RunConfig, stage_model, stages, total_steps
 from pretrain import checkpoint
 from pretrain.corpora import Corpora, changes
@@ -94,7 +95,7 @@ def check_ahead(config: RunConfig, corpora: Corpora) -> None:
     ]
     if config.run.prompt:
         tokens = len(corpora.tokenizer.encode(config.run.prompt))
-        room = int(getattr(models[0], "positions", tokens))
+        room = longest_row(models[0]) or tokens
         if not 0 < tokens <= room:
             found.append(
                 f"run.prompt: is {tokens} tokens long, must be 1 to {room} "

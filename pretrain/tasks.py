@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from configs.load import from_dict
-from configs.model import CPMConfig, T5PegasusConfig
+from configs.model import CPMConfig, T5PegasusConfig, longest_row
 from configs.objectives import Masked
 from configs.run import CorpusShare, Data
 from pretrain import scores
@@ -78,7 +78,13 @@ def masked(
     if masking is not None:
         section["masking"] = masking
     objective = from_dict(Masked, section, "objective")
-    length = seq_len or trained.get("data", {}).get("seq_len") or 128
+    room = state.record["model"].get("positions")
+    length = seq_len or trained.get("data", {}).get("seq_len") or min(128, room or 128)
+    if room is not None and length > room:
+        raise TaskError(
+            f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
+            "(超过位置数)"
+        )
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, objective, 0, state.record["model"]["vocab"])
     learnt, used = state.record.get("tokenizer"), corpora.tokenizer.fingerprint
@@ -251,7 +257,7 @@ def vectors(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 16) -
     hooks = [b.register_forward_hook(lambda _m, _i, out: seen.append(out)) for b in blocks]
     config = model.config
     bos = None if isinstance(config, CPMConfig) else tokenizer.bos_id
-    longest = min(512, getattr(config, "positions", 512)) - 2
+    longest = min(512, longest_row(config) or 512) - 2
     rows = [
         framed([int(i) for i in ids[:longest]], bos, tokenizer.eod_id)
         for ids in tokenizer.encode_batch(list(texts))

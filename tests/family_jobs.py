@@ -22,6 +22,7 @@ OFF = {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.1}
 FAMILIES: dict[str, ModelConfig] = {
     "t5_pegasus": T5PegasusConfig("t5_pegasus", 96, 32, 2, 4, 8, 64, **OFF),
     "roformer": RoFormerConfig("roformer", 1, 96, 32, 2, 4, 8, 64, **OFF),
+    "bert": RoFormerConfig("roformer", 1, 96, 32, 2, 4, 8, 64, positions=16, **OFF),
     "roformer v2": RoFormerConfig("roformer", 2, 96, 32, 2, 4, 8, 64, **OFF),
 }
 SEQ, TARGET, SAMPLES, LR = 14, 8, 8, 3e-3

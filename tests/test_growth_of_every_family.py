@@ -24,7 +24,10 @@ FAMILIES: dict[str, ModelConfig] = {
     "t5": T5PegasusConfig("t5_pegasus", **SIZES, ffn=48, init_std=0.1),
     "v1": RoFormerConfig("roformer", 1, **SIZES, ffn=64, init_std=0.1),
     "v2": RoFormerConfig("roformer", 2, **SIZES, ffn=64),
+    "bert": RoFormerConfig("roformer", 1, **SIZES, ffn=64, positions=48, init_std=0.1),
 }
+POST_NORM = ("v1", "bert")
+"""Those that widen by whole factors only."""
 PROBES = proof.probes(None, FAMILIES["cpm"])[:2]
 ALL = {"layers": 3, "heads": 6, "head_dim": 12, "ffn": 100, "hidden": 48, "vocab": 130}
 TILED = {"layers": 3, "heads": 8, "head_dim": 16, "ffn": 128, "hidden": 96}
@@ -67,7 +70,7 @@ def under(state: State, **numbers: Any) -> State:
 @pytest.mark.parametrize("sizes", STEPS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_function_is_kept(family: str, sizes: dict[str, int]) -> None:
-    if family == "v1" and sizes.get("hidden") == 48:
+    if family in POST_NORM and sizes.get("hidden") == 48:
         sizes = {**sizes, "hidden": 64}
     before = small(family)
     found = proof.prove(before, grow(before, larger(family, **sizes), seed=1), PROBES)
@@ -80,8 +83,8 @@ def test_the_function_is_kept(family: str, sizes: dict[str, int]) -> None:
 def test_any_order_and_again(family: str) -> None:
     """Size by size, backwards, twice over: the function is that of the first model."""
     before = grown = small(family)
-    first = {"vocab": 120, "hidden": 64 if family == "v1" else 40, "ffn": 80, "head_dim": 10}
-    then = {"heads": 5, "hidden": 128 if family == "v1" else 44, "head_dim": 20, "layers": 3}
+    first = {"vocab": 120, "hidden": 64 if family in POST_NORM else 40, "ffn": 80, "head_dim": 10}
+    then = {"heads": 5, "hidden": 128 if family in POST_NORM else 44, "head_dim": 20, "layers": 3}
     for step in (first, then):
         for size, number in step.items():
             now = from_record(grown)
@@ -218,7 +221,7 @@ def test_nothing_new_is_dead(family: str) -> None:
 
     from pretrain.models import build
 
-    sizes = ALL | ({"hidden": 64} if family == "v1" else {})
+    sizes = ALL | ({"hidden": 64} if family in POST_NORM else {})
     grown = grow(small(family), larger(family, **sizes, dropout=0.0, attention_dropout=0.0), 1)
     config = from_record(grown)
     with torch.device("meta"):

@@ -1,14 +1,16 @@
-"""Su Jianlin's checkpoints (bert4keras, TensorFlow): T5 PEGASUS, RoFormer v1 and v2.
+"""TensorFlow checkpoints of Google's and of Su Jianlin's (bert4keras): BERT, T5 PEGASUS, RoFormer.
 
     FOLDER/ config.json (BERT's keys, or mT5's)  model.ckpt.index  .data-00000-of-00001  vocab.txt
 
 All kernels are [in, out]. T5 comes under two naming schemes, as mT5 was loaded (`layer_norm`) and
 as T5 PEGASUS was released (`rms_norm`); the table of relative positions is [heads, buckets].
-RoFormer v2 has the names of v1 without biases and norms. Names: bert4keras/models.py.
+RoFormer v2 has the names of v1 without biases and norms. BERT as Google named it (WoBERT, SimBERT)
+is v1 with a table of positions; its pooler and next-sentence head are left behind, and said to be.
+Names: bert4keras/models.py, google-research/bert.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig
 from pretrain.convert import bundle
 from pretrain.convert.rules import ConversionError, Foreign, Rule, same
 
-IGNORED = ("bert/pooler/", "cls/seq_relationship/", "global_step", "bert/embeddings/position")
-"""What a file may hold beside the model: the pooler, the next-sentence head, optimizer state."""
+BESIDE = {"bert/pooler/": "the pooler", "cls/seq_relationship/": "the next-sentence head"}
+"""What a file of BERT's may hold beside the model."""
+IGNORED = (*BESIDE, "global_step")
+POSITIONS = "bert/embeddings/position_embeddings"
 SLOTS = ("/adam_m", "/adam_v", "/Adam", "/Adam_1", "/m", "/v")
 
 
@@ -61,6 +65,8 @@ def _roformer(config: RoFormerConfig) -> Iterator[Rule]:
     v1 = config.version == 1
     yield same("embed.tokens.weight", "bert/embeddings/word_embeddings")
     yield same("embed.segments.weight", "bert/embeddings/token_type_embeddings")
+    if config.positions is not None:
+        yield same("embed.positions.weight", POSITIONS)
     if v1:
         yield from _norm("embed.norm", "bert/embeddings/LayerNorm")
     dense = {
@@ -98,6 +104,12 @@ def ignored(name: str) -> bool:
     return name.startswith(IGNORED) or name.endswith(SLOTS)
 
 
+def dropped(names: Iterable[str]) -> list[str]:
+    """What of a file is read by nobody, in words; the optimizer's variables apart."""
+    names = list(names)
+    return [words for at, words in BESIDE.items() if any(n.startswith(at) for n in names)]
+
+
 # ---- files
 
 
@@ -126,7 +138,7 @@ def read(folder: Path) -> tuple[ModelConfig, list[Rule], Foreign]:
         return config, rules(config), foreign
     raise ConversionError(
         f"{prefix}.index: has neither shared/embedding nor bert/embeddings/word_embeddings; it is "
-        "no T5 PEGASUS and no RoFormer (不支持的模型)"
+        "no T5 PEGASUS, no BERT and no RoFormer (不支持的模型)"
     )
 
 
@@ -182,11 +194,6 @@ def _t5_config(page: dict[str, Any], foreign: Foreign, released: bool) -> T5Pega
 
 
 def _roformer_config(page: dict[str, Any], foreign: Foreign) -> RoFormerConfig:
-    if "bert/embeddings/position_embeddings" in foreign:
-        raise ConversionError(
-            "bert/embeddings/position_embeddings: a BERT or WoBERT has learned positions, RoFormer "
-            "none; this family is not built (不支持带绝对位置的 BERT)"
-        )
     vocab, hidden = foreign["bert/embeddings/word_embeddings"]().shape
     v1 = "bert/encoder/layer_0/attention/self/query/bias" in foreign
     return RoFormerConfig(
@@ -196,9 +203,12 @@ def _roformer_config(page: dict[str, Any], foreign: Foreign) -> RoFormerConfig:
         hidden=hidden,
         layers=_layers(foreign, "bert/encoder/layer_", "query/kernel"),
         heads=page["num_attention_heads"],
-        head_dim=page.get("attention_key_size") or hidden // page["num_attention_heads"],
+        head_dim=page.get("attention_key_size")
+        or page.get("attention_head_size")
+        or hidden // page["num_attention_heads"],
         ffn=foreign["bert/encoder/layer_0/intermediate/dense/kernel"]().shape[1],
         segments=foreign["bert/embeddings/token_type_embeddings"]().shape[0],
+        positions=foreign[POSITIONS]().shape[0] if POSITIONS in foreign else None,
         dropout=page.get("hidden_dropout_prob", 0.1),
         attention_dropout=page.get("attention_probs_dropout_prob", 0.1),
     )
@@ -223,6 +233,8 @@ def page_of(config: ModelConfig) -> dict[str, Any]:
     }
     if not t5:
         page["type_vocab_size"] = config.segments  # type: ignore[union-attr]
+        if config.positions is not None:  # type: ignore[union-attr]
+            page["max_position_embeddings"] = config.positions  # type: ignore[union-attr]
     return page
 
 
@@ -233,7 +245,9 @@ def unsayable(config: ModelConfig) -> list[str]:
         wanted = {"activation": "gelu_erf", "cross_position_bias": True, "logit_scale": None}
         wanted |= {"max_distance": 128, "softmax_scale": 1.0}
     else:
-        wanted = {"logit_scale": 1.0, "softmax_scale": None, "rope_base": 10000.0}
+        wanted = {"logit_scale": 1.0, "softmax_scale": None}
+        if config.positions is None:  # type: ignore[union-attr]
+            wanted["rope_base"] = 10000.0
     for key, value in wanted.items():
         if getattr(config, key) != value:
             found.append(f"model.{key} is {getattr(config, key)}, must be {value}")

@@ -3,6 +3,7 @@
     CPM         GPT2LMHeadModel                [in, out] kernels, q | k | v in one
     T5 PEGASUS  MT5ForConditionalGeneration    the scale of the head folded into lm_head
     RoFormer v1 RoFormerForMaskedLM            decoder tied to the embedding, its bias twice
+    BERT        BertForMaskedLM                the same; v1 with learned positions (WoBERT, SimBERT)
 
 What the other side cannot say is refused in a sentence, never dropped: a bias in cross-attention
 (T5 PEGASUS as trained), log-n attention, RoFormer v2, a width that is not heads x head_dim. What it
@@ -95,13 +96,16 @@ def _mt5(config: T5PegasusConfig) -> Iterator[Rule]:
 
 
 def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
-    head = "cls.predictions"
-    words = ("roformer.embeddings.word_embeddings.weight", f"{head}.decoder.weight")
+    head, top = "cls.predictions", "roformer" if config.positions is None else "bert"
+    words = (f"{top}.embeddings.word_embeddings.weight", f"{head}.decoder.weight")
     yield tied("embed.tokens.weight", words)
-    yield same("embed.segments.weight", "roformer.embeddings.token_type_embeddings.weight")
-    yield derived("roformer.encoder.embed_positions.weight", lambda: _sinusoids(config, positions))
+    yield same("embed.segments.weight", f"{top}.embeddings.token_type_embeddings.weight")
+    if config.positions is None:
+        yield derived(f"{top}.encoder.embed_positions.weight", lambda: _sines(config, positions))
+    else:
+        yield same("embed.positions.weight", f"{top}.embeddings.position_embeddings.weight")
     for end in ("weight", "bias"):
-        yield same(f"embed.norm.{end}", f"roformer.embeddings.LayerNorm.{end}")
+        yield same(f"embed.norm.{end}", f"{top}.embeddings.LayerNorm.{end}")
     parts = {
         "self.q": "attention.self.query",
         "self.k": "attention.self.key",
@@ -115,7 +119,7 @@ def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
     for i in range(config.layers):
         for ours, theirs in parts.items():
             for end in ("weight", "bias"):
-                foreign = f"roformer.encoder.layer.{i}.{theirs}.{end}"
+                foreign = f"{top}.encoder.layer.{i}.{theirs}.{end}"
                 yield same(f"encoder.layers.{i}.{ours}.{end}", foreign)
     for end in ("weight", "bias"):
         yield same(f"head.dense.{end}", f"{head}.transform.dense.{end}")
@@ -123,7 +127,7 @@ def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
     yield tied("head.bias", (f"{head}.bias", f"{head}.decoder.bias"))
 
 
-def _sinusoids(config: RoFormerConfig, positions: int) -> torch.Tensor:
+def _sines(config: RoFormerConfig, positions: int) -> torch.Tensor:
     """The table that transformers saves: sines in the first half, cosines in the second, fp32."""
     half = config.head_dim // 2
     frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -135,12 +139,16 @@ def _sinusoids(config: RoFormerConfig, positions: int) -> torch.Tensor:
 
 
 def ignored(name: str) -> bool:
-    """Buffers that old files hold, and copies of the embedding; both follow from the rest."""
-    return name.endswith((".attn.bias", ".attn.masked_bias")) or name in (
+    """Buffers that old files hold and copies of the embedding, which follow from the rest; BERT's
+    pooler and next-sentence head, which are beside it (see `dropped`)."""
+    if name.endswith((".attn.bias", ".attn.masked_bias")) or dropped([name]):
+        return True
+    return name in (
         "lm_head.weight",
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
         "roformer.embeddings.position_ids",
+        "bert.embeddings.position_ids",
     )
 
 
@@ -151,6 +159,9 @@ def read(folder: Path) -> tuple[dict[str, Any], Foreign]:
     except (OSError, ValueError):
         raise ConversionError(f"{folder}/config.json: is missing or no JSON (缺少配置)") from None
     found = _with_prefix(page, files.read(folder))
+    if page.get("model_type") == "bert":  # as Google named them, in files from before 2019
+        ends = {".gamma": ".weight", ".beta": ".bias"}
+        found = {_ending(name, ends): read_it for name, read_it in found.items()}
     if page.get("model_type") == "mt5" and "shared.weight" in found:
         found.setdefault("lm_head.weight", found["shared.weight"])  # left out where it is a copy
     return page, found
@@ -158,11 +169,26 @@ def read(folder: Path) -> tuple[dict[str, Any], Foreign]:
 
 def _with_prefix(page: dict[str, Any], found: Foreign) -> dict[str, Callable[[], torch.Tensor]]:
     """Files of a bare model (GPT2Model) lack the prefix of the whole one."""
-    prefix = {"gpt2": "transformer.", "roformer": "roformer."}.get(str(page.get("model_type")))
+    prefixes = {"gpt2": "transformer.", "roformer": "roformer.", "bert": "bert."}
+    prefix = prefixes.get(str(page.get("model_type")))
     heads = ("lm_head.", "cls.")
     if prefix is None or any(name.startswith(prefix) for name in found):
         return dict(found)
     return {n if n.startswith(heads) else prefix + n: read_it for n, read_it in found.items()}
+
+
+def _ending(name: str, ends: dict[str, str]) -> str:
+    for old, new in ends.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def dropped(names: Iterable[str]) -> list[str]:
+    """What of a file is read by nobody: the pooler, the next-sentence head; in words."""
+    beside = {".pooler.": "the pooler", "cls.seq_relationship.": "the next-sentence head"}
+    names = list(names)
+    return [words for part, words in beside.items() if any(part in name for name in names)]
 
 
 def write(
@@ -218,6 +244,7 @@ BLOCKS = {
     "gpt2": {"decoder.layers": "transformer.h"},
     "mt5": {"encoder.layers": "encoder.block", "decoder.layers": "decoder.block"},
     "roformer": {"encoder.layers": "roformer.encoder.layer"},
+    "bert": {"encoder.layers": "bert.encoder.layer"},
 }
 """Our blocks -> theirs."""
 

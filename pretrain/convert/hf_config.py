@@ -1,4 +1,4 @@
-"""config.json of GPT2, MT5 and RoFormer <-> the configs of our families.
+"""config.json of GPT2, MT5, RoFormer and BERT <-> the configs of our families.
 
 What the other side cannot say is refused in a sentence that names the key; what it says under
 another name is told apart there (the erf form of GELU in a gated layer is "gated-gelu_python").
@@ -86,7 +86,7 @@ def _as_mt5(config: T5PegasusConfig, ids: Ids) -> dict[str, Any]:
 
 
 def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
-    return {
+    page: dict[str, Any] = {
         "architectures": ["RoFormerForMaskedLM"],
         "model_type": "roformer",
         "vocab_size": config.vocab,
@@ -106,6 +106,11 @@ def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "pad_token_id": ids["pad"] or 0,
     }
+    if config.positions is None:
+        return page
+    page |= {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
+    page["max_position_embeddings"] = config.positions
+    return {key: page[key] for key in page if key not in ("embedding_size", "rotary_value")}
 
 
 def _unsayable(config: ModelConfig) -> list[str]:
@@ -127,7 +132,7 @@ def _unsayable(config: ModelConfig) -> list[str]:
     if isinstance(config, RoFormerConfig):
         if config.version == 2:
             found.append("model.version is 2")
-        if config.rope_base != 10000.0:
+        if config.rope_base != 10000.0 and config.positions is None:
             found.append(f"model.rope_base is {config.rope_base:g}, must be 10000")
     return found
 
@@ -140,12 +145,13 @@ def ours(page: dict[str, Any]) -> ModelConfig:
             return _from_gpt2(page)
         if kind == "mt5" or (kind == "t5" and page.get("tie_word_embeddings") is False):
             return _from_mt5(page)
-        if kind == "roformer":
-            return _from_roformer(page)
+        if kind in ("roformer", "bert"):
+            return _from_roformer(page, learned=kind == "bert")
     except KeyError as error:
         raise ConversionError(f"config.json: has no {error} (缺少配置项)") from None
     raise ConversionError(
-        f"config.json: model_type is {kind!r}, must be gpt2, mt5, untied t5 or roformer (不支持)"
+        f"config.json: model_type is {kind!r}, must be gpt2, mt5, untied t5, roformer "
+        "or bert (不支持)"
     )
 
 
@@ -211,9 +217,10 @@ def _from_mt5(page: dict[str, Any]) -> T5PegasusConfig:
     )
 
 
-def _from_roformer(page: dict[str, Any]) -> RoFormerConfig:
+def _from_roformer(page: dict[str, Any], learned: bool) -> RoFormerConfig:
     hidden, heads = page["hidden_size"], page["num_attention_heads"]
     wanted = {"hidden_act": "gelu", "rotary_value": False, "is_decoder": False}
+    wanted["position_embedding_type"] = "absolute"
     _known(page, wanted | {"embedding_size": hidden, "tie_word_embeddings": True})
     return RoFormerConfig(
         "roformer",
@@ -225,6 +232,7 @@ def _from_roformer(page: dict[str, Any]) -> RoFormerConfig:
         head_dim=hidden // heads,
         ffn=page["intermediate_size"],
         segments=page.get("type_vocab_size", 2),
+        positions=page.get("max_position_embeddings", 512) if learned else None,
         norm_eps=page.get("layer_norm_eps", 1e-12),
         dropout=page.get("hidden_dropout_prob", 0.1),
         attention_dropout=page.get("attention_probs_dropout_prob", 0.1),

@@ -1,4 +1,4 @@
-"""RoFormer: a masked-LM encoder that knows positions by turning queries and keys; v1 and v2.
+"""RoFormer: a masked-LM encoder that knows positions by turning queries and keys; v1 and v2; BERT.
 
     v1  tokens + segments -> LN -> dropout -> blocks -> hidden
         hidden -> dense -> GELU -> LN -> tied head + bias -> logits
@@ -6,11 +6,12 @@
         hidden -> tied head -> logits
     block: self-attention -> dropout -> + -> norm -> FFN -> dropout -> + -> norm
 
-v1 is BERT without its position table: LayerNorm, biases, erf GELU. v2 has no bias, ReLU, and an
-RMSNorm without a gain; its + is x + a F(x), where a rises from 0 to 1 over the first steps of
-training: a post-norm network that starts as one without layers trains without trouble. Sources: Su
-et al. 2021, RoFormer (kexue.fm/archives/8265); v2, kexue.fm/archives/8998; the ramp, 8620 and 8998.
-Its tensors: configs/model.py.
+v1 is BERT without its position table: LayerNorm, biases, erf GELU. With `positions` the table is
+there, added to the other two, and nothing is turned: BERT itself, WoBERT, SimBERT. v2 has no bias,
+ReLU, and an RMSNorm without a gain; its + is x + a F(x), where a rises from 0 to 1 over the first
+steps of training: a post-norm network that starts as one without layers trains without trouble.
+Sources: Su et al. 2021, RoFormer (kexue.fm/archives/8265); v2, kexue.fm/archives/8998; the ramp,
+8620 and 8998; Devlin et al. 2019, BERT; WoBERT, kexue.fm/archives/7758. Tensors: configs/model.py.
 
 Legend: B rows, T tokens, D hidden, N positions to predict, V vocabulary.
 """
@@ -83,7 +84,7 @@ class Block(nn.Module):
         more_BTD = self.dropout(more_BTD)
         return x_BTD + (more_BTD if self.share == 1.0 else more_BTD * self.share)
 
-    def self_sublayer(self, x_BTD: Tensor, see: Visibility, turn: Turn) -> Tensor:
+    def self_sublayer(self, x_BTD: Tensor, see: Visibility, turn: Turn | None) -> Tensor:
         """norm(x + self-attention(x))"""
         return self.self_norm(self._add(x_BTD, self.self(x_BTD, see, turn=turn)))
 
@@ -91,18 +92,20 @@ class Block(nn.Module):
         """norm(x + FFN(x))"""
         return self.ffn_norm(self._add(x_BTD, self.ffn(x_BTD)))
 
-    def forward(self, x_BTD: Tensor, see: Visibility, turn: Turn) -> Tensor:
+    def forward(self, x_BTD: Tensor, see: Visibility, turn: Turn | None) -> Tensor:
         """x_BTD -> x_BTD"""
         return self.ffn_sublayer(self.self_sublayer(x_BTD, see, turn))
 
 
 class Embeddings(nn.Module):
-    """The tables of tokens and segments, and the norm behind them."""
+    """The tables of tokens, segments and, where they are learned, positions; the norm behind."""
 
     def __init__(self, config: RoFormerConfig) -> None:
         super().__init__()
         self.tokens = TokenEmbedding(config.vocab, config.hidden)
         self.segments = nn.Embedding(config.segments, config.hidden)
+        if config.positions is not None:
+            self.positions = nn.Embedding(config.positions, config.hidden)
         self.norm = _norm(config)
 
 
@@ -160,20 +163,26 @@ class RoFormer(nn.Module):
 
         segments_BT: int64 below config.segments; None: all are of segment 0.
         """
-        x_BTD = self._embedded(tokens_BT, segments_BT)
+        x_BTD = self._embedded(tokens_BT, positions_BT, segments_BT)
         T, config = tokens_BT.shape[1], self.config
         documents = (document_ids_BT, document_ids_BT)
         seen = see(T, T, False, *documents, tokens_BT.device, log_n_base=config.log_n)
-        turn = turn_of(positions_BT, config.head_dim, config.rope_base, x_BTD.dtype)
+        turn = None
+        if config.positions is None:
+            turn = turn_of(positions_BT, config.head_dim, config.rope_base, x_BTD.dtype)
         for block in self.encoder.layers:
             x_BTD = block(x_BTD, seen, turn)
         # v2's head begins with dropout; here, because a head that works in turns is run again
         return x_BTD if config.version == 1 else self.dropout(x_BTD)
 
-    def _embedded(self, tokens_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+    def _embedded(
+        self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor | None
+    ) -> Tensor:
         if segments_BT is None:
             segments_BT = tokens_BT.new_zeros(1, 1)
         x_BTD = self.embed.tokens(tokens_BT) + self.embed.segments(segments_BT)
+        if self.config.positions is not None:
+            x_BTD = x_BTD + self.embed.positions(positions_BT)
         if self.config.version == 1:
             embedded: Tensor = self.dropout(self.embed.norm(x_BTD))
         else:
