@@ -15,6 +15,7 @@ from configs.grown import completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, split_problems
 from configs.objectives import Causal, Objective, data_problems
+from configs.optimizers import Optimizer, Schedule
 
 
 @dataclass(frozen=True)
@@ -75,66 +76,6 @@ class Batch:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{name}: is {value}, must be at least 1")
-        return found
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """The update rule."""
-
-    lr: float
-    """Peak learning rate."""
-    name: Literal["adamw"] = "adamw"
-    """AdamW with decoupled decay."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    eps: float = 1e-6
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Applied to matrices and embeddings, not to norms and biases."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0 clips nothing."""
-
-    def problems(self) -> list[str]:
-        """Numbers outside their range."""
-        found = [] if self.lr > 0 else [f"lr: is {self.lr}, must be above 0"]
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name}: is {getattr(self, name)}, must lie in [0, 1)")
-        for name in ("weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                found.append(f"{name}: is {getattr(self, name)}, must not be negative")
-        return found + ([] if self.eps > 0 else [f"eps: is {self.eps}, must be above 0"])
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate over the steps of the whole run."""
-
-    name: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warm up, stay, decay; cosine: warm up, then a half cosine; constant: warm up, stay."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    decay_steps: int = 0
-    """wsd: steps of decay at the end of the run."""
-    decay: Literal["linear", "sqrt"] = "linear"
-    """wsd: the shape of the decay; sqrt is 1 - sqrt(progress)."""
-    min_ratio: float = 0.1
-    """The last learning rate, as a share of the peak."""
-    steps: int = 0
-    """Steps that the schedule spans; 0: the whole run."""
-
-    def problems(self) -> list[str]:
-        """Numbers outside their range."""
-        found = [
-            f"{name}: is {getattr(self, name)}, must not be negative"
-            for name in ("warmup_steps", "decay_steps", "steps")
-            if getattr(self, name) < 0
-        ]
-        if not 0 <= self.min_ratio <= 1:
-            found.append(f"min_ratio: is {self.min_ratio}, must lie in [0, 1]")
         return found
 
 

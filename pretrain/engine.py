@@ -132,7 +132,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=self._step,
             optimizer=optimizers.build(
-                optimizers.groups(config, self.born, optimizers.recorded(scales)),
+                optimizers.groups(config, self.born, optimizers.recorded(scales), optimizer),
                 parameters,
                 optimizer,
             ),
@@ -141,8 +141,7 @@ class Engine:
             dist_init_required=False,
         )
         self._zero = self._deepspeed.optimizer
-        slots = optimizers.SLOTS[optimizer.name]
-        self._partitions = Partitions(self._zero, parameters, config, mesh, slots, self.born)
+        self._partitions = Partitions(self._zero, parameters, config, mesh, self.born)
         _alive.add(self)
 
     # -- a step --------------------------------------------------------------------------------
@@ -217,34 +216,16 @@ class Engine:
     def _update(self) -> tuple[Tensor | float, Tensor | bool]:
         if self._partitions.kind != "torch":
             self._deepspeed.step()  # waits for the device, and changes nothing if it is sick
-            return self._zero._global_grad_norm, bool(self._zero.overflow)
-        norm, base = self._norm(), self._partitions.base
+            skipped, norm = bool(self._zero.overflow), self._partitions.base.norm
+            return (float("inf") if skipped or norm is None else norm), skipped
+        base = self._partitions.base
+        norm = base.look()
         sick = (~torch.isfinite(norm)).float()
         if self._hold:
             sick = self._sick = torch.maximum(sick, self._sick)
-        if getattr(base, "_step_supports_amp_scaling", False):
-            base.found_inf = sick  # type: ignore[attr-defined]  # the kernel masks its own update
-        elif bool(sick):
-            self._deepspeed.zero_grad()
-            return float("inf"), True
-        if self.clip_norm:
-            scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(
-                [p.grad for p in self.model.parameters() if p.grad is not None], scale
-            )
+        base.found_inf = sick
         self._deepspeed.step()
         return norm, sick.bool()
-
-    def _norm(self) -> Tensor:
-        """Of the whole gradient, each value once: what is cut is summed over the tensor group."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for p in self.model.parameters():
-            assert p.grad is not None, "a parameter got no gradient"
-            cut = int(p.tensor_model_parallel)  # type: ignore[attr-defined]
-            squares[cut] += torch.linalg.vector_norm(p.grad).double() ** 2
-        if self.mesh.tensor > 1:
-            dist.all_reduce(squares[1], group=self.mesh.tensor_group)
-        return squares.sum().sqrt().float()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -343,7 +324,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "steps_per_print": 2**31,
-            "gradient_clipping": 0.0 if self._plain() else self.clip_norm,
+            "gradient_clipping": 0.0,  # ours, by tensor: pretrain/optimizers/update.py
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": self._zero_stage,

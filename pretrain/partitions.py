@@ -16,15 +16,16 @@ that knows DeepSpeed's private attributes (0.19); tests/test_zero_state.py has a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.model import ModelConfig, shape, split_dim, tensors
-from pretrain.optimizer import fill_state
+from pretrain.optimizers.fragments import Fragment, Logical
+from pretrain.optimizers.update import Update
 from pretrain.parallel import Mesh
 from pretrain.state import State
 
@@ -37,26 +38,6 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a dynamic loss scaler remembers."""
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A range of a local parameter that this rank holds."""
-
-    name: str
-    start: int
-    """First value, in the flat order of the local parameter."""
-    length: int
-    flat: Tensor
-    """The flat fp32 tensor that holds it, a key of the optimizer's state ..."""
-    offset: int
-    """... from here on."""
-    copies: int
-    """How many data-parallel ranks hold this very range: ZeRO 0 replicates."""
-
-    def view(self, of: Tensor) -> Tensor:
-        """Its values in a tensor laid out like `flat`: the master itself or a moment."""
-        return of.detach().view(-1).narrow(0, self.offset, self.length)
-
-
 class Partitions:
     """What one rank holds of the logical state: masters, moments, counters.
 
@@ -64,8 +45,9 @@ class Partitions:
         optimizer: DeepSpeed's, as deepspeed.initialize() made it.
         parameters: by logical name.
         config, mesh: what the tensors are and how they are cut.
-        slots: the moments' names; each is laid out like the weight.
         born: updates before each tensor came into being.
+
+    The optimizer that DeepSpeed was given is an Update; it is told here where everything is.
     """
 
     def __init__(
@@ -74,25 +56,30 @@ class Partitions:
         parameters: Mapping[str, nn.Parameter],
         config: ModelConfig,
         mesh: Mesh,
-        slots: Sequence[str],
         born: Mapping[str, int],
     ) -> None:
         self.optimizer, self.config, self.mesh, self.born = optimizer, config, mesh, born
-        self.base: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.base: Update = getattr(optimizer, "optimizer", optimizer)
+        assert isinstance(self.base, Update), f"{type(self.base).__name__}: is no Update"
         self.kind = KINDS.get(type(optimizer).__name__, "torch")
         known = self.kind != "torch" or isinstance(optimizer, torch.optim.Optimizer)
         assert known, f"{type(optimizer).__name__}: no rule where it keeps its values"
         self.tensors = {t.name: t for t in tensors(config)}
-        self.kinds = ["weights", *(f"optim/{slot}" for slot in slots)]
+        self.kinds = ["weights", *(f"optim/{slot}" for slot in self.base.slots)]
         self.flats = list(self._flats())
         for _, flat in self.flats:
-            fill_state(self.base, flat)
+            self.base.fill(flat)
         if self.kind in ("zero12", "bf16"):
             # DeepSpeed links the moments after the first group's first step, when the later groups
             # have none yet; they exist now.
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
         self.fragments = list(self._fragments({p: name for name, p in parameters.items()}))
+        self.base.begin(
+            [(self.base.param_groups[group], flat) for group, flat in self.flats],
+            Logical(self.fragments, config, mesh),
+            self._hand_on,
+        )
 
     # -- out -----------------------------------------------------------------------------------
 
@@ -205,6 +192,21 @@ class Partitions:
         """Under ZeRO 3: forwards that were run without the engine belong to no training step."""
         if self.kind == "zero3":
             self.optimizer._get_param_coordinator().reset_step()
+
+    def _hand_on(self) -> None:
+        """Masters that changed after DeepSpeed copied them: all groups but the last.
+
+        DeepSpeed copies the last one itself, and sends what is copied to the other ranks later.
+        """
+        if self.kind == "zero12":
+            masters = self.optimizer.single_partition_of_fp32_groups
+            for i, master in list(enumerate(masters))[:-1]:
+                rank = dist.get_rank(group=self.optimizer.real_dp_process_group[i])
+                copies = self.optimizer.parallel_partitioned_bit16_groups[i]
+                copies[rank].data.copy_(master.data)
+        elif self.kind == "zero3":
+            for i in range(len(self.optimizer.fp16_groups) - 1):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
 
     # -- where things are ----------------------------------------------------------------------
 

@@ -195,7 +195,7 @@ def _engine(job: Job, state: "State") -> "Engine":
 def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     """The loop: steps of one stage, from where the state stands to the stage's border."""
     from pretrain.batches import Prefetcher
-    from pretrain.optimizer import schedule
+    from pretrain.schedules import schedule
 
     config, run = job.config, job.config.run
     stage = int(state.record["stage"])

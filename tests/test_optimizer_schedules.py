@@ -1,41 +1,38 @@
 """Learning rates are pure functions of the step; groups are pure functions of the table."""
 
 import math
-from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
+from configs.load import ConfigError, from_dict
 from configs.model import tensors
+from configs.optimizers import Optimizer, Schedule
 from pretrain import optimizer
+from pretrain.schedules import schedule
 from tests import zero_jobs as jobs
 
 
-@dataclass(frozen=True)
-class Section:
-    """As configs.run.Schedule."""
-
-    name: str = "wsd"
-    warmup_steps: int = 10
-    decay_steps: int = 20
-    decay: str = "linear"
-    min_ratio: float = 0.1
+def of_100(name: str = "wsd", **changes: Any) -> Schedule:
+    """A warm-up of 10 and a decay of 20 updates unless said otherwise."""
+    return Schedule(name, **({"warmup_steps": 10, "decay_steps": 20} | changes))  # type: ignore[arg-type]
 
 
-def rates(section: Section, steps: int = 100, lr: float = 2.0) -> list[float]:
-    return [optimizer.schedule(step, section, lr, steps) for step in range(steps)]
+def rates(section: Schedule, steps: int = 100, lr: float = 2.0) -> list[float]:
+    return [schedule(step, section, lr, steps) for step in range(steps)]
 
 
 @pytest.mark.parametrize("name", ["wsd", "cosine", "constant"])
 def test_warm_up_is_linear_and_reaches_the_peak(name: str) -> None:
-    found = rates(Section(name))
+    found = rates(of_100(name))
     assert found[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
     assert max(found) == 2.0 and all(isinstance(rate, float) for rate in found)
 
 
 @pytest.mark.parametrize("decay", ["linear", "sqrt"])
 def test_wsd_stays_then_decays_to_the_last_step(decay: str) -> None:
-    found = rates(Section(decay=decay))
+    found = rates(of_100(decay=decay))
     assert found[9:80] == [2.0] * 71
     assert found[80] < 2.0 and found[-1] == pytest.approx(0.2)
     half = 0.5 if decay == "linear" else 1 - math.sqrt(0.5)
@@ -44,16 +41,16 @@ def test_wsd_stays_then_decays_to_the_last_step(decay: str) -> None:
 
 
 def test_cosine_falls_from_the_warm_up_to_the_last_step() -> None:
-    found = rates(Section("cosine"))
+    found = rates(of_100("cosine"))
     assert found[-1] == pytest.approx(0.2) and found[54] == pytest.approx(0.2 + 1.8 * 0.5)
     assert found[9:] == sorted(found[9:], reverse=True)
 
 
 def test_degenerate_lengths_are_numbers_too() -> None:
-    assert rates(Section(warmup_steps=0, decay_steps=0), 3) == [2.0] * 3
-    assert rates(Section(warmup_steps=0, decay_steps=3), 3)[-1] == pytest.approx(0.2)
-    assert rates(Section("cosine", warmup_steps=3), 3)[-1] == 2.0
-    assert rates(Section(warmup_steps=3, decay_steps=9), 5)[-1] == pytest.approx(0.2)
+    assert rates(of_100(warmup_steps=0, decay_steps=0), 3) == [2.0] * 3
+    assert rates(of_100(warmup_steps=0, decay_steps=3), 3)[-1] == pytest.approx(0.2)
+    assert rates(of_100("cosine", warmup_steps=3), 3)[-1] == 2.0
+    assert rates(of_100(warmup_steps=3, decay_steps=9), 5)[-1] == pytest.approx(0.2)
 
 
 def test_groups_hold_every_tensor_once_and_split_by_decay_and_birth() -> None:
@@ -73,7 +70,7 @@ def test_scales_multiply_lr_decay_and_eps() -> None:
     name = "decoder.layers.0.self.q.weight"
     found = optimizer.groups(jobs.TINY, scales={name: optimizer.Scales(lr=0.5, wd=2, eps=3)})
     parameters = {t.name: torch.nn.Parameter(torch.zeros(1)) for t in tensors(jobs.TINY)}
-    made = optimizer.build(found, parameters, jobs.Section())
+    made = optimizer.build(found, parameters, jobs.optimizer_of())
     optimizer.set_lr(made, 0.01)
     mine = next(g for g in made.param_groups if any(p is parameters[name] for p in g["params"]))
     assert (mine["lr"], mine["weight_decay"], mine["eps"]) == (0.005, 0.2, 3e-6)
@@ -81,19 +78,68 @@ def test_scales_multiply_lr_decay_and_eps() -> None:
     assert all(g["lr"] == 0.01 and g["eps"] == 1e-6 for g in others)
 
 
-def test_state_made_ahead_equals_the_optimizers_own() -> None:
-    """fill_state() must make what torch makes lazily, or a resumed step would differ."""
-    torch.manual_seed(0)
-    group = [optimizer.Group(optimizer.GroupKey(True), ("w",))]
-    start, gradient = torch.randn(5), torch.randn(5)
-    after = []
-    for ahead in (False, True):
-        weight = torch.nn.Parameter(start.clone())
-        made = optimizer.build(group, {"w": weight}, replace(jobs.Section(), lr=0.1))
-        if ahead:
-            optimizer.fill_state(made, weight)
-        weight.grad = gradient.clone()
-        made.step()
-        after.append((weight.detach(), made.state[weight]))
-    assert torch.equal(after[0][0], after[1][0])
-    assert after[0][1].keys() == after[1][1].keys()
+POINTS = ((4, 1.0), (10, 0.5), (20, 0.1))
+
+
+def test_piecewise_runs_along_its_points_and_stays_at_the_last() -> None:
+    """RoFormer v2's shape: {32k: 1, 320k: .5, 1.28M: .1 ...} in updates."""
+    found = rates(Schedule("piecewise", points=POINTS), 30)
+    written = [0.5, 1.0, 1.5, 2.0, 2 - 1 / 6, 2 - 2 / 6, 1.5, 2 - 4 / 6, 2 - 5 / 6, 1.0, 0.92]
+    assert found[:11] == pytest.approx(written)
+    assert found[19:] == pytest.approx([0.2] * 11)
+    steps = Schedule("piecewise", points=((0, 1.0), (2, 0.5)))
+    assert rates(steps, 4) == pytest.approx([1.5, 1.0, 1.0, 1.0])
+
+
+def test_inverse_root_is_the_peak_at_the_end_of_its_warm_up() -> None:
+    found = rates(of_100("inverse_root"))
+    assert found[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
+    assert (found[39], found[89]) == pytest.approx((2.0 / 2, 2.0 / 3))
+    assert rates(Schedule("inverse_root"), 4) == pytest.approx([2, 2 / 2**0.5, 2 / 3**0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"name": "piecewise"}, "points: has 0 points under piecewise"),
+        ({"name": "wsd", "points": [[1, 1.0]]}, "points: has 1 points under wsd"),
+        ({"name": "piecewise", "points": [[5, 1.0], [5, 0.5]]}, "they must rise"),
+        ({"name": "piecewise", "points": [[5, -1.0]]}, "is negative"),
+        ({"name": "piecewise", "points": [[5, 1.0]], "warmup_steps": 3}, "says its warm-up"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(section: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        from_dict(Schedule, section)
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"bias_correction": False}, "bias_correction: is False, which adamw does not read"),
+        ({"name": "adafactor", "beta2": 0.9}, "only adamw, lamb"),
+        ({"ema": 1.0}, r"ema: is 1.0, must lie in \[0, 1\)"),
+        ({"layer_decay": 0.0}, r"layer_decay: is 0.0, must lie in \(0, 1\]"),
+        ({"name": "lamb", "lazy_rows": True}, "lazy_rows: is built for adamw"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused(section: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        from_dict(Optimizer, {"lr": 0.1, **section})
+
+
+def test_layers_learn_slower_the_deeper_they_lie() -> None:
+    found = optimizer.groups(jobs.TINY, section=jobs.optimizer_of(layer_decay=0.5))
+    scale = {name: group.key.layer_scale for group in found for name in group.names}
+    assert scale["embed.tokens.weight"] == 0.125  # two layers and what stands behind them
+    assert scale["decoder.layers.0.self.q.weight"] == 0.25
+    assert scale["decoder.layers.1.self.q.weight"] == 0.5
+    assert scale["decoder.final_norm.weight"] == 1.0
+
+
+def test_decay_is_the_tables_or_everybodys() -> None:
+    every = optimizer.groups(jobs.TINY, section=jobs.optimizer_of(decay="all"))
+    assert all(group.key.decay for group in every)
+    table = optimizer.groups(jobs.TINY, section=jobs.optimizer_of())
+    decayed = {name for group in table if group.key.decay for name in group.names}
+    assert decayed == {t.name for t in tensors(jobs.TINY) if t.decay}

@@ -1,6 +1,6 @@
 """Jobs of the engine's tests: what a rank of a warm world does (tests/worlds.py calls them)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.model import CPMConfig, shape, split_dim, tensors
+from configs.optimizers import Optimizer
 from pretrain import parallel, recompute
 from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
@@ -23,17 +24,9 @@ TINY = CPMConfig(
 SEQ, SAMPLES, LR = 12, 8, 3e-3
 
 
-@dataclass(frozen=True)
-class Section:
-    """As configs.run.Optimizer."""
-
-    name: str = "adamw"
-    lr: float = LR
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-6
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+def optimizer_of(**changes: Any) -> Optimizer:
+    """An optimizer section, AdamW unless said otherwise."""
+    return Optimizer(**({"lr": LR} | changes))
 
 
 def rows(samples: np.ndarray, config: CPMConfig = TINY) -> Batch:
@@ -79,7 +72,7 @@ def make(
         config,
         mesh,
         objective=objective or Causal(),
-        optimizer=Section(**section),
+        optimizer=optimizer_of(**section),
         zero=zero,
         precision=precision,
         micro_rows=micro,

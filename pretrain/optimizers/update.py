@@ -1,0 +1,172 @@
+"""One update of everything: what ZeRO hands over piece by piece is collected, clipped, applied.
+
+    DeepSpeed's step:  for each group or sub-group   flat.grad --step()--> kept
+                       with the last one             norm of every logical tensor, one message
+                                                     global norm, clip          (clip_weight)
+                                                     the rule: adamw, lamb ...  (rules.py)
+                                                     weights of the others handed on again
+
+DeepSpeed calls its optimizer once for every group (ZeRO 1, 2) or sub-group (ZeRO 3) and copies the
+masters into the weights after each. A rule that needs whole tensors, or a norm over all of them,
+can only work when all gradients are there; so that is when everything happens, in one place on
+every layout. The gradients of all groups live until then: 4 bytes a value of this rank.
+
+Clipping weighs tensors: global norm = sqrt(sum of clip_weight x |gradient of the tensor|^2). A
+tensor that growth made of copies counts as the one that it was (GROWTH of record 4.1).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from pretrain.optimizers.fragments import Fragment, Logical
+
+
+class Rule(Protocol):
+    """How gradients become changes of weights."""
+
+    slots: Mapping[str, str]
+    """What is kept for each value of a weight -> what it starts from: `zeros` or `weight`."""
+
+    def begin(self, update: "Update") -> None:
+        """The layout is known: make what depends on it."""
+
+    masks: bool
+    """Whether apply() heeds `sick`; if not, a sick step waits for the device and does not call."""
+
+    def apply(self, update: "Update", grads: dict[Tensor, Tensor], sick: Tensor | None) -> None:
+        """Change the masters (the keys of grads), unless sick; the gradients may be used up."""
+
+
+class Update(torch.optim.Optimizer):
+    """DeepSpeed's client optimizer: collects, clips, applies a rule.
+
+    Args:
+        groups: torch's parameter groups; each has lr_scale, born and what the rule reads.
+        rules: applied one after another; the first one changes weights by gradients.
+        clip_norm: largest global norm; 0 clips nothing.
+        clip_weights: by tensor name, where it is not 1.
+
+    Until begin() has said where everything is, step() does nothing: ZeRO 3 makes a step of zero
+    gradients when it is built.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        rules: Sequence[Rule],
+        clip_norm: float,
+        clip_weights: Mapping[str, float],
+    ) -> None:
+        super().__init__(list(groups), {"lr": 0.0})
+        self.rules, self.clip_norm, self._weights = list(rules), clip_norm, dict(clip_weights)
+        self.flats: list[Tensor] = []
+        self.group_of: dict[Tensor, dict[str, Any]] = {}
+        self.logical: Logical
+        self.squares: Tensor | None = None
+        """Of each logical tensor's last gradient, float64 [tensors], before clipping."""
+        self.norm: Tensor | None = None
+        """The global norm of the last gradient, 0-d float32 on the device, before clipping."""
+        self.found_inf: Tensor | None = None
+        """Not 0: the coming step changes nothing. 0-d float32 on the device; used once."""
+        self._looked: Tensor | None = None
+        self._arrived: dict[Tensor, Tensor] = {}
+        self._hand_on: Callable[[], None] = lambda: None
+
+    @property
+    def slots(self) -> dict[str, str]:
+        """Every slot that is laid out like the weights -> what it starts from."""
+        return {name: start for rule in self.rules for name, start in rule.slots.items()}
+
+    def fill(self, flat: Tensor) -> dict[str, Any]:
+        """Make the state of one flat tensor exist."""
+        state: dict[str, Any] = self.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            for slot in self.slots:
+                state[slot] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        return state
+
+    def begin(
+        self,
+        flats: Sequence[tuple[dict[str, Any], Tensor]],
+        logical: Logical,
+        hand_on: Callable[[], None],
+    ) -> None:
+        """Where everything is.
+
+        Args:
+            flats: (its parameter group, flat master), all of this rank.
+            logical: the tensors that they hold.
+            hand_on: gives the forward pass the masters of those that step() was called with early.
+        """
+        self.flats = [flat for _, flat in flats]
+        self.group_of = {flat: group for group, flat in flats}
+        self.logical, self._hand_on = logical, hand_on
+        self._clip_weight = logical.vector(self._weights)
+        for flat in self.flats:
+            self.fill(flat)
+        for rule in self.rules:
+            rule.begin(self)
+
+    def look(self, grads: dict[Tensor, Tensor] | None = None) -> Tensor:
+        """The global norm of the gradients, as clipping weighs it, 0-d float32; no waiting for it.
+
+        grads: by flat tensor; None takes those that the flats have. The next step() uses it.
+        """
+        if grads is None:
+            grads = {flat: cast(Tensor, flat.grad) for flat in self.flats}
+        (self.squares,) = self.logical.reduced(
+            self.logical.squares(lambda f: f.view(grads[f.flat]))
+        )
+        self.norm = (self.squares * self._clip_weight).sum().sqrt().float()
+        self._looked = self.norm
+        return self.norm
+
+    def norms(self) -> dict[str, float]:
+        """The norm of each logical tensor's last gradient; waits for the device."""
+        if self.squares is None:
+            return {}
+        return dict(zip(self.logical.names, self.squares.sqrt().tolist(), strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take the gradients of what is in the groups now; with the last of all, update."""
+        if not self.flats:
+            return
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._arrived[flat] = flat.grad
+        if len(self._arrived) < len(self.flats):
+            return
+        grads, self._arrived = {flat: self._arrived[flat] for flat in self.flats}, {}
+        norm = self.look(grads) if self._looked is None else self._looked
+        sick, self.found_inf, self._looked = self.found_inf, None, None
+        if sick is not None and not all(rule.masks for rule in self.rules) and bool(sick):
+            return
+        if self.clip_norm:
+            scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+            beside = {flat.device: scale.to(flat.device) for flat in grads}
+            for flat, grad in grads.items():
+                grad.mul_(beside[flat.device])
+        steps = [self.state[flat]["step"] for flat in self.flats]
+        torch._foreach_add_(steps, 1)
+        for rule in self.rules:
+            rule.apply(self, grads, sick)
+        if sick is not None:
+            torch._foreach_sub_(steps, [sick.to(step.device) for step in steps])
+        self._hand_on()
+
+    def by_group(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """(parameter group, its flat tensors)."""
+        found: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
+        for flat, group in self.group_of.items():
+            found.setdefault(id(group), (group, []))[1].append(flat)
+        return list(found.values())
+
+    def kept(self, slot: str) -> Callable[[Fragment], Tensor]:
+        """From a fragment to its values of a slot."""
+        return lambda f: f.view(self.state[f.flat][slot])
