@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from configs.positions import PositionTable, Rope
+
 
 @dataclass(frozen=True)
 class CPMConfig:
@@ -41,6 +43,8 @@ class CPMConfig:
     """Width of the feed-forward layer."""
     positions: int = 1024
     """Learned positions: the longest sequence."""
+    position_table: PositionTable | None = None
+    """How the table serves more positions than it has rows; null: it has a row for each."""
     norm_eps: float = 1e-5
     """Epsilon of every LayerNorm."""
     dropout: float = 0.1
@@ -56,12 +60,14 @@ class CPMConfig:
     log_n: int = 0
     """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
     at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
+    log_n_least: float = 0.0
+    """That factor is at least this; 1: up to log_n keys nothing is multiplied."""
 
     def problems(self) -> list[str]:
         """Sizes that make no model."""
         return _size_problems(
             self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "positions")
-        )
+        ) + _table_problems(self)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,9 @@ class T5PegasusConfig:
     """Relative-position buckets of each stack's bias table."""
     max_distance: int = 128
     """Distance from which the last bucket serves."""
+    bucket_spans: int = 1
+    """Logarithmic buckets are this many times those of the plain rule, which holds up to
+    max_distance; the others lie beyond it, in the same ratio."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     dropout: float = 0.1
@@ -105,11 +114,14 @@ class T5PegasusConfig:
     log_n: int = 0
     """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
     at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
+    log_n_least: float = 0.0
+    """That factor is at least this; 1: up to log_n keys nothing is multiplied."""
 
     def problems(self) -> list[str]:
         """Sizes that make no model."""
         return _size_problems(
-            self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "buckets")
+            self,
+            ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "buckets", "bucket_spans"),
         )
 
 
@@ -137,8 +149,12 @@ class RoFormerConfig:
     """Rows of the segment embedding."""
     positions: int | None = None
     """Learned positions, the longest sequence (BERT, WoBERT, SimBERT: v1 only); null: rotary."""
+    position_table: PositionTable | None = None
+    """How the table serves more positions than it has rows; null: it has a row for each."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rope: Rope | None = None
+    """How rotary positions serve rows longer than those learnt on; null: as they are."""
     ramp_steps: int = 0
     """Steps over which what a sub-layer adds grows from nothing to all of it; 0: all at once."""
     norm_eps: float = 1e-12
@@ -156,6 +172,8 @@ class RoFormerConfig:
     log_n: int = 0
     """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
     at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
+    log_n_least: float = 0.0
+    """That factor is at least this; 1: up to log_n keys nothing is multiplied."""
 
     def problems(self) -> list[str]:
         """Sizes that make no model."""
@@ -170,7 +188,9 @@ class RoFormerConfig:
             found.append("positions: RoFormer v2 has rotary ones, must be null (仅 v1 可学习)")
         if self.positions is None and self.head_dim % 2:
             found.append(f"head_dim: is {self.head_dim}, rotary positions need an even number")
-        return found
+        if self.rope is not None and self.positions is not None:
+            found.append("rope: positions are learned, nothing is turned; leave it out (非旋转)")
+        return found + _table_problems(self)
 
 
 ModelConfig = CPMConfig | T5PegasusConfig | RoFormerConfig
@@ -313,6 +333,9 @@ def _ffn(at: str, stream: str, inward: tuple[str, ...], bias: bool, layer: int) 
 
 def axis_size(config: ModelConfig, axis: str) -> int:
     """Length of a factored axis."""
+    table = getattr(config, "position_table", None)
+    if axis == "positions" and table is not None:
+        return int(table.rows)
     return int(getattr(config, "hidden" if axis == "embed" else axis))
 
 
@@ -375,6 +398,19 @@ def init_std(config: ModelConfig, tensor: Tensor) -> float:
     return config.init_std
 
 
+def _table_problems(config: CPMConfig | RoFormerConfig) -> list[str]:
+    table, reach = config.position_table, config.positions
+    if table is None:
+        return []
+    if reach is None:
+        return ["position_table: positions are rotary, there is no table; leave it out (无位置表)"]
+    if reach < table.rows:
+        return [f"positions: is {reach}, the table alone has {table.rows} rows"]
+    if table.method == "hierarchical" and reach > table.rows**2:
+        return [f"positions: is {reach}, {table.rows} rows reach {table.rows**2} at most"]
+    return []
+
+
 def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
     found = [
         f"{n}: is {getattr(config, n)}, must be at least 1" for n in names if getattr(config, n) < 1
@@ -382,6 +418,8 @@ def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(config, name) < 1:
             found.append(f"{name}: is {getattr(config, name)}, must lie in [0, 1)")
+    if config.log_n_least < 0:
+        found.append(f"log_n_least: is {config.log_n_least}, must not be negative")
     if config.log_n < 0 or config.log_n == 1:
         found.append(f"log_n: is {config.log_n}, must be 0 (off) or a number of keys from 2 on")
     for name in ("norm_eps", "init_std"):

@@ -15,12 +15,12 @@ from typing import Any
 import configs
 
 PAGES = {
-    "run": ("RunConfig", ("model", "objectives", "run")),
+    "run": ("RunConfig", ("positions", "extended", "model", "objectives", "run")),
     "corpus": (
         "CorpusConfig",
         ("corpus", "sources", "executing", "cleaning", "quality", "dedup", "encoding"),
     ),
-    "sizes": ("ModelConfig", ("model",)),
+    "sizes": ("ModelConfig", ("positions", "model")),
 }
 """The kinds of pages: the class that is the whole page, the modules that it is made of."""
 WIDTH, COLUMN = 110, 46

@@ -172,7 +172,7 @@ def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
                 f"({old['fingerprint']} then, {new['fingerprint']} now); restore it, or start a "
                 "new run.out with init.from (语料已改变)"
             )
-        elif (old["rows"], old["weight"]) != (new["rows"], new["weight"]):
+        elif (old["rows"] or new["rows"], old["weight"]) != (new["rows"], new["weight"]):
             found.append(
                 f"data.train: {new['corpus']} gives {new['rows']} rows with weight "
                 f"{new['weight']}, the run was started with {old['rows']} and {old['weight']}; "

@@ -114,10 +114,15 @@ def write(
         allowed.check_room(min(rooms), "max_new_tokens, or the model's positions,")
     held = BranchingCache(max(lengths) + max(rooms)) if cache else None
     given = _padded(prompts, pad_id, device)
+    # What positions are stretched to must not change while a row is written.
+    ends = [length + room for length, room in zip(lengths, rooms, strict=True)]
+    lengths_B = torch.tensor(ends, device=device)
+    stretches = getattr(model.config, "position_table", None) is not None
 
     def ahead(next_B: Tensor | None, kept_B: Tensor | None = None) -> Tensor:
-        nonlocal given
+        nonlocal given, lengths_B
         if kept_B is not None:
+            lengths_B = lengths_B[kept_B]
             tokens_BT, positions_BT, documents_BT = given
             if documents_BT is not None:
                 documents_BT = documents_BT[kept_B]
@@ -126,7 +131,7 @@ def write(
                 held.select(kept_B)
         if next_B is not None:
             given = _grown(given, next_B, capacity, cache)
-        hidden_BTD: Tensor = model(*given, held)
+        hidden_BTD: Tensor = model(*given, held, *([lengths_B] if stretches else []))
         return hidden_BTD[:, -1]
 
     return spell(model, ahead, prompts, rooms, decoding, eod_id, vocab, allowed)

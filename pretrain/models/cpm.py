@@ -12,7 +12,7 @@ Legend: B rows, T tokens, D hidden, N positions to predict, V vocabulary.
 
 from torch import Tensor, nn
 
-from configs.model import CPMConfig
+from configs.model import CPMConfig, axis_size
 from pretrain.models.layers import (
     Attention,
     Dropout,
@@ -25,6 +25,7 @@ from pretrain.models.layers import (
     gelu_tanh,
     see,
 )
+from pretrain.models.longer import LearnedPositions
 
 
 class Block(nn.Module):
@@ -69,7 +70,8 @@ class Embeddings(nn.Module):
     def __init__(self, config: CPMConfig) -> None:
         super().__init__()
         self.tokens = TokenEmbedding(config.vocab, config.hidden)
-        self.positions = nn.Embedding(config.positions, config.hidden)
+        rows = axis_size(config, "positions")
+        self.positions = LearnedPositions(rows, config.hidden, config.position_table)
 
 
 class Decoder(nn.Module):
@@ -97,13 +99,20 @@ class CPM(nn.Module):
         positions_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] behind the final norm.
 
         A token sees itself and what is before it in its own document (None: a row is one document).
         With a cache the tokens continue those that it holds, whose document ids it holds too.
+        lengths_B: tokens that each row will have when it is written, where a table of positions is
+        stretched to that; None: those of each document here, with a cache its capacity.
         """
-        x_BTD = self.dropout(self.embed.tokens(tokens_BT) + self.embed.positions(positions_BT))
+        if lengths_B is None and cache is not None:
+            lengths_B = positions_BT.new_full((1,), cache.capacity)
+        lengths_B1 = None if lengths_B is None else lengths_B[:, None]
+        place_BTD = self.embed.positions(positions_BT, document_ids_BT, lengths_B1)
+        x_BTD = self.dropout(self.embed.tokens(tokens_BT) + place_BTD)
         T = tokens_BT.shape[1]
         past, keys_BS = 0, document_ids_BT
         if cache is not None:
@@ -111,8 +120,9 @@ class CPM(nn.Module):
             if document_ids_BT is not None:
                 keys_BS = cache.extend_documents(document_ids_BT)
         documents = (document_ids_BT, keys_BS)
-        log_n = self.config.log_n
-        seen = see(T, past + T, True, *documents, tokens_BT.device, log_n_base=log_n)
+        log_n, least = self.config.log_n, self.config.log_n_least
+        device = tokens_BT.device
+        seen = see(T, past + T, True, *documents, device, log_n_base=log_n, log_n_least=least)
         for block in self.decoder.layers:
             x_BTD = block(x_BTD, seen, cache)
         if cache is not None:

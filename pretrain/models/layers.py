@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig, local_shape, tensors
+from pretrain.models.longer import Regions, windowed_scores
 from pretrain.models.positions import Turn, log_n, turned
 
 Attention = Callable[[Tensor, Tensor, Tensor, "Visibility", float, float], Tensor]
@@ -41,6 +42,8 @@ class Visibility:
     """[B or 1, N, T, S], added to the scores; -inf where hidden, so that it is all of the mask."""
     stretch: Tensor | None = None
     """[B or 1, T, 1, 1], queries are multiplied by it (log-n scaling); None: 1."""
+    regions: Regions | None = None
+    """Which of three products is a score (ReRoPE); queries then hold three, keys two of them."""
     _made: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     def additive(self, like_BNTS: Tensor) -> Tensor | None:
@@ -69,12 +72,14 @@ def see(
     *,
     bias_BNTS: Tensor | None = None,
     log_n_base: int = 0,
+    log_n_least: float = 0.0,
 ) -> Visibility:
     """The visibility of the last `queries` of `keys` positions of the same rows.
 
     A position sees its own document only (padding, -1, is a document too, so that no row of scores
     is empty), and with `causal` nothing behind itself. With `log_n_base` queries are stretched by
-    the logarithm of the number of keys that they see (models/positions.py); 0 leaves them.
+    the logarithm of the number of keys that they see, by log_n_least at least
+    (models/positions.py); 0 leaves them.
     """
     visible = None
     if query_documents_BT is not None and key_documents_BS is not None:
@@ -83,7 +88,8 @@ def see(
     if causal and (visible is not None or queries != keys or bias_BNTS is not None):
         order = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
         visible = order[None, None] if visible is None else visible & order
-    return _seen(causal and visible is None, visible, queries, keys, device, bias_BNTS, log_n_base)
+    stretch = (log_n_base, log_n_least)
+    return _seen(causal and visible is None, visible, queries, keys, device, bias_BNTS, *stretch)
 
 
 def see_across(
@@ -94,6 +100,7 @@ def see_across(
     *,
     bias_BNTS: Tensor | None = None,
     log_n_base: int = 0,
+    log_n_least: float = 0.0,
 ) -> Visibility:
     """The visibility of a decoder's tokens over an encoder's: those of the same document.
 
@@ -109,7 +116,8 @@ def see_across(
         visible = of_queries[:, None, :, None] == of_keys[:, None, None, :]
         visible = visible | ~visible.any(-1, keepdim=True)
     T, S = queries_BT.shape[1], keys_BS.shape[1]
-    return _seen(False, visible, T, S, keys_BS.device, bias_BNTS, log_n_base)
+    stretch = (log_n_base, log_n_least)
+    return _seen(False, visible, T, S, keys_BS.device, bias_BNTS, *stretch)
 
 
 def _seen(
@@ -120,6 +128,7 @@ def _seen(
     device: torch.device | None,
     bias_BNTS: Tensor | None,
     log_n_base: int,
+    log_n_least: float,
 ) -> Visibility:
     stretch = None
     if log_n_base:
@@ -129,7 +138,7 @@ def _seen(
             counts = torch.arange(1, queries + 1, device=device)[None, :, None, None]
         else:
             counts = torch.full((1, 1, 1, 1), keys, device=device)
-        stretch = log_n(counts, log_n_base)
+        stretch = log_n(counts, log_n_base).clamp(min=log_n_least)
     if bias_BNTS is not None and visible is not None:
         # Once, here: recomputed layers use it as it is.
         bias_BNTS = bias_BNTS.masked_fill(~visible, float("-inf"))
@@ -163,7 +172,10 @@ def attention_matmul(
     The softmax computes in fp32 inside whatever the dtype; dropout falls on the probabilities.
     """
     q_BTNH = q_BTNH if scale == 1.0 else q_BTNH * scale
-    scores_BNTS = q_BTNH.transpose(1, 2) @ k_BSNH.permute(0, 2, 3, 1)
+    if see.regions is None:
+        scores_BNTS = q_BTNH.transpose(1, 2) @ k_BSNH.permute(0, 2, 3, 1)
+    else:
+        scores_BNTS = windowed_scores(q_BTNH, k_BSNH, see.regions)
     mask = see.additive(scores_BNTS)
     if mask is not None:
         scores_BNTS += mask  # in place: nobody else holds the scores, and a copy costs page faults
@@ -174,8 +186,8 @@ def attention_matmul(
 def attention_by_device(
     q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, see: Visibility, scale: float, dropout: float
 ) -> Tensor:
-    """SDPA on a GPU, two matrix products on a CPU."""
-    attend = attention_sdpa if q_BTNH.is_cuda else attention_matmul
+    """SDPA on a GPU, matrix products on a CPU, and anywhere for ReRoPE's chosen scores."""
+    attend = attention_sdpa if q_BTNH.is_cuda and see.regions is None else attention_matmul
     return attend(q_BTNH, k_BSNH, v_BSNH, see, scale, dropout)
 
 
@@ -266,7 +278,12 @@ class SelfAttention(nn.Module):
         """x_BTD -> what attention adds to it, before dropout; `turn` is for rotary positions."""
         q_BTNH, k_BSNH, v_BSNH = self._heads(self.q(x_BTD)), *self.keys_values(x_BTD)
         if turn is not None:
-            q_BTNH, k_BSNH = turned(q_BTNH, turn), turned(k_BSNH, turn)
+            far = turn.far
+            if far is None:
+                q_BTNH, k_BSNH = turned(q_BTNH, turn), turned(k_BSNH, turn)
+            else:
+                q_BTNH = torch.cat([turned(q_BTNH, t) for t in (turn, far[0], far[1])], -1)
+                k_BSNH = torch.cat([turned(k_BSNH, t) for t in (turn, far[2])], -1)
         if cache is not None:
             k_BSNH, v_BSNH = cache.extend(layer, k_BSNH, v_BSNH)
         return self._attend(q_BTNH, k_BSNH, v_BSNH, see)

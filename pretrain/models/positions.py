@@ -13,11 +13,20 @@ Legend: B rows, T queries, S keys, N heads, H head_dim.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from configs.positions import Rope
+from pretrain.models.longer import (
+    amplitude,
+    document_lengths,
+    far_positions,
+    frequencies,
+    growth_of,
+)
 
 FEWEST_KEYS = 16
 """Log-n scaling takes a query with fewer keys for one with so many, as bert4keras does."""
@@ -107,16 +116,42 @@ class Turn:
     """[B, T, 1, H / 2]."""
     sin_BTNP: Tensor
     """[B, T, 1, H / 2]."""
+    far: "tuple[Turn, Turn, Turn] | None" = None
+    """Beyond ReRoPE's window: of queries whose key is behind, ahead, and of keys."""
 
 
-def turn_of(positions_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Turn:
-    """The turn at given positions: pair i by position x base ** (-2 i / head_dim).
+def turn_of(
+    positions_BT: Tensor,
+    head_dim: int,
+    base: float,
+    dtype: torch.dtype,
+    rope: Rope | None = None,
+    documents_BT: Tensor | None = None,
+) -> Turn:
+    """The turn at given positions: pair i by position x base ** (-2 i / head_dim), or as the
+    section `rope` of the config says (models/longer.py), of the documents' lengths where dynamic.
 
     Angles are computed in float64: at position 100,000 a float32 angle is off by 0.4 degrees.
     """
-    pair_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BT.device)
-    angle_BTNP = positions_BT[:, :, None, None] * base ** (-pair_P / head_dim)
-    return Turn(angle_BTNP.cos().to(dtype), angle_BTNP.sin().to(dtype))
+    growth = None
+    if rope is not None:
+        lengths = document_lengths(positions_BT, documents_BT) if rope.dynamic else None
+        growth = growth_of(rope, lengths).to(positions_BT.device)
+    pair_P = frequencies(rope, head_dim, base, growth).to(positions_BT.device)
+    more = None if growth is None else amplitude(rope, growth)
+
+    def at(places_BT: Tensor) -> Turn:
+        angle_BTP = places_BT[:, :, None] * pair_P
+        cos, sin = angle_BTP.cos(), angle_BTP.sin()
+        if more is not None:
+            cos, sin = cos * more, sin * more
+        return Turn(cos[:, :, None].to(dtype), sin[:, :, None].to(dtype))
+
+    turn = at(positions_BT)
+    if rope is None or not rope.windowed:
+        return turn
+    behind, ahead, keys = (at(places) for places in far_positions(positions_BT, rope))
+    return replace(turn, far=(behind, ahead, keys))
 
 
 def turned(x_BTNH: Tensor, turn: Turn) -> Tensor:

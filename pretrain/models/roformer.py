@@ -17,12 +17,13 @@ Legend: B rows, T tokens, D hidden, N positions to predict, V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.model import RoFormerConfig
+from configs.model import RoFormerConfig, axis_size
 from pretrain.models.layers import (
     Attention,
     Dropout,
@@ -34,8 +35,9 @@ from pretrain.models.layers import (
     gelu_erf,
     see,
 )
+from pretrain.models.longer import LearnedPositions, regions_of
 from pretrain.models.norms import rms_norm
-from pretrain.models.positions import Turn, turn_of
+from pretrain.models.positions import Turn, same_positions, turn_of
 
 
 class PlainRMSNorm(nn.Module):
@@ -105,7 +107,8 @@ class Embeddings(nn.Module):
         self.tokens = TokenEmbedding(config.vocab, config.hidden)
         self.segments = nn.Embedding(config.segments, config.hidden)
         if config.positions is not None:
-            self.positions = nn.Embedding(config.positions, config.hidden)
+            rows = axis_size(config, "positions")
+            self.positions = LearnedPositions(rows, config.hidden, config.position_table)
         self.norm = _norm(config)
 
 
@@ -163,26 +166,36 @@ class RoFormer(nn.Module):
 
         segments_BT: int64 below config.segments; None: all are of segment 0.
         """
-        x_BTD = self._embedded(tokens_BT, positions_BT, segments_BT)
-        T, config = tokens_BT.shape[1], self.config
+        x_BTD = self._embedded(tokens_BT, positions_BT, document_ids_BT, segments_BT)
+        T, config, rope = tokens_BT.shape[1], self.config, self.config.rope
         documents = (document_ids_BT, document_ids_BT)
-        seen = see(T, T, False, *documents, tokens_BT.device, log_n_base=config.log_n)
+        log_n, least = config.log_n, config.log_n_least
+        device = tokens_BT.device
+        seen = see(T, T, False, *documents, device, log_n_base=log_n, log_n_least=least)
         turn = None
         if config.positions is None:
-            turn = turn_of(positions_BT, config.head_dim, config.rope_base, x_BTD.dtype)
+            numbers = (config.head_dim, config.rope_base, x_BTD.dtype)
+            turn = turn_of(positions_BT, *numbers, rope, document_ids_BT)
+            if rope is not None and rope.windowed:
+                places = same_positions(positions_BT, document_ids_BT)
+                seen = replace(seen, regions=regions_of(places, places, rope.window))
         for block in self.encoder.layers:
             x_BTD = block(x_BTD, seen, turn)
         # v2's head begins with dropout; here, because a head that works in turns is run again
         return x_BTD if config.version == 1 else self.dropout(x_BTD)
 
     def _embedded(
-        self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor | None
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        segments_BT: Tensor | None,
     ) -> Tensor:
         if segments_BT is None:
             segments_BT = tokens_BT.new_zeros(1, 1)
         x_BTD = self.embed.tokens(tokens_BT) + self.embed.segments(segments_BT)
         if self.config.positions is not None:
-            x_BTD = x_BTD + self.embed.positions(positions_BT)
+            x_BTD = x_BTD + self.embed.positions(positions_BT, document_ids_BT)
         if self.config.version == 1:
             embedded: Tensor = self.dropout(self.embed.norm(x_BTD))
         else:

@@ -1,0 +1,176 @@
+"""What becomes of a model's config when its rows get longer: `extend`, and stages with a seq_len.
+
+    config + seq_len + Extend --extended()--> config with position_table | rope | bucket_spans
+                              --promise()--> up to how many tokens the logits stay what they were
+
+    learned positions   interpolated   dynamic: a document longer than the table stretches it
+      (CPM, BERT)       hierarchical   Su's decomposition; the table stays the parameter
+                        hierarchical_rows, random, last, repeat: rows are added to the table
+    rotary (RoFormer)   the methods of configs/positions.py, static or dynamic; log n
+    T5's buckets        buckets        logarithmic buckets appended, each stack by its own rule
+
+No tensor is touched here; pretrain/growth/positions.py does that.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from configs.load import ConfigError, from_dict, to_dict
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, longest_row
+from configs.positions import PositionTable, Rope, RopeMethod
+
+ROWS = ("hierarchical_rows", "random", "last", "repeat")
+"""Methods that add rows to a table of positions."""
+LEARNED = ("interpolated", "hierarchical", *ROWS)
+ROTARY = get_args(RopeMethod)
+Method = Literal[
+    "auto", "interpolated", "hierarchical", "hierarchical_rows", "random", "last", "repeat",
+    "linear", "ntk", "ntk_fixed", "ntk_mixed", "by_parts", "yarn", "rerope", "leaky_rerope",
+    "buckets", "as_it_is",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extend:
+    """How a model is taken to longer rows."""
+
+    method: Method = "auto"
+    """auto: interpolated (learned positions), rerope with log n (rotary), buckets (T5). rows that
+    are added to a table: hierarchical_rows, random, last (copies of the last), repeat (the table
+    again). as_it_is: nothing but log n."""
+    alpha: float = 0.4
+    """Of hierarchical: see position_table.alpha."""
+    dynamic: bool = True
+    """Of the methods that change rotary frequencies: by each document's length, so that short ones
+    stay as they were; false: for all alike."""
+    window: int = 0
+    """Of ReRoPE: distances beyond it count as it; 0: half of the length that the model knew."""
+    leak: float = 16.0
+    """Of leaky ReRoPE: tokens beyond the window that count as one."""
+    log_n: bool | None = None
+    """Scores x max(1, log n / log known); null: with ReRoPE only."""
+    known: int | None = None
+    """The length that the model learnt on; null: its positions, or the run's rows (原训练长度)."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        found = [] if self.window >= 0 else [f"window: is {self.window}, must not be negative"]
+        if self.known is not None and self.known < 2:
+            found.append(f"known: is {self.known}, must be at least 2")
+        return found
+
+
+def extended(now: ModelConfig, seq_len: int, how: Extend, known: int | None = None) -> ModelConfig:
+    """The config of the model that reads rows of `seq_len` tokens.
+
+    known: the length of the rows so far, where neither `how` nor the model says it. Raises
+    ConfigError with a sentence for a method that the model cannot use.
+    """
+    how = resolved(now, how)
+    room = longest_row(now)
+    rope = getattr(now, "rope", None)
+    length = how.known or (rope.known if rope else room or known)
+    if room is not None and seq_len <= room and not how.log_n:
+        raise ConfigError(
+            f"seq_len: is {seq_len}, the model has {room} positions already (无需扩展)"
+        )
+    if length is None:
+        raise ConfigError(
+            "known: must be given, the checkpoint does not say on rows of how many tokens it was "
+            "trained (--known, 原训练长度)"
+        )
+    if room is not None:
+        to = _learned(now, seq_len, how)
+    elif isinstance(now, T5PegasusConfig):
+        to = _buckets(now, seq_len) if how.method == "buckets" else now
+    else:
+        to = _rotary_config(now, seq_len, how, length)
+    if how.log_n and not now.log_n:
+        to = dataclasses.replace(to, log_n=length, log_n_least=1.0)
+    checked = from_dict(cast(Any, ModelConfig), to_dict(to), "model")
+    return cast(ModelConfig, checked)
+
+
+def resolved(now: ModelConfig, how: Extend) -> Extend:
+    """`how` with what it leaves open decided, and refused where the family has no such method."""
+    allowed = LEARNED if longest_row(now) is not None else ROTARY
+    allowed = ("buckets",) if isinstance(now, T5PegasusConfig) else allowed
+    method = how.method
+    if method == "auto":
+        method = "rerope" if allowed is ROTARY else allowed[0]  # type: ignore[assignment]
+    if method not in (*allowed, "as_it_is"):
+        raise ConfigError(
+            f"method: is {method}, this {now.family} can be extended by {', '.join(allowed)} "
+            "(该模型不能用此方法)"
+        )
+    by_itself = method in ("rerope", "leaky_rerope")
+    log_n = (by_itself if how.log_n is None else how.log_n) and not now.log_n
+    return dataclasses.replace(how, method=method, log_n=log_n)
+
+
+def _learned(now: ModelConfig, seq_len: int, how: Extend) -> ModelConfig:
+    assert isinstance(now, CPMConfig | RoFormerConfig)
+    table, rows = now.position_table, longest_row(now) or 0
+    if how.method == "as_it_is" or how.method in ROWS:
+        if table is not None and table.method == "interpolated":
+            raise ConfigError(_fixed("position_table", "interpolated", how.method))
+        if how.method == "as_it_is" and seq_len > rows:
+            raise ConfigError(f"seq_len: is {seq_len}, as_it_is the model has {rows} positions")
+        kept = table if how.method == "as_it_is" else None
+        return dataclasses.replace(now, positions=max(seq_len, rows), position_table=kept)
+    if table is not None and (table.method, table.alpha) == (how.method, how.alpha):
+        return dataclasses.replace(now, positions=seq_len)
+    if table is not None and table.method == "interpolated":
+        raise ConfigError(_fixed("position_table", "interpolated", how.method))
+    made = PositionTable(how.method, rows, how.alpha)  # type: ignore[arg-type]
+    return dataclasses.replace(now, positions=seq_len, position_table=made)
+
+
+def _rotary_config(now: ModelConfig, seq_len: int, how: Extend, known: int) -> ModelConfig:
+    assert isinstance(now, RoFormerConfig)
+    if how.method == "as_it_is":
+        return now
+    if seq_len <= known:
+        raise ConfigError(f"seq_len: is {seq_len}, the model knows {known} already (无需扩展)")
+    windowed = how.method in ("rerope", "leaky_rerope")
+    dynamic = how.dynamic and not windowed
+    factor = 1.0 if dynamic or windowed else seq_len / known
+    window = (how.window or max(known // 2, 1)) if windowed else 0
+    rope = Rope(how.method, known, factor, dynamic, window, how.leak)  # type: ignore[arg-type]
+    before = now.rope
+    if before is not None and (before.method, before.dynamic) != (rope.method, rope.dynamic):
+        raise ConfigError(_fixed("rope", before.method, how.method))
+    return dataclasses.replace(now, rope=rope)
+
+
+def _fixed(section: str, old: str, new: str) -> str:
+    return (
+        f"method: is {new}, the model was extended by {old} before ({section}.method), which no "
+        f"other can take over; go on with {old} (只能沿用原方法)"
+    )
+
+
+def _buckets(now: T5PegasusConfig, seq_len: int) -> T5PegasusConfig:
+    """As many spans of logarithmic buckets as let both stacks tell distances below seq_len."""
+    plain = 2 * now.buckets // (1 + now.bucket_spans)
+    decoder = plain // 2  # of one direction; its first half is exact, one bucket a distance
+    reach = math.log(seq_len / decoder) / math.log(now.max_distance / decoder)
+    spans = max(now.bucket_spans, math.ceil(reach - 1e-9))
+    return dataclasses.replace(now, buckets=plain * (1 + spans) // 2, bucket_spans=spans)
+
+
+def promise(now: ModelConfig, to: ModelConfig, seq_len: int) -> int:
+    """Up to how many tokens a row's logits are what they were; 0: at no length."""
+    longest = longest_row(now) or seq_len
+    if to.log_n and not now.log_n:
+        longest = min(longest, to.log_n)
+    rope = getattr(to, "rope", None)
+    if rope is None or rope == getattr(now, "rope", None):
+        return longest
+    if rope.windowed:
+        return min(longest, rope.window)
+    if rope.dynamic:
+        return longest if getattr(now, "rope", None) else min(longest, rope.known)
+    return longest if rope.factor == 1.0 else 0

@@ -1,0 +1,105 @@
+"""How a model reads rows longer than those that it learnt on: sections of a model's config.
+
+    position_table   learned positions (CPM, BERT): more positions than the table has rows
+    rope             rotary positions (RoFormer): frequencies or distances that depend on the length
+
+Both are numbers, no tensors: the model computes by them, every checkpoint keeps them. Who chooses
+them is configs/extended.py; the arithmetic is in pretrain/models/longer.py. Sources: Su,
+kexue.fm/archives/7947 (hierarchical decomposition), 9675 (NTK and what is mixed of it), 9706,
+9708 (ReRoPE, leaky ReRoPE); Chen et al. 2023 (position interpolation); bloc97 2023 (NTK-aware,
+NTK-by-parts); Peng et al. 2023 (YaRN).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """More positions than the table has rows: each is made of one or more of them."""
+
+    method: Literal["hierarchical", "interpolated"]
+    """hierarchical: position i n + j is p_j + r (p_i - p_0), r = alpha / (1 - alpha), up to n x n;
+    interpolated: a document of L > n tokens reads the table in steps of (n - 1) / (L - 1)."""
+    rows: int
+    """n, the rows of the table: the positions that the model learnt."""
+    alpha: float = 0.4
+    """Of hierarchical: between 0 and 1, not 1/2 (there (i, j) and (j, i) would be one position)."""
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        found = []
+        if self.rows < 2:
+            found.append(f"rows: is {self.rows}, must be at least 2")
+        if not 0 < self.alpha < 1 or self.alpha == 0.5:
+            found.append(f"alpha: is {self.alpha}, must lie in (0, 1) and not be 0.5 (不能取 0.5)")
+        return found
+
+    @property
+    def ratio(self) -> float:
+        """r = alpha / (1 - alpha), the weight of the block in a position."""
+        return self.alpha / (1 - self.alpha)
+
+
+RopeMethod = Literal[
+    "linear", "ntk", "ntk_fixed", "ntk_mixed", "by_parts", "yarn", "rerope", "leaky_rerope"
+]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions beyond the length that a model learnt."""
+
+    method: RopeMethod
+    """linear: all angles / s (position interpolation); ntk: base x s ** (h / (h - 2)); ntk_fixed,
+    ntk_mixed: pair m by exp(-a m ** b), b = 1 and 0.625; by_parts: between linear and as it was, by
+    how often a pair turns; yarn: by_parts, and scores x (0.1 ln s + 1) ** 2; rerope: a distance of
+    w or more is w; leaky_rerope: beyond w it grows by 1 / leak a token."""
+    known: int
+    """L0, the length of the rows that the model learnt."""
+    factor: float = 1.0
+    """s, by how much rows are longer; of a dynamic method, the growth of s by the length."""
+    dynamic: bool = False
+    """s follows a document's length L: max(1, factor x L / L0 - (factor - 1)); up to L0 tokens
+    nothing changes."""
+    window: int = 0
+    """w of the two ReRoPEs."""
+    leak: float = 16.0
+    """Of leaky_rerope: tokens beyond the window that count as one."""
+    beta_fast: float = 32.0
+    """Of by_parts and yarn: a pair that turns so often within L0 stays as it was."""
+    beta_slow: float = 1.0
+    """Of by_parts and yarn: a pair that turns so rarely is divided by s."""
+
+    @property
+    def windowed(self) -> bool:
+        """Whether distances are changed, not frequencies."""
+        return self.method in ("rerope", "leaky_rerope")
+
+    @property
+    def slope(self) -> float:
+        """By how much a distance beyond the window grows with each token."""
+        return 0.0 if self.method == "rerope" else 1.0 / self.leak
+
+    @property
+    def exact(self) -> bool:
+        """Whether rows of at most `known` tokens are computed as before."""
+        return self.window >= self.known if self.windowed else self.dynamic or self.factor == 1.0
+
+    def problems(self) -> list[str]:
+        """Numbers outside their range."""
+        found = [] if self.known > 1 else [f"known: is {self.known}, must be at least 2"]
+        if self.factor < 1:
+            found.append(f"factor: is {self.factor}, must be at least 1")
+        if self.leak < 1:
+            found.append(f"leak: is {self.leak}, must be at least 1")
+        if self.windowed and self.window < 1:
+            found.append(f"window: is {self.window}, {self.method} needs at least 1 (窗口必须为正)")
+        if self.windowed and self.dynamic:
+            found.append(f"dynamic: {self.method} has no dynamic form, set it to false")
+        if not self.beta_fast > self.beta_slow > 0:
+            found.append(
+                f"beta_fast, beta_slow: are {self.beta_fast} and {self.beta_slow}; beta_fast must "
+                "be the larger one, both above 0"
+            )
+        return found

@@ -1,0 +1,107 @@
+"""`python -m launch extend`: a checkpoint in, one that reads longer rows and its proof out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.cli import main
+from pretrain import checkpoint, proof
+from pretrain.growth import positions
+from pretrain.growth.positions import TABLE
+from pretrain.state import State
+from tests.growing import TINY, trained
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with one checkpoint."""
+    checkpoint.write_state(tmp_path / "run/checkpoints/stage-00-step-00000009", trained())
+    return tmp_path / "run"
+
+
+def call(run: Path, *words: str) -> int:
+    return main(["extend", str(run), *words])
+
+
+def test_a_run_is_extended_and_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.parent / "long"
+    words = ["--seq-len", "192", "--method", "hierarchical", "--alpha", "0.3", "--out", str(out)]
+    assert call(run, *words) == 0
+    said = capsys.readouterr().out
+    assert "unchanged up to  48 tokens" in said and "proof.json: kept" in said
+    assert 'model.positions: 192; model.position_table: {"method": "hierarchical"' in said
+    assert checkpoint.damage(out) == []
+    after = checkpoint.read(checkpoint.resolve(out))
+    assert after.record["model"]["position_table"]["alpha"] == 0.3
+    assert after.record["updates"] == 7 and after.record["extensions"][0]["seq_len"] == 192
+    assert after.entries[f"optim/exp_avg/{TABLE}"].shape == (48, 32)
+    found = json.loads((out / "proof.json").read_text("utf-8"))
+    assert found["kept"] and found["promised"] == 48 and found["method"] == "hierarchical"
+
+
+def test_the_default_is_interpolation_and_json_is_the_proof(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(run, "--seq-len", "96", "--out", str(run.parent / "long"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"] and found["method"] == "interpolated"
+    assert found["at_the_new_length"] == {"tokens": 96, "finite": True}
+
+
+def test_a_broken_promise_exits_non_zero(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was computed has its rows in another order: 1, and the place is named."""
+    whole = positions.extend
+
+    def broken(state: State, *rest: object, **more: object) -> State:
+        made = whole(state, *rest, **more)  # type: ignore[arg-type]
+        page = made.record["model"]
+        table = made.read(f"weights/{TABLE}").roll(1, 0)
+        entry = made.entries[f"weights/{TABLE}"]
+        from tests.growing import held
+
+        assert entry.shape == tuple(table.shape) and page["positions"] == 96
+        return State({**made.entries, f"weights/{TABLE}": held(table)}, made.record)
+
+    monkeypatch.setattr(positions, "extend", broken)
+    monkeypatch.setattr("pretrain.proof_of_length.extend", broken)
+    assert call(run, "--seq-len", "96", "--out", str(run.parent / "long")) == 1
+    both = capsys.readouterr()
+    assert "NOT KEPT" in both.out and "do not train on from it" in both.err
+    assert "ABOVE" in both.out
+    found = json.loads((run.parent / "long/proof.json").read_text("utf-8"))
+    assert "embeddings" in found["differs_at"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--seq-len", "48"], "the model has 48 positions already"),
+        (["--seq-len", "96", "--method", "yarn"], "this cpm can be extended by interpolated"),
+        (["--seq-len", "9999", "--method", "hierarchical"], "48 rows reach 2304 at most"),
+        (["--seq-len", "96", "--method", "hierarchical", "--alpha", "0.5"], "not be 0.5"),
+        (["--seq-len", "96", "--window", "-3"], "window: is -3, must not be negative"),
+    ],
+)
+def test_mistakes_are_sentences(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert call(run, *words, "--out", str(run.parent / "long")) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (run.parent / "long").exists()
+
+
+def test_nothing_is_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(run, "--seq-len", "96", "--out", str(run)) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_extended_checkpoint_generates_at_the_new_length(run: Path) -> None:
+    out = run.parent / "long"
+    assert call(run, "--seq-len", "192", "--out", str(out)) == 0
+    after = checkpoint.read(checkpoint.resolve(out))
+    tokens = torch.randint(TINY.vocab, (1, 192))
+    assert proof.logits(after, tokens, torch.float32).isfinite().all()
