@@ -1,5 +1,5 @@
 """Promise: the count models that runs are measured against (benchmarks/learning_counts.py) are
-what their papers say: equal to a slow reading of the formulas, distributions over the vocabulary."""
+what their papers say: a slow reading of the formulas agrees, and they are distributions."""
 
 from collections import Counter
 
