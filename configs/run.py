@@ -1,7 +1,7 @@
 """A training run on one page: what `deepspeed pretrain/train.py CONFIG` reads.
 
     model, objective, data, batch, optimizer, schedule, parallel, precision, recompute, run,
-    stages, init
+    stages, init, faults
 
 The whole page is opened once, in train(); every other room gets its own section. A run is a list of
 stages; a file that names none has one. Progress is not here: it lives in the run folder.
@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from configs.faults import Faults
 from configs.grown import completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, split_problems
@@ -46,6 +47,9 @@ class Data:
     """windows: the stream cut every seq_len tokens; documents: a piece of one document, or one
     pair, a row, with padding; best_fit: several, packed by a plan. null: windows, and best_fit for
     pseudo_summary and pairs (排布)."""
+    skips: tuple[tuple[int, int], ...] = ()
+    """Ranges [first, end) of the sample stream that are passed over; `skips` in state.json names
+    those that a run has rewound for, and given here a replay does the same (跳过的样本)."""
 
     def problems(self) -> list[str]:
         """A mixture without corpora, a row without tokens."""
@@ -53,6 +57,11 @@ class Data:
         for key in ("seq_len", "target_len"):
             if (value := getattr(self, key)) is not None and value < 1:
                 found.append(f"{key}: is {value}, must be above 0")
+        found += [
+            f"skips: [{first}, {end}] is no range of samples, must be 0 <= first < end"
+            for first, end in self.skips
+            if not 0 <= first < end
+        ]
         return found
 
 
@@ -113,6 +122,13 @@ class Run:
     """Steps between checkpoints; 0 saves at stage borders and at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; those at stage borders stay."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this stay as well; 0: none."""
+    keep_best: int = 0
+    """So many with the lowest validation loss stay as well (saved where a validation was made)."""
+    ephemeral_every_steps: int = 0
+    """Steps between checkpoints of which only the newest is kept, to lose little when something
+    fails; 0: none (临时检查点)."""
     prompt: str = ""
     """A text that the model continues at each validation; empty: the valid split's first words."""
     stop_at_step: int = 0
@@ -128,7 +144,8 @@ class Run:
             for n in counts
             if getattr(self, n) < 1
         ]
-        for name in ("validate_every_steps", "save_every_steps", "stop_at_step", "threads"):
+        rhythm = ("validate_every_steps", "save_every_steps", "stop_at_step", "threads")
+        for name in (*rhythm, "keep_every_steps", "keep_best", "ephemeral_every_steps"):
             if getattr(self, name) < 0:
                 found.append(f"{name}: is {getattr(self, name)}, must not be negative")
         if self.steps is not None and self.steps < 1:
@@ -188,6 +205,8 @@ class RunConfig:
     """The stages; none means one of run.steps steps."""
     init: Init | None = None
     """Where to start from; null draws fresh weights."""
+    faults: Faults = field(default_factory=Faults)
+    """Spikes, ranks that stall, restarts."""
 
     def problems(self) -> list[str]:
         """What no single section can see."""

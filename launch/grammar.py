@@ -15,7 +15,7 @@ from typing import Any
 import configs
 
 PAGES = {
-    "run": ("RunConfig", ("positions", "extended", "model", "objectives", "run")),
+    "run": ("RunConfig", ("positions", "extended", "model", "objectives", "faults", "run")),
     "corpus": (
         "CorpusConfig",
         ("corpus", "sources", "executing", "cleaning", "quality", "dedup", "encoding"),

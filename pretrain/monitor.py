@@ -34,6 +34,15 @@ MARK = "\x1eBAJIE "
 class NotFinite(ValueError):
     """A loss or a gradient is NaN or infinite."""
 
+    def __init__(self, step: int, what: str, samples: int) -> None:
+        super().__init__(
+            f"step {step}: {what}; nothing of it reached the weights, the run ends here and its "
+            "last checkpoint is good. Lower optimizer.lr, set faults.spike_z to pass over such "
+            f"samples, or look at the data of this step (samples up to {samples}) "
+            "(损失或梯度非有限值)"
+        )
+        self.step, self.what = step, what
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -140,9 +149,16 @@ class Monitor:
     """The eyes of a run; only rank 0 writes, the others keep the same calls."""
 
     def __init__(
-        self, run: Path, out: Terminal, *, writes: bool, total_steps: int, speed: Speed
+        self,
+        run: Path,
+        out: Terminal,
+        *,
+        writes: bool,
+        total_steps: int,
+        speed: Speed,
+        may_skip: bool = True,
     ) -> None:
-        self.run, self.out, self.writes = run, out, writes
+        self.run, self.out, self.writes, self.may_skip = run, out, writes, may_skip
         self.total_steps, self.speed = total_steps, speed
         self._pending: list[tuple[dict[str, Any], Any]] = []
         self._notes: dict[int, dict[str, Any]] = {}
@@ -160,6 +176,8 @@ class Monitor:
             return
         self.run.mkdir(parents=True, exist_ok=True)
         cut_metrics(self.run / "metrics.jsonl", step)
+        if self._board is not None:  # a run that went back to an earlier step
+            self._board.close()
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, 1 s
 
         folder = str(self.run / "tensorboard")
@@ -183,10 +201,14 @@ class Monitor:
         finally:
             self._clock += time.monotonic() - began
 
-    def flush(self) -> None:
-        """Read the pending steps, write them, show the last. NotFinite if one of them is sick."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Read the pending steps, write them, show the last; returns their lines.
+
+        Raises NotFinite if one of them is sick: a loss that is none, or an update that was not made
+        for its gradient, unless this may happen (fp16, whose scale was too large).
+        """
         if not self._pending:
-            return
+            return []
         rows = [(values, *_numbers(result)) for values, result in self._pending]
         elapsed = max(time.monotonic() - self._clock, 1e-9)
         trained = sum(values["step_tokens"] for values, *_ in rows)
@@ -218,12 +240,12 @@ class Monitor:
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
         for line in lines:
-            if not math.isfinite(line.get("loss", 0.0)):
-                raise NotFinite(
-                    f"step {line['step']}: the loss is {line['loss']}; the run ends here, its "
-                    "last checkpoint is good. Lower optimizer.lr, or look at the data of this step "
-                    f"(samples up to {line['samples']}) (损失非有限值)"
-                )
+            lost = not math.isfinite(line.get("loss", 0.0))
+            if lost or (line.get("skipped") and not self.may_skip):
+                number = line["loss" if lost else "grad_norm"]
+                what = f"the {'loss' if lost else 'norm of the gradient'} is {number}"
+                raise NotFinite(line["step"], what, line["samples"])
+        return lines
 
     def _progress(self, line: dict[str, Any], step_s: float) -> str:
         left = (self.total_steps - line["step"]) * step_s

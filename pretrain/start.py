@@ -21,6 +21,7 @@ from configs.model import longest_row
 from configs.run import RunConfig, stage_model, stages, total_steps
 from pretrain import checkpoint
 from pretrain.corpora import Corpora, changes
+from pretrain.faults import with_skips
 from pretrain.growth import FREE, model_config, refusal
 from pretrain.state import State, fresh
 
@@ -140,6 +141,7 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
     else:
         first = fresh(stage_model(config, 0), config.run.seed)
         found = State(first.entries, begin | first.record)
+    found = State(found.entries, with_skips(found.record, config.data.skips))
     if checkpoint.first_rank():
         (run / "config.yaml").write_text(dump(config), "utf-8")
     return found

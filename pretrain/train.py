@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pretrain.batches import Batch
     from pretrain.corpora import Corpora
     from pretrain.engine import Engine
+    from pretrain.faults import Fault, Spikes
     from pretrain.monitor import Monitor, Terminal
     from pretrain.parallel import Mesh
     from pretrain.state import State
@@ -58,6 +59,7 @@ class Job:
     mesh: "Mesh"
     corpora: "Corpora"
     monitor: "Monitor"
+    spikes: "Spikes"
     interrupted: Callable[[], bool]
 
 
@@ -74,7 +76,7 @@ def train(
     """
     import torch
 
-    from pretrain import checkpoint, parallel, plan, start
+    from pretrain import checkpoint, faults, parallel, plan, start
     from pretrain.corpora import open_corpora
     from pretrain.monitor import Monitor, Terminal, speed
     from pretrain.state import State
@@ -99,10 +101,15 @@ def train(
             writes=mesh.rank == 0,
             total_steps=total_steps(config),
             speed=speed(mesh.device, mesh.world, config.precision),
+            may_skip=config.precision == "fp16",
         )
-        monitor.begin(int(state.record["step"]))
-        job = Job(config, run, mesh, corpora, monitor, interrupted)
+        state, begin = start.state(config, run, corpora, out), True
         while summary.get("stopped") is None:
+            if begin:
+                monitor.begin(step := int(state.record["step"]))
+                order = faults.skipping(corpora, state.record)
+                spikes = faults.Spikes(config.faults, run, step)
+                job = Job(config, run, mesh, order, monitor, spikes, interrupted)
             state = _enter_stage(job, state)
             engine = _engine(job, state)
             monitor.watch(engine.config, plan.row_of(config))
@@ -113,7 +120,11 @@ def train(
                 summary = _run_stage(job, engine, state)
             finally:
                 engine.destroy()
-            if summary["stopped"] is None:
+            if begin := summary["fault"] is not None:
+                kept = _passed_over(job, state.record, summary["fault"])
+                state = start.state(config, run, corpora, out)
+                state = State(state.entries, state.record | kept)
+            elif summary["stopped"] is None:
                 state = checkpoint.read(summary["checkpoint"])
         monitor.close()
     return summary
@@ -189,6 +200,7 @@ def _engine(job: Job, state: "State") -> "Engine":
         seed=config.run.seed,
         born=state.record["born"],
         scales=state.record.get("scales"),
+        hold=config.precision != "fp16",
     )
 
 
@@ -203,7 +215,8 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     step, samples = int(state.record["step"]), int(state.record["samples"])
     count = step_samples(config)
     span = config.schedule.steps or total_steps(config)
-    path, loss, stopped = _checkpoint_path(job, stage, step), None, None
+    path, loss, stopped, fault = _checkpoint_path(job, stage, step), None, None, None
+    begun = step
     if step == 0 and run.validate_every_steps:
         with job.monitor.aside():
             _validate(job, engine, step)
@@ -222,18 +235,20 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
             extra = {"lr": lr, "step_tokens": count * config.data.seq_len}
             job.monitor.record(progress | extra, result)
             stopped = _stop(job, step)
-            border = step == last
+            border, measured = step == last, {}
             if border or stopped or _due(step, run.validate_every_steps):
                 with job.monitor.aside():
-                    _validate(job, engine, step)
-            if border or stopped or _due(step, run.log_every_steps):
-                job.monitor.flush()
-            if border or stopped or _due(step, run.save_every_steps):
-                job.monitor.flush()  # a checkpoint's steps are on record before it is
+                    measured = {"valid_loss": _validate(job, engine, step)}
+            saves = border or stopped or _due(step, run.save_every_steps)
+            passing = not saves and _due(step, run.ephemeral_every_steps)
+            looks = saves or passing or _due(step, run.log_every_steps) or _sick(job, result)
+            # A checkpoint's steps are on record, and found sound, before it is.
+            if looks and (fault := _look(job, engine, state, progress, begun)):
+                break
+            if saves or passing:
                 with job.monitor.aside():
-                    path = _save(
-                        job, engine, state, progress, border and step < total_steps(config)
-                    )
+                    kinds = {"border": border and step < total_steps(config), "ephemeral": passing}
+                    path = _save(job, engine, state, progress | measured, kinds)
             loss = result
             if stopped:
                 break
@@ -243,7 +258,8 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
         "stage": stage,
         "loss": float(loss.loss_sum) / max(int(loss.count), 1) if loss is not None else None,
         "checkpoint": str(path),
-        "stopped": "finished" if finished else stopped,
+        "stopped": None if fault else "finished" if finished else stopped,
+        "fault": fault,
     }
 
 
@@ -255,6 +271,71 @@ def _steps(
     for number in range(steps):
         first = samples + number * count
         yield job.corpora.step(first, count, mesh.data_rank, mesh.data, micro)
+
+
+def _sick(job: Job, result: Any) -> bool:
+    """Whether a step is known to have made no update, without waiting for the device."""
+    return result.skipped is True and not job.monitor.may_skip
+
+
+def _look(
+    job: Job, engine: "Engine", state: "State", progress: dict[str, Any], begun: int
+) -> "Fault | None":
+    """Read and judge the last steps; the fault that makes the run go back, if there is one.
+
+    Where a step was not finite, the state before it is saved first: the engine holds it still.
+    """
+    from pretrain import faults
+    from pretrain.monitor import NotFinite
+
+    section = job.config.faults
+    try:
+        fault = job.spikes.judge(job.monitor.flush())
+    except NotFinite as wrong:
+        before, samples = wrong.step - 1, _samples_before(job, state.record, wrong.step)
+        lost = (progress["samples"] - samples) * job.config.data.seq_len
+        told = {"step": before, "samples": samples, "tokens": progress["tokens"] - lost}
+        if before > begun and engine.updates == state.record["updates"] + before - begun:
+            _save(job, engine, state, progress | told, {"border": False, "ephemeral": False})
+        fault = faults.Fault(wrong.step, wrong.what)
+        _dump(job, state.record, fault)
+        if not section.spike_z or section.do != "rewind":
+            raise
+        return fault
+    if fault is None:
+        return None
+    _dump(job, state.record, fault)
+    return fault if section.do == "rewind" else None
+
+
+def _samples_before(job: Job, record: dict[str, Any], step: int) -> int:
+    """Samples consumed before a step of the stage at hand, whose record this is."""
+    steps = step - 1 - int(record["step"])
+    return int(record["samples"]) + steps * step_samples(job.config)
+
+
+def _dump(job: Job, record: dict[str, Any], fault: "Fault") -> None:
+    """Put a fault's samples on file and say so."""
+    from pretrain import faults
+
+    if job.mesh.rank == 0:
+        first = _samples_before(job, record, fault.step)
+        path = faults.dump(job.run, job.corpora, fault, first, step_samples(job.config))
+        job.monitor.out.say(f"step {fault.step}: {fault.what}; its samples: {path} (异常样本)")
+
+
+def _passed_over(job: Job, record: dict[str, Any], fault: "Fault") -> dict[str, Any]:
+    """What a record gains when the run goes back before a fault and passes over its samples."""
+    from pretrain import faults
+
+    first, count = _samples_before(job, record, fault.step), step_samples(job.config)
+    most = job.config.faults.most_rewinds
+    record = faults.passed_over(record, fault, first, count, most)
+    job.monitor.out.say(
+        f"going back; samples {first} to {first + count - 1} are passed "
+        "over from here on (回退并跳过该批样本)"
+    )
+    return {key: record[key] for key in ("skips", "rewinds")}
 
 
 def _due(step: int, every: int) -> bool:
@@ -284,14 +365,14 @@ def _checkpoint_path(job: Job, stage: int, step: int) -> Path:
 
 
 def _save(
-    job: Job, engine: "Engine", state: "State", progress: dict[str, Any], border: bool
+    job: Job, engine: "Engine", state: "State", progress: dict[str, Any], kinds: dict[str, bool]
 ) -> Path:
     """Write a checkpoint of the engine's state with all ranks; drop the ones that are too old."""
     from pretrain import checkpoint
 
-    record = state.record | progress | engine.progress()
-    record |= {
-        "border": border,
+    known = {key: value for key, value in state.record.items() if key != "valid_loss"}
+    record = known | progress | engine.progress()
+    record |= kinds | {
         "data": job.corpora.record,
         "tokenizer": job.corpora.tokenizer.fingerprint,
         "config": to_dict(job.config),
@@ -300,12 +381,14 @@ def _save(
     path = _checkpoint_path(job, progress["stage"], progress["step"])
     checkpoint.save(path, engine.entries(), engine.pieces(), record, job.corpora.tokenizer_folder)
     if job.mesh.rank == 0:
-        checkpoint.rotate(job.run, job.config.run.keep_checkpoints)
+        run = job.config.run
+        checkpoint.rotate(job.run, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
     return path
 
 
-def _validate(job: Job, engine: "Engine", step: int) -> None:
-    """Loss and bits per character on the measured rows, and a passage the model writes."""
+def _validate(job: Job, engine: "Engine", step: int) -> float:
+    """Loss and bits per character on the measured rows, and a passage the model writes; returns
+    the loss."""
     import math
 
     mesh, run = job.mesh, job.config.run
@@ -321,6 +404,7 @@ def _validate(job: Job, engine: "Engine", step: int) -> None:
     job.monitor.out.say(
         f"step {step}  valid loss {loss:.4f} ({bits:.4f} bits/character, 比特/字)  {sample!r}"
     )
+    return loss
 
 
 def _sample(job: Job, engine: "Engine") -> str:

@@ -1,0 +1,42 @@
+"""Jobs of the fault tests: runs in which something is made to go wrong, on purpose."""
+
+from typing import Any
+from unittest import mock
+
+import torch
+
+from configs.load import from_dict
+from configs.run import RunConfig
+from pretrain.corpora import open_corpora
+from pretrain.objectives.causal import Causal
+from pretrain.train import train
+
+
+def go_poisoned(config: dict[str, Any], first: int, count: int, factor: float) -> dict[str, Any]:
+    """Train while the samples [first, first + count) multiply the loss of their batch by `factor`.
+
+    The rows are known by their tokens: the poison follows them wherever they are met. Returns
+    train()'s summary or the sentence of its end, and how often the poison was met.
+    """
+    page = from_dict(RunConfig, config)
+    corpora = open_corpora(page.data, page.objective, page.run.seed, page.model.vocab)
+    [batch], _ = corpora.step(first, count, 0, 1, count)
+    marks = {tuple(row) for row in batch.tokens_BT.tolist()}
+    met = 0
+    honest = Causal.loss
+
+    def loss(self: Causal, model: Any, batch: Any, token_losses: Any) -> Any:
+        nonlocal met
+        loss_sum, positions = honest(self, model, batch, token_losses)
+        poisoned = marks & {tuple(row) for row in batch.tokens_BT.tolist()}
+        if not (torch.is_grad_enabled() and poisoned):
+            return loss_sum, positions
+        met += 1
+        return loss_sum * factor, positions
+
+    with mock.patch.object(Causal, "loss", loss):
+        try:
+            summary = train(page)
+        except ValueError as error:
+            return {"sentence": str(error), "met": met}
+    return summary | {"met": met}
