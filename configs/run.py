@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.faults import Faults
-from configs.grown import completed
+from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, split_problems
 from configs.objectives import Causal, Objective, data_problems
@@ -161,6 +161,8 @@ class Stage:
     """Optimizer steps of this stage."""
     model: dict[str, Any] = field(default_factory=dict)
     """Sizes that differ from the stage before, e.g. {layers: 24}: the model is grown to them."""
+    grow: Growing = field(default_factory=Growing)
+    """How it is grown: method, noise, split ... (docs/growth.md)."""
 
     def problems(self) -> list[str]:
         """A stage without steps."""
@@ -270,7 +272,7 @@ def stage_model(config: RunConfig, number: int) -> ModelConfig:
     for index, stage in enumerate(stages(config)[: number + 1]):
         if stage.model:
             larger = _changed(data, stage.model, f"stages.{index}.model")
-            data = to_dict(completed(_changed(data, {}, "model"), larger))
+            data = to_dict(completed(_changed(data, {}, "model"), larger, stage.grow))
     return _changed(data, {}, "model")
 
 

@@ -3,22 +3,36 @@
     checkpoint --read--> state --growth.grow--> larger --write--> DIR --read back--> proof.json
 
 The tensors are computed and written one at a time. The proof reads what was written, not what was
-meant. `init: {from: DIR, what: all}` in a run's config then trains on, moments and progress
-included; its `model:` must have the numbers that growth has changed, which are printed.
+meant; a method that does not mean to keep the function is told by how much it moved it.
+`init: {from: DIR, what: all}` in a run's config then trains on, moments and progress included; its
+`model:` must have the numbers that growth has changed, which are printed.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from configs.grown import CARRIED
-from configs.load import from_dict, load, read_yaml
+from configs.grown import CARRIED, EXACT, Growing
+from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
 from configs.run import RunConfig
 
+if TYPE_CHECKING:
+    from pretrain.probes import Recorded
+
+HELP = {
+    "method": "exact and su keep the function; stack, bert2bert, bert2bert_aki, random do not",
+    "added": "new units and heads: random and not yet read, or copies that share the reading",
+    "noise": "zero-sum noise on what reads copies, a share of its size (0)",
+    "split": "the first of two copies' share of what reads them (0.5)",
+    "new_words": "new rows of the vocabulary: the mean, or never said (RoFormer v1)",
+    "rewarm_steps": "steps until copies learn at the rate of the others (0: they never do)",
+}
 SIZES = ("layers", "hidden", "heads", "head_dim", "ffn", "vocab")
 
 
@@ -38,25 +52,30 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
-    parser.add_argument(
-        "--new-words",
-        choices=("mean", "masked"),
-        default="mean",
-        help="what new rows of the vocabulary begin as: the mean, or never said (RoFormer v1)",
-    )
+    fields = dataclasses.fields(Growing)
+    for field in fields:
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            choices=typing.get_args(typing.get_type_hints(Growing)[field.name]) or None,
+            default=field.default,
+            help=HELP[field.name],
+        )
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     arguments = parser.parse_args(argv)
     larger = target(arguments.to, arguments.set)
-    out, words = Path(arguments.out), arguments.new_words
-    proof = grow(Path(arguments.source), larger, out, arguments.seed, words)
+    how = from_dict(Growing, {f.name: getattr(arguments, f.name) for f in fields})
+    out = Path(arguments.out)
+    proof = grow(Path(arguments.source), larger, out, arguments.seed, how)
     print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
-    if not proof["kept"]:
+    good = proof["kept"] or not proof["means_to_keep"]
+    if not good:
         print(
             f"{arguments.out}: the function was NOT kept, see proof.json; nothing was removed, "
             "do not train on from it (函数未保持，请勿继续训练)",
             file=sys.stderr,
         )
-    return 0 if proof["kept"] else 1
+    return 0 if good else 1
 
 
 def target(path: str, overrides: list[str]) -> ModelConfig:
@@ -68,7 +87,7 @@ def target(path: str, overrides: list[str]) -> ModelConfig:
 
 
 def grow(
-    origin: Path, to: ModelConfig, out: Path, seed: int, new_words: str = "mean"
+    origin: Path, to: ModelConfig, out: Path, seed: int, how: Growing = EXACT
 ) -> dict[str, Any]:
     """Read, grow, write, prove; returns the proof. ValueError for what cannot be done."""
     from pretrain import checkpoint, growth, proof
@@ -80,7 +99,9 @@ def grow(
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
     probes = proof.probes(tokenizer, growth.model_config(before))
-    grown = growth.grow(before, to, seed, new_words=new_words)
+    grown = growth.grow(before, to, seed, how)
+    batch, why = _recorded(before.record)
+    precision = before.record.get("config", {}).get("precision", "fp32")
     checkpoint.write_state(out, grown, tokenizer)
     after = checkpoint.read(out)
     found = {
@@ -89,10 +110,28 @@ def grow(
         "operators": after.record["growth"][-1]["operators"],
         "seed": seed,
         "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
-        **proof.prove(before, after, probes),
+        "how": to_dict(how),
+        **proof.prove(before, after, probes, batch=batch, precision=precision),
     }
+    if batch is None:
+        found["batch"] = {"none": why}
     proof.write_proof(out, found)
     return {**found, "out": str(out)}
+
+
+def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
+    """A batch of the data that the model was trained on; or none, and why."""
+    if "config" not in record:
+        return None, "the checkpoint does not say what it was trained on"
+    from pretrain import objectives, proof
+    from pretrain.corpora import open_corpora
+
+    try:
+        page = from_dict(RunConfig, record["config"])
+        corpora = open_corpora(page.data, page.objective, page.run.seed, page.model.vocab)
+    except (ConfigError, OSError, ValueError) as error:
+        return None, f"the training data is not here: {str(error).splitlines()[0]}"
+    return proof.recorded(corpora, objectives.build(page.objective), page.batch.micro), ""
 
 
 def _table(proof: dict[str, Any]) -> str:
@@ -107,6 +146,14 @@ def _table(proof: dict[str, Any]) -> str:
 
     changed = [k for k in CARRIED if proof["from"].get(k) != proof["to"].get(k)]
     follow = "; ".join(f"model.{k}: {proof['to'][k]!r}" for k in changed)
+    verdict = "kept" if proof["kept"] else f"CHANGED, first at {proof['differs_at']}"
+    if not proof["means_to_keep"]:
+        far = f"logits moved by {proof['moved']:.2g} of their deviation"
+        verdict = f"NOT kept, as method {proof['method']} does not: {far} (不保持函数)"
+    batch = proof["batch"]
+    losses = batch.get("none") or (
+        "{float64[before]:.6f} -> {float64[after]:.6f} ({rows} {of})".format(**batch)
+    )
     lines = [
         ("from", f"{proof['source']} ({size(proof['from'])})"),
         ("to", f"{proof['out']} ({size(proof['to'])})"),
@@ -115,7 +162,8 @@ def _table(proof: dict[str, Any]) -> str:
         ("logits, float64", compared(proof["float64"])),
         ("logits, float32", compared(proof["float32"])),
         ("loss on probes", f"{proof['loss']['before']:.6f} -> {proof['loss']['after']:.6f}"),
-        ("function", "kept" if proof["kept"] else f"CHANGED, first at {proof['differs_at']}"),
+        ("loss on data", losses),
+        ("function", verdict),
         ("proof", f"{proof['out']}/proof.json"),
     ]
     return "\n".join(f"{name:<16} {value}" for name, value in lines)

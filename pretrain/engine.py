@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from configs.model import ModelConfig, local_shape, tensors
 from pretrain import optimizer as optimizers
 from pretrain import parallel
+from pretrain.growth.moments import rewarm as rewarm_groups
 from pretrain.parallel import Mesh
 from pretrain.partitions import Partitions
 from pretrain.state import State, seed_of
@@ -88,6 +89,7 @@ class Engine:
         seed: of dropout.
         born: updates before a tensor came into being; 0 where it says nothing.
         scales: factors on lr, decay and eps of tensors that growth changed, as a record keeps them.
+        rewarm: from which step on, and over how many, those on lr and decay return to 1.
         hold: after a gradient that was not finite change nothing any more, until load(): the state
             stays the one before it, for whoever reads of it some steps later.
 
@@ -109,6 +111,7 @@ class Engine:
         seed: int = 0,
         born: Mapping[str, int] | None = None,
         scales: Mapping[str, Mapping[str, float]] | None = None,
+        rewarm: dict[str, int] | None = None,
         hold: bool = False,
     ) -> None:
         import deepspeed
@@ -129,13 +132,11 @@ class Engine:
         parameters = dict(model.named_parameters())
         self._objective = objective
         self._step = _Step(model, objective, parallel.token_losses(mesh, config.vocab))
+        alike = optimizers.groups(config, self.born, optimizers.recorded(scales), optimizer)
+        self._rewarm, self._keys = rewarm, [group.key for group in alike]
         self._deepspeed, *_ = deepspeed.initialize(
             model=self._step,
-            optimizer=optimizers.build(
-                optimizers.groups(config, self.born, optimizers.recorded(scales), optimizer),
-                parameters,
-                optimizer,
-            ),
+            optimizer=optimizers.build(alike, parameters, optimizer),
             mpu=glue,
             config=json,
             dist_init_required=False,
@@ -174,6 +175,8 @@ class Engine:
             loss_sum += part.detach()
             self._deepspeed.backward(part * factor, scale_wrt_gas=False)
         self._reduce(loss_sum)
+        if self._rewarm:
+            rewarm_groups(self._partitions.base.param_groups, self._keys, self._rewarm, step)
         optimizers.set_lr(self._partitions.base, lr)
         norm, skipped = self._update()
         self._tried, self._skipped = self._tried + 1, self._skipped + skipped

@@ -28,44 +28,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.grown import times
+from configs.grown import PRESERVING, Growing, times
 from configs.load import to_dict
-from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, longest_row, tensors
-from pretrain.growth import grow, model_config
+from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
+from pretrain.growth import grow, model_config, told
 from pretrain.growth.depth import source
 from pretrain.models import build
-from pretrain.state import State, seed_of
+from pretrain.objectives.losses import token_losses_plain
+from pretrain.probes import PROBE_ROWS as PROBE_ROWS
+from pretrain.probes import PROBE_TOKENS as PROBE_TOKENS
+from pretrain.probes import SENTENCES as SENTENCES
+from pretrain.probes import ProofError as ProofError
+from pretrain.probes import Recorded
+from pretrain.probes import probes as probes
+from pretrain.probes import recorded as recorded
+from pretrain.state import State
 
 FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 3.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDED_TOLERANCE = 1e-5
 """Share of the stream's deviation, where weights that were rounded to float32 are looked at."""
-PROBE_ROWS, PROBE_TOKENS = 4, 64
-SENTENCES = (
-    "北京是中华人民共和国的首都，也是全国的政治中心和文化中心。",
-    "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
-    "机器学习研究的是怎样让计算机从数据中学到规律，而不必逐条写出规则。",
-    "今天下午三点，我们在图书馆二楼的会议室开会，请大家准时参加。",
-    "长江全长约6300公里，发源于青藏高原，最后注入东海。",
-    "他说：“明天要是下雨，比赛就改到星期六。”大家都点头同意。",
-    "水在标准大气压下，加热到100摄氏度就会沸腾，变成水蒸气。",
-    "这家公司去年的营业收入同比增长了12.5%，净利润却略有下降。",
-    "把大象装进冰箱需要几步？第一步，打开冰箱门。",
-    "春节是中国最重要的传统节日，家家户户贴春联、包饺子、放鞭炮。",
-    "如果一个三角形的三条边相等，那么它的三个角也相等。",
-    "患者三天前开始发热，伴有咳嗽，体温最高达到39.2℃。",
-    "自然语言处理的预训练模型在阅读理解、摘要和翻译上都有很好的表现。",
-    "小明有五个苹果，给了妹妹两个，又从妈妈那里得到四个，现在有七个。",
-    "The quick brown fox jumps over the lazy dog，这句话包含全部英文字母。",
-    "海上生明月，天涯共此时。情人怨遥夜，竟夕起相思。",
-)
 
 
-class ProofError(ValueError):
-    """A proof cannot be run on these probes; the message says why."""
-
-
-def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any]:
+def prove(
+    before: State,
+    after: State,
+    tokens_BT: torch.Tensor,
+    *,
+    batch: Recorded | None = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
     """Compare the outputs of two states on probes; dropout off.
 
     tokens_BT: int64 token ids. Returns plain data: the largest absolute difference of logits in
@@ -74,6 +67,11 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
     token, next token, float64) before and after, `kept` (the verdict), and if it is False
     `differs_at`, the first place where the residual stream differs. Of a larger vocabulary the old
     words' logits are compared.
+
+    `method` is how the state grew; one that does not mean to keep the function (`means_to_keep`)
+    is told by how much it `moved`, in deviations of the logits. With a `batch` its loss before and
+    after, float64 and `precision`; with bf16 or fp16 the logits in it, beside the small model's own
+    rounding.
     """
     started = time.monotonic()
     exact_BTV = logits(before, tokens_BT, torch.float64)
@@ -94,16 +92,24 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
     }
     kept = all(part["within"] for part in found.values()) and odd is None
     wrong = after if found["float64"]["within"] else unrounded  # the more telling one
+    how = [told(line) for line in _lines(before, after)] or [Growing()]
+    means = how[0].method in PRESERVING
+    moved = float((grown_BTV[..., :vocab] - exact_BTV).std()) / std
     return {
         "kept": kept,
+        "means_to_keep": means,
+        "method": how[0].method,
+        "moved": moved,
         **found,
         "not_as_computed": odd,
         "loss": {
             "before": _loss(exact_BTV, tokens_BT),
             "after": _loss(grown_BTV, tokens_BT),
         },
+        "batch": None if batch is None else _of_batch(before, after, batch, precision),
+        "precision": _rounding(before, after, tokens_BT, precision),
         "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
-        "differs_at": None if kept else differs_at(before, wrong, tokens_BT),
+        "differs_at": None if kept or not means else differs_at(before, wrong, tokens_BT),
         "from": before.record["model"],
         "to": after.record["model"],
         "torch": torch.__version__,
@@ -111,20 +117,69 @@ def prove(before: State, after: State, tokens_BT: torch.Tensor) -> dict[str, Any
     }
 
 
+def holds(proof: dict[str, Any]) -> bool:
+    """Whether nothing speaks against training on: the function kept, or never meant to be."""
+    return bool(proof["kept"] or not proof["means_to_keep"])
+
+
+def _of_batch(before: State, after: State, batch: Recorded, precision: str) -> dict[str, Any]:
+    """The loss (nats, mean of what counts) of a batch of data, before and after."""
+    found: dict[str, Any] = dict(batch.about)
+    for name, dtype in {"float64": torch.float64, precision: DTYPES[precision]}.items():
+        found[name] = {
+            "before": batch_loss(before, batch, dtype),
+            "after": batch_loss(after, batch, dtype),
+        }
+    return found
+
+
+def batch_loss(state: State, recorded: Recorded, dtype: torch.dtype) -> float:
+    """The mean loss of a recorded batch, nats, dropout off."""
+    with _model(state, dtype) as model:
+        total, count = recorded.objective.loss(model, recorded.batch, token_losses_plain)
+        return float(total) / max(int(count), 1)
+
+
+def _rounding(
+    before: State, after: State, tokens_BT: torch.Tensor, precision: str
+) -> dict[str, Any] | None:
+    """How logits in bf16 or fp16 differ by the growth, beside the small model's own rounding.
+
+    That of another summation order: the same rows one by one instead of together.
+    """
+    if precision == "fp32":
+        return None
+    old = logits(before, tokens_BT, DTYPES[precision]).double()
+    new = logits(after, tokens_BT, DTYPES[precision]).double()[..., : old.shape[-1]]
+    alone = torch.cat([logits(before, row[None], DTYPES[precision]) for row in tokens_BT])
+    return {
+        "name": precision,
+        "max_difference": _distance(new, old),
+        "median_difference": float((new - old).abs().median()),
+        "own_rounding": _distance(old, logits(before, tokens_BT, torch.float64)),
+        "own_by_row": _distance(alone, old),
+    }
+
+
 def _unrounded(before: State, after: State) -> tuple[State, str | None]:
     """The growth from `before` to `after` without rounding, and the first weight of `after` that is
     not its rounding; `after` itself where its record tells of no growth from `before`."""
-    told = after.record.get("growth", [])[len(before.record.get("growth", [])) :]
-    if len(told) != 1 or told[0]["from"] != to_dict(model_config(before)):
+    lines = _lines(before, after)
+    if not lines:
         return after, None
-    to = model_config(State({}, {"model": told[0]["to"]}))
-    words = told[0].get("new_words", "mean")
-    exact = grow(before, to, told[0]["seed"], new_words=words, rounded=False)
+    to = model_config(State({}, {"model": lines[0]["to"]}))
+    exact = grow(before, to, lines[0]["seed"], told(lines[0]), rounded=False)
     for name in exact.names():
         written = after.read(f"weights/{name}")
         if not torch.equal(exact.read(f"weights/{name}").to(written.dtype), written):
             return after, name
     return State(exact.entries, after.record), None
+
+
+def _lines(before: State, after: State) -> list[dict[str, Any]]:
+    """The one line of `after`'s record that tells of its growth from `before`, or none."""
+    lines = after.record.get("growth", [])[len(before.record.get("growth", [])) :]
+    return lines if len(lines) == 1 and lines[0]["from"] == to_dict(model_config(before)) else []
 
 
 def against(
@@ -188,32 +243,6 @@ def write_proof(folder: Path, proof: dict[str, Any]) -> Path:
     return path
 
 
-def probes(tokenizer: Path | None, config: ModelConfig, seed: int = 0) -> torch.Tensor:
-    """Probe tokens_BT: the fixed sentences in the checkpoint's own tokens, or seeded random ids.
-
-    Raises ProofError if the tokenizer has tokens that the model has no row for.
-    """
-    length = min(PROBE_TOKENS, longest_row(config) or PROBE_TOKENS)
-    wanted = PROBE_ROWS * length
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(seed_of(seed, "probes"))
-        ids = torch.randint(config.vocab, (wanted,), generator=generator)
-        return ids.view(PROBE_ROWS, length)
-    from data_pipeline.tokenizer import load
-
-    words = load(tokenizer)
-    if words.vocab_size > config.vocab:
-        raise ProofError(
-            f"{tokenizer}: has {words.vocab_size} tokens, model.vocab is {config.vocab}; this "
-            "tokenizer does not belong to the model (分词器与模型不符)"
-        )
-    stream: list[int] = []
-    for encoded in words.encode_batch(list(SENTENCES)):
-        stream += [*(int(i) for i in encoded), words.eod_id]
-    ids = torch.tensor((stream * (wanted // len(stream) + 1))[:wanted])
-    return ids.view(PROBE_ROWS, length)
-
-
 def sentence(proof: dict[str, Any]) -> str:
     """The verdict in one line."""
     sizes = ", ".join(
@@ -222,8 +251,15 @@ def sentence(proof: dict[str, Any]) -> str:
         if proof["from"][key] != size
     )
     loss = f"loss on probes {proof['loss']['before']:.4f} -> {proof['loss']['after']:.4f}"
+    if batch := proof["batch"]:
+        loss = "loss of {rows} rows {float64[before]:.6f} -> {float64[after]:.6f}".format(**batch)
     far = f"logits differ by {proof['float64']['max_difference']:.1e} in float64"
-    verdict = "function kept" if proof["kept"] else f"FUNCTION CHANGED at {proof['differs_at']}"
+    if not proof["means_to_keep"]:
+        far = f"logits moved by {proof['moved']:.2g} of their deviation"
+        verdict = f"method {proof['method']} does not keep the function (不保持函数)"
+    else:
+        verdict = "function kept" if proof["kept"] else f"CHANGED at {proof['differs_at']}"
+        verdict = verdict if proof["kept"] else f"FUNCTION {verdict}"
     return f"growth: {sizes or 'none'}: {verdict}; {far}, {loss}"
 
 

@@ -147,12 +147,12 @@ def _enter_stage(job: Job, state: "State") -> "State":
 
 def _grow(job: Job, state: "State", number: int) -> "State":
     """The state enlarged to the model of stage `number`, proven and kept as a second checkpoint."""
-    from pretrain import checkpoint, proof
+    from pretrain import checkpoint, objectives, proof
     from pretrain.growth import grow
     from pretrain.state import State
 
     target = stage_model(job.config, number)
-    grown = grow(state, target, job.config.run.seed)
+    grown = grow(state, target, job.config.run.seed, stages(job.config)[number].grow)
     grown = State(grown.entries, grown.record | {"stage": number, "border": True})
     path = _checkpoint_path(job, number, int(state.record["step"]))
     aside = path.with_name(f".{path.name}.growing")  # no checkpoint until it is proven
@@ -160,14 +160,18 @@ def _grow(job: Job, state: "State", number: int) -> "State":
     verdict: dict[str, Any] = {}
     if job.mesh.rank == 0:
         probes = proof.probes(job.corpora.tokenizer_folder, target)
-        verdict = proof.prove(state, checkpoint.read(aside), probes)
+        objective = objectives.build(job.config.objective)
+        batch = proof.recorded(job.corpora, objective, job.config.batch.micro)
+        precision = job.config.precision
+        after = checkpoint.read(aside)
+        verdict = proof.prove(state, after, probes, batch=batch, precision=precision)
         proof.write_proof(aside, verdict)
-        if verdict["kept"]:
+        if proof.holds(verdict):
             shutil.rmtree(path, ignore_errors=True)  # a damaged one may stand there
             os.rename(aside, path)
     verdict = checkpoint.gather(verdict)[0]
     job.monitor.out.say(proof.sentence(verdict))
-    if not verdict["kept"]:
+    if not proof.holds(verdict):
         raise checkpoint.CheckpointError(
             f"{aside}: the growth does not keep the function, see proof.json; the checkpoint "
             "before it is whole (生长未保持函数)"
@@ -201,6 +205,7 @@ def _engine(job: Job, state: "State") -> "Engine":
         born=state.record["born"],
         scales=state.record.get("scales"),
         hold=config.precision != "fp16",
+        rewarm=state.record.get("rewarm"),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs.grown import completed
+from configs.grown import Growing, completed
 from configs.load import to_dict
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
 from pretrain import proof
@@ -162,7 +162,7 @@ def test_new_words_begin_as_the_mean_or_are_never_said() -> None:
     import torch
 
     before = small("v1")
-    masked = grow(before, larger("v1", vocab=128), 1, new_words="masked")
+    masked = grow(before, larger("v1", vocab=128), 1, how=Growing(new_words="masked"))
     chance = proof.logits(masked, PROBES, torch.float64).softmax(-1)
     exact = proof.logits(before, PROBES, torch.float64).softmax(-1)
     assert not chance[..., 97:].any() and float((chance[..., :97] - exact).abs().max()) < 1e-12
@@ -171,7 +171,7 @@ def test_new_words_begin_as_the_mean_or_are_never_said() -> None:
     # Jensen: a mean row is said no more often than the average word
     assert 0 < float(lost.max()) <= torch.tensor(128 / 97).log()
     with pytest.raises(GrowthError, match="masked where logits have a bias"):
-        grow(small("cpm"), larger("cpm", vocab=128), 1, new_words="masked")
+        grow(small("cpm"), larger("cpm", vocab=128), 1, how=Growing(new_words="masked"))
 
 
 @pytest.mark.parametrize(

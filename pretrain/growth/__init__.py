@@ -9,25 +9,26 @@ it, which axes they have. Nothing is read or computed until an entry of the resu
 growing holds one tensor at a time, whatever the model's size; operators compose in any order.
 
 depth.py adds layers; width.py widens feed-forward layers, heads, the stream and the vocabulary, by
-axis.py; moments.py carries Adam's moments; configs/grown.py knows which numbers of the config must
-follow. Sources: GROWTH of record (the project's own derivations: gain shift, rotary heads, exact
-moments); LEMON (Wang et al., ICLR 2024), LLaMA-Pro (Wu et al., 2024), Net2Net (Chen et al., ICLR
-2016), HyperCloning (Samragh et al., 2024), bert4keras (Su, kexue.fm/archives/8444).
+axis.py and copies.py; moments.py carries Adam's moments; configs/grown.py knows the methods and
+which numbers of the config must follow. Sources: GROWTH of record (the project's own derivations:
+gain shift, rotary heads, exact moments); LEMON (Wang et al., ICLR 2024), LLaMA-Pro (Wu et al.,
+2024), Net2Net (Chen et al., ICLR 2016), HyperCloning (Samragh et al., 2024), bert4keras (Su,
+kexue.fm/archives/8444).
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
-from configs.grown import CARRIED, carried, completed, times
+from configs.grown import CARRIED, EXACT, PRESERVING, Growing, carried, completed, times
 from configs.load import from_dict, to_dict
 from configs.model import ModelConfig, RoFormerConfig, tensors
 from pretrain.growth import width
 from pretrain.growth.depth import deeper
-from pretrain.growth.moments import slots
+from pretrain.growth.moments import settled, slots
 from pretrain.state import Entry, State
 
-Operator = Callable[[State, ModelConfig, ModelConfig, int], State]
+Operator = Callable[[State, ModelConfig, ModelConfig, int, Growing], State]
 
 OPERATORS: dict[str, Operator] = {
     "layers": deeper,
@@ -55,59 +56,68 @@ def grow(
     state: State,
     to: ModelConfig,
     seed: int,
+    how: Growing = EXACT,
     *,
-    new_words: str = "mean",
     rounded: bool = True,
 ) -> State:
-    """The state enlarged to the config `to`; logits are the same in exact arithmetic, dropout off.
+    """The state enlarged to the config `to`; logits are the same in exact arithmetic, dropout off,
+    under the methods of configs.grown.PRESERVING.
 
     Entries are computed when read. Old tensors keep their `born`, and their moments by the exact
     rule of moments.py; new tensors get moments of zero and are born at the present update, so that
     their Adam step starts at 0. Numbers that `to` leaves open are set (configs/grown.py). `seed`
     decides the random entries. The record gets the new config, the `scales` of tensors that the
-    optimizer must treat by the rule, and one more line in `growth`.
+    optimizer must treat by the rule (and over how many steps they return to 1, `rewarm`), and one
+    more line in `growth`.
 
     Args:
-        new_words: what new rows of the vocabulary begin as: `mean`, or `masked` (never said;
-            RoFormer v1 only, which has a bias there).
+        how: the method and its options.
         rounded: to float32, once; without, what needs rounding stays in float64, for proofs.
 
     Raises GrowthError for a target out of reach.
     """
     now = model_config(state)
-    refused = refusal(now, to, new_words=new_words)
+    refused = refusal(now, to, how)
     if refused:
         raise GrowthError(refused)
-    to = completed(now, to)
-    names, grown, at = [], state, now
+    to = completed(now, to, how)
+    names, grown, at = [], State(state.entries, settled(state.record)), now
     for size, operator in OPERATORS.items():
         if getattr(at, size) == getattr(to, size):
             continue
         keys = [key for key in (size, *FOLLOWS.get(size, ())) if hasattr(to, key)]
         target = dataclasses.replace(at, **{key: getattr(to, key) for key in keys})
-        if size == "vocab" and new_words == "masked":
-            operator = width.masked_words
-        grown = operator(grown, at, target, seed)
+        grown = operator(grown, at, target, seed, how)
         names.append(f"{size} {getattr(at, size)} -> {getattr(to, size)}")
         at = target
+    step = state.record.get("step", 0)
     line = {
-        "step": state.record.get("step", 0),
+        "step": step,
         "updates": state.record.get("updates", 0),
         "from": to_dict(now),
         "to": to_dict(to),
         "operators": names,
         "seed": seed,
     }
-    if new_words != "mean":
-        line["new_words"] = new_words
-    history = [*state.record.get("growth", []), line]
+    if options := {k: v for k, v in to_dict(how).items() if v != getattr(EXACT, k)}:
+        line["how"] = options
+    record = {**grown.record, "model": to_dict(to)}
+    record["growth"] = [*state.record.get("growth", []), line]
+    if how.rewarm_steps and record.get("scales"):
+        record["rewarm"] = {"step": step, "steps": how.rewarm_steps}
     # in the table's order, so that the files' bytes do not depend on the way that led here
     keys = [f"{kind}/{t.name}" for kind in ("weights", *slots(grown)) for t in tensors(to)]
     keys += [key for key in grown.entries if key.startswith("buffers/")]
     entries = {key: grown.entries[key] for key in keys}
     if rounded:
         entries = {key: _rounded(entry) for key, entry in entries.items()}
-    return State(entries, {**grown.record, "model": to_dict(to), "growth": history})
+    return State(entries, record)
+
+
+def told(line: dict[str, Any]) -> Growing:
+    """How a line of a record's `growth` says that the model was enlarged."""
+    options = {key: line[key] for key in ("new_words",) if key in line} | line.get("how", {})
+    return from_dict(Growing, options)
 
 
 def _rounded(entry: Entry) -> Entry:
@@ -121,15 +131,15 @@ def model_config(state: State) -> ModelConfig:
     return cast(ModelConfig, from_dict(cast(Any, ModelConfig), state.record["model"], "model"))
 
 
-def refusal(now: ModelConfig, to: ModelConfig, *, new_words: str = "mean") -> str | None:
+def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | None:
     """Why `to` cannot be reached from `now`, in one sentence with the nearest sizes; or None."""
     if type(now) is not type(to):
         return (
             f"family: a {now.family} cannot be grown to a {to.family}; "
             f"it can be grown to a larger {now.family} (不能变成另一模型族)"
         )
-    to, wrong = completed(now, to), []
-    needed, nearest = carried(now, to), {}
+    to, wrong = completed(now, to, how), []
+    needed, nearest = carried(now, to, how), {}
     for key in (field.name for field in dataclasses.fields(to)):
         old, new = getattr(now, key), getattr(to, key)
         if key in GROWS:
@@ -145,8 +155,10 @@ def refusal(now: ModelConfig, to: ModelConfig, *, new_words: str = "mean") -> st
             nearest[key] = old
             wrong.append(f"{key} is {old} and the target has {new}")
     if isinstance(now, RoFormerConfig):
-        wrong += _post_norm(now, to, nearest)
-    if new_words == "masked" and not (isinstance(now, RoFormerConfig) and now.version == 1):
+        wrong += _post_norm(now, to, how, nearest)
+    if how.method == "su":
+        wrong += _repeated(now, to, nearest)
+    if how.new_words == "masked" and not (isinstance(now, RoFormerConfig) and now.version == 1):
         wrong.append("new words can be masked where logits have a bias, in RoFormer v1")
     if not wrong:
         return None
@@ -157,16 +169,35 @@ def refusal(now: ModelConfig, to: ModelConfig, *, new_words: str = "mean") -> st
     )
 
 
-def _post_norm(now: RoFormerConfig, to: ModelConfig, nearest: dict[str, Any]) -> list[str]:
-    """What a post-norm cannot do; `nearest` is corrected."""
+def _repeated(now: ModelConfig, to: ModelConfig, nearest: dict[str, Any]) -> list[str]:
+    """What Su's form cannot do; `nearest` is corrected."""
     wrong = []
+    for key in ("hidden", "ffn"):
+        old, new = getattr(now, key), getattr(to, key)
+        if new > old and times(old, new) is None:
+            nearest[key] = old * max(1, round(new / old))
+            wrong.append(f"{key} {old} cannot become {new} by method su, which repeats it")
+    if isinstance(now, RoFormerConfig) and now.version == 2 and to.hidden > now.hidden:
+        nearest["hidden"] = now.hidden
+        wrong.append("method su needs a norm with a gain, RoFormer v2 has none")
+    return wrong
+
+
+def _post_norm(
+    now: RoFormerConfig, to: ModelConfig, how: Growing, nearest: dict[str, Any]
+) -> list[str]:
+    """What a post-norm cannot do; `nearest` is corrected."""
+    wrong: list[str] = []
+    if how.method not in (*PRESERVING, "stack"):
+        return wrong
     if now.version == 1 and to.hidden > now.hidden and times(now.hidden, to.hidden) is None:
         nearest["hidden"] = now.hidden * max(1, round(to.hidden / now.hidden))
         wrong.append(
             f"hidden {now.hidden} cannot become {to.hidden}, RoFormer v1 widens by whole factors "
             f"only (its norms stand behind the sum)"
         )
-    if to.layers > now.layers and now.norm_eps > LARGEST_EPS_BEHIND:
+    kept = how.method in PRESERVING
+    if kept and to.layers > now.layers and now.norm_eps > LARGEST_EPS_BEHIND:
         nearest["layers"] = now.layers
         wrong.append(
             f"layers cannot be added under norm_eps {now.norm_eps:g}: each changes the stream by "

@@ -5,8 +5,8 @@ r"""One axis of a tensor made longer: where its old entries go, and what stands 
         zero       nobody listens yet, or nothing is said
         random     as large as the old entries: what computes something that nobody reads
         mean       of the old ones along the axis
-        tile       the old ones again, in order: [x; x]; for a whole factor
         constant   one number
+        copies     the old ones again: copies.py
 
 A factored axis (heads x head_dim) is one dimension of the tensor; `pre` and `post` hold what lies
 before and behind the axis. Nothing is computed before it is read, and one tensor at a time. What
@@ -22,10 +22,11 @@ from typing import Literal
 import torch
 
 from configs.model import ModelConfig, Tensor, axis_size, shape, tensors
-from pretrain.growth.moments import moment_factor, rescaled, slots
+from pretrain.growth.copies import Copies, zero_sum
+from pretrain.growth.moments import rescaled, slots
 from pretrain.state import Entry, State, draw
 
-How = Literal["zero", "random", "mean", "tile", "constant"]
+How = Literal["zero", "random", "mean", "constant", "copies"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,38 @@ class Fill:
     factor: float = 1.0
     value: float = 0.0
     """The number of `constant`."""
+    copies: Copies | None = None
+    """Of `copies`: which is whose."""
+    divided: bool = False
+    """Of `copies`: they have their share each (a reader), or are all the same (a writer)."""
+    noise: float = 0.0
+    """Of `copies`: zero-sum noise, as a share of what each has."""
+    above: bool = False
+    """Of `copies`: the new ones are those of the layer above (bert2BERT's AKI)."""
+
+    def change(self) -> tuple[float, int]:
+        """(amplitude, copies) of the exact rule; (1, 1) where the copies of entries differ."""
+        if self.copies is None:
+            return self.factor, 1
+        times = self.copies.times
+        if times is None:
+            return 1.0, 1
+        return self.factor / (times if self.divided else 1), times
+
+    def weights(self) -> tuple[float, ...]:
+        """What each copy is multiplied by."""
+        assert self.copies is not None
+        share = self.copies.share
+        return tuple(self.factor * s if self.divided else self.factor for s in share)
+
+    def of_gradient(self, power: int) -> "Fill":
+        """How a moment that goes with the gradient's `power` follows."""
+        if self.copies is None:
+            how: How = "mean" if power == 2 else "zero"
+            return Fill(how, self.factor**-power)
+        share = (1.0,) * len(self.copies.of) if self.divided else self.copies.share
+        parts = Copies(self.copies.old, self.copies.of, tuple(s**power for s in share))
+        return Fill("copies", self.factor**-power, copies=parts, divided=True, above=self.above)
 
 
 Rule = Callable[[Tensor, int], Fill]
@@ -79,28 +112,29 @@ def longer(
             continue
         at = (places or {}).get(tensor.name, tuple(range(old)))
         fills = [rule(tensor, dim) for dim in dims]
-        amplitude = prod(fill.factor for fill in fills)
-        copies = prod(new // old if fill.how == "tile" else 1 for fill in fills)
-        changes[tensor.name] = (amplitude, copies)
+        parts = [fill.change() for fill in fills]
+        changes[tensor.name] = (prod(a for a, _ in parts), prod(n for _, n in parts))
         for kind in ("weights", *slots(state)):
             key, size = f"{kind}/{tensor.name}", shape(now, tensor)
             if key not in entries:
                 continue
-            if kind != "weights":
-                factor = moment_factor(kind, amplitude, copies)
+            power = {"weights": 0, "exp_avg": 1, "exp_avg_sq": 2}[kind.rpartition("/")[2]]
             for dim, fill in zip(dims, fills, strict=True):
                 label = f"{tensor.name}.growth.{axis}.{dim}.{old}-{new}"
                 cut = _cut(now, to, tensor, dim, axis, size, at, label, seed)
-                if kind == "weights":
-                    entries[key] = _grown(entries[key], cut, fill)
-                else:
-                    how: How = "mean" if kind.endswith("exp_avg_sq") else "zero"
-                    how = "tile" if fill.how == "tile" else how
-                    entries[key] = _grown(entries[key], cut, Fill(how, factor))
-                    factor = 1.0
+                above = state.entries.get(f"{kind}/{_above(tensor)}") if fill.above else None
+                used = fill.of_gradient(power) if power else fill
+                entries[key] = _grown(entries[key], cut, used, above)
                 size = cut.size
     scales = rescaled(state.record.get("scales", {}), changes)
     return State(entries, {**state.record, "scales": scales} if scales else state.record)
+
+
+def _above(tensor: Tensor) -> str:
+    """The same tensor one layer up; none for what belongs to no layer."""
+    if tensor.layer is None:
+        return ""
+    return tensor.name.replace(f".layers.{tensor.layer}.", f".layers.{tensor.layer + 1}.", 1)
 
 
 def _cut(
@@ -124,15 +158,15 @@ def _cut(
     return _Longer(grown, pre, axis_size(now, axis), new, post, places, label, seed)
 
 
-def _grown(old: Entry, cut: _Longer, fill: Fill) -> Entry:
-    rounds = fill.how == "mean" or abs(frexp(fill.factor)[0]) != 0.5
+def _grown(old: Entry, cut: _Longer, fill: Fill, above: Entry | None) -> Entry:
+    if fill.copies is not None:
+        return _copied(old, cut, fill, fill.copies, above)
+    rounds = fill.how == "mean" or _inexact(fill.factor)
     dtype = "float64" if rounds else old.dtype
 
     def read() -> torch.Tensor:
         values = old.read().reshape(cut.pre, cut.old, cut.post)
         values = values.double() * fill.factor if rounds else values * fill.factor
-        if fill.how == "tile":
-            return values.repeat(1, cut.new // cut.old, 1).view(cut.size)
         grown = values.new_zeros(cut.pre, cut.new, cut.post)
         places = torch.tensor(cut.places)
         rest = torch.ones(cut.new, dtype=torch.bool).index_fill_(0, places, False).nonzero()[:, 0]
@@ -146,6 +180,32 @@ def _grown(old: Entry, cut: _Longer, fill: Fill) -> Entry:
         return grown.view(cut.size)
 
     return Entry(cut.size, dtype, read)
+
+
+def _copied(old: Entry, cut: _Longer, fill: Fill, copies: Copies, above: Entry | None) -> Entry:
+    weights = fill.weights()
+    rounds = fill.noise > 0 or any(_inexact(w) for w in set(weights))
+    dtype = "float64" if rounds else old.dtype
+
+    def read() -> torch.Tensor:
+        values = old.read().reshape(cut.pre, cut.old, cut.post)
+        values = values.double() if rounds else values
+        grown = values.index_select(1, torch.tensor(copies.of))
+        if above is not None:
+            upper = above.read().reshape(values.shape).to(values.dtype)
+            grown[:, cut.old :] = upper.index_select(1, torch.tensor(copies.of[cut.old :]))
+        if set(weights) != {1.0}:
+            grown *= torch.tensor(weights, dtype=grown.dtype)[:, None]
+        if fill.noise:
+            grown += zero_sum(f"{cut.label}.noise", cut.seed, values, copies, fill.noise)
+        return grown.view(cut.size)
+
+    return Entry(cut.size, dtype, read)
+
+
+def _inexact(factor: float) -> bool:
+    """Whether a float32 times this needs rounding."""
+    return abs(frexp(factor)[0]) != 0.5
 
 
 def _new(values: torch.Tensor, size: tuple[int, ...], cut: _Longer, fill: Fill) -> torch.Tensor:

@@ -15,11 +15,26 @@ between has 1 and 0, because a normalised stream that is normalised again is the
 
     old       x -> norm(g, b) -> next layer
     deeper    x -> norm(1, 0) -> + 0 -> norm(1, 0) -> + 0 -> norm(g, b) -> next layer
+
+Two copies of one layer get the same first update; noise on what they do not say yet parts them.
+Other methods, for comparison, none preserving:
+
+    stack     0 1 2 0 1     the layers once more from the first on, nothing silenced (StackBERT,
+                            Gong et al., ICML 2019; G_stack, Du et al., NeurIPS 2024)
+    random    0 1 . 2 .     new layers as in a fresh model (zero/one-layer expansion)
 """
 
+from dataclasses import replace
+
+import torch
+
+from configs.grown import Growing
 from configs.model import ModelConfig, RoFormerConfig, Tensor, shape, tensors
 from pretrain.growth.moments import slots, zeros
-from pretrain.state import Entry, State, fresh
+from pretrain.state import Entry, State, draw, fresh
+
+STACKED = ("stack", "bert2bert", "bert2bert_aki")
+"""Methods that add layers by stacking."""
 
 
 def place(layer: int, old_layers: int, new_layers: int) -> int:
@@ -33,23 +48,26 @@ def source(layer: int, old_layers: int, new_layers: int) -> tuple[int, bool]:
     return old, place(old, old_layers, new_layers) != layer
 
 
-def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
-    """`state` with to.layers layers. Nothing is random; `seed` is every operator's argument."""
+def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
+    """`state` with to.layers layers; `seed` decides noise and random layers."""
     updates = state.record.get("updates", 0)
     old_born, old_scales = state.record.get("born", {}), state.record.get("scales", {})
     entries: dict[str, Entry] = {}
     born, scales = {}, {}
-    plain = fresh(to, 0).entries
+    plain = fresh(to, seed).entries
     for prefix in ("weights", *slots(state)):
         for tensor in tensors(to):
-            origin, is_new = _origin(tensor, now, to)
-            key = f"{prefix}/{tensor.name}"
-            if is_new and (prefix != "weights" or tensor.writes is not None):
+            origin, is_new = _origin(tensor, now, to, how)
+            key, source_key = f"{prefix}/{tensor.name}", f"{prefix}/{origin}"
+            if is_new and prefix != "weights":
                 entries[key] = zeros(shape(to, tensor))
-            elif is_new and _shifts(to, tensor):
-                entries[key] = plain[key]
+            elif is_new and how.method not in STACKED:
+                random = how.method == "random" or _shifts(to, tensor)
+                silent = zeros(shape(to, tensor)) if tensor.writes is not None else None
+                copy = silent or _noisy(state.entries[source_key], tensor, seed, how.noise)
+                entries[key] = plain[key] if random else copy
             else:
-                entries[key] = state.entries[f"{prefix}/{origin}"]
+                entries[key] = state.entries[source_key]
             born[tensor.name] = updates if is_new else old_born.get(origin, 0)
             if origin in old_scales:
                 scales[tensor.name] = old_scales[origin]
@@ -58,12 +76,31 @@ def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
     return State({**entries, **buffers}, {**record, "scales": scales} if scales else record)
 
 
-def _origin(tensor: Tensor, now: ModelConfig, to: ModelConfig) -> tuple[str, bool]:
+def _noisy(entry: Entry, tensor: Tensor, seed: int, noise: float) -> Entry:
+    """A matrix of a silent copy, with noise of a share of its size."""
+    if not noise or tensor.op != "linear":
+        return entry
+
+    def read() -> torch.Tensor:
+        values = entry.read()
+        rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / values.numel() ** 0.5
+        if rms == 0:
+            return values
+        return values + draw(f"{tensor.name}.growth.copy", seed, entry.shape, noise * rms)
+
+    return replace(entry, read=read)
+
+
+def _origin(tensor: Tensor, now: ModelConfig, to: ModelConfig, how: Growing) -> tuple[str, bool]:
     """The name of the tensor that this one comes from, and whether it is new."""
     if tensor.layer is None:
         return tensor.name, False
-    old, is_new = source(tensor.layer, now.layers, to.layers)
-    if _shifts(to, tensor) and tensor.name.rpartition(".")[0] == _last_norm(to, tensor.layer):
+    if how.method in STACKED:
+        old, is_new = tensor.layer % now.layers, tensor.layer >= now.layers
+    else:
+        old, is_new = source(tensor.layer, now.layers, to.layers)
+    shifts = how.method not in (*STACKED, "random") and _shifts(to, tensor)
+    if shifts and tensor.name.rpartition(".")[0] == _last_norm(to, tensor.layer):
         is_new = tensor.layer + 1 != place(old + 1, now.layers, to.layers)
     return tensor.name.replace(f".layers.{tensor.layer}.", f".layers.{old}.", 1), is_new
 

@@ -5,7 +5,8 @@
                                                                 exp_avg_sq  x 1 / (a n)^2
     and the update is the small model's under     lr x a,  decoupled decay x 1 / a,  eps x 1 / (a n)
     and the global gradient norm, if a tensor's squared norm weighs a^2 n in it (GROWTH of record
-    4.1; derived for this project). Those four are kept in the record's `scales` by tensor name.
+    4.1; derived for this project). Those four are kept in the record's `scales` by tensor name. lr
+and decay may return to 1 over some steps (`rewarm`): the rate that the larger model trains with.
 
 A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first updates are up to
 6.6 times the learning rate. Hence
@@ -15,7 +16,8 @@ A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first
                                the tensor has one step count: a row's new columns take its mean
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -38,12 +40,6 @@ def zeros(size: tuple[int, ...]) -> Entry:
     return Entry(size, "float32", lambda: torch.zeros(size))
 
 
-def moment_factor(slot: str, amplitude: float, copies: int) -> float:
-    """What a moment of a tensor is multiplied by that became `copies` x (amplitude x itself)."""
-    gradient = 1.0 / (amplitude * copies)
-    return gradient**2 if slot.endswith("exp_avg_sq") else gradient
-
-
 def rescaled(scales: Scales, changes: Mapping[str, tuple[float, int]]) -> Scales:
     """`scales` after tensors became `copies` x (amplitude x themselves), by the exact rule."""
     found = {name: dict(scale) for name, scale in scales.items()}
@@ -56,3 +52,35 @@ def rescaled(scales: Scales, changes: Mapping[str, tuple[float, int]]) -> Scales
         scale["eps"] /= amplitude * copies
         scale["clip"] *= amplitude**2 * copies
     return found
+
+
+def rewarmed(scale: float, back: float) -> float:
+    """A factor that is `back` (0 to 1) of the way from `scale` to 1."""
+    return scale + (1.0 - scale) * back
+
+
+def rewarm(
+    groups: list[dict[str, Any]], keys: Sequence[Any], plan: dict[str, int], step: int
+) -> None:
+    """Bring an optimizer's groups to where `plan` (a record's `rewarm`) wants them at `step`.
+
+    keys: what each group shares, with lr_scale and wd_scale (pretrain.optimizer.GroupKey).
+    """
+    back = min(1.0, max(0.0, (step - plan["step"]) / plan["steps"]))
+    for group, key in zip(groups, keys, strict=True):
+        lr, decay = group.setdefault("as_grown", (group["lr_scale"], group["weight_decay"]))
+        group["lr_scale"] = lr / key.lr_scale * rewarmed(key.lr_scale, back)
+        group["weight_decay"] = decay / key.wd_scale * rewarmed(key.wd_scale, back)
+
+
+def settled(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose `scales` are what they are at its step, on their way back to 1 or there."""
+    rewarm = record.get("rewarm")
+    if rewarm is None:
+        return record
+    back = min(1.0, (record.get("step", 0) - rewarm["step"]) / rewarm["steps"])
+    scales = {
+        name: scale | {key: rewarmed(scale[key], back) for key in ("lr", "wd")}
+        for name, scale in record.get("scales", {}).items()
+    }
+    return {k: v for k, v in record.items() if k != "rewarm"} | {"scales": scales}

@@ -20,34 +20,64 @@ reads as well. To any other width, pre-norm families and RoFormer v2 are padded:
     CPM       [x; mean(x)]   writers the mean of their rows, the same gains and norm_eps (LEMON)
     v2        c [x; 0], c = sqrt(D / d): writers x c, readers / c; its norm has no gain
 
-where readers get random new columns, which read zeros of the normalised stream. A copy is locked to
-its twin until dropout, noise or data part them (GROWTH of record 4.3).
+where readers get random new columns, which read zeros of the normalised stream.
+
+Tiled width, and units and heads that are `copied`, consist of copies (copies.py): locked to each
+other until dropout, noise or an unequal split parts them. Other methods, for comparison:
+
+    su           hidden by a whole factor k: what a reader or a writer has / sqrt(k), norm_eps / k,
+                 gains / sqrt(k) (Su, kexue.fm/archives/8444, its second feed-forward bias and its
+                 eps put right); units copied. Preserving.
+    bert2bert    hidden, units, heads as copies drawn at random, readers divided by their number;
+                 its norms then see other statistics: NOT preserving (Chen et al., ACL 2022; FPI)
+    bert2bert_aki  the same with the rows that leave a layer's axis taken from the layer above
+    random       everything new is random on both sides: NOT preserving
 """
 
-from configs.grown import averages, scale_of_scores, times
+from configs.grown import Growing, averages, scale_of_scores, times
 from configs.model import ModelConfig, RoFormerConfig, Tensor, tensors
 from pretrain.growth.axis import Fill, Rule, longer
+from pretrain.growth.copies import Copies, drawn, evenly
 from pretrain.state import State
 
 MASKED = -1e4
 """A logit's bias under which a token is never said: exp of it is 0 in every precision."""
 
 
-def more_units(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+def more_units(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
     """to.ffn units in each feed-forward layer, gated or not."""
-    return longer(state, now, to, seed, "ffn", _silent)
+    rule = _inner(_copies(now.ffn, to.ffn, "ffn", seed, how), how)
+    return longer(state, now, to, seed, "ffn", rule)
 
 
-def more_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+def more_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
     """to.heads heads in each attention."""
-    return longer(state, now, to, seed, "heads", _silent)
+    rule = _inner(_copies(now.heads, to.heads, "heads", seed, how), how)
+    return longer(state, now, to, seed, "heads", rule)
 
 
-def _silent(tensor: Tensor, dim: int) -> Fill:
-    return Fill("zero" if dim == 1 and tensor.op == "linear" else "random")
+def _copies(old: int, new: int, axis: str, seed: int, how: Growing) -> Copies:
+    if how.method in ("bert2bert", "bert2bert_aki"):
+        return drawn(old, new, seed, axis)
+    return evenly(old, new, how.split)
 
 
-def larger_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+def _inner(copies: Copies, how: Growing) -> Rule:
+    """An axis within a layer: what leaves it is read by the layer's output."""
+    copied = how.added == "copied" or how.method in ("su", "bert2bert", "bert2bert_aki")
+
+    def rule(tensor: Tensor, dim: int) -> Fill:
+        reads = _reads(tensor, dim)
+        if not copied:
+            return Fill("zero" if reads and how.method != "random" else "random")
+        if reads:
+            return Fill("copies", copies=copies, divided=True, noise=how.noise)
+        return Fill("copies", copies=copies, above=how.method == "bert2bert_aki" and dim == 0)
+
+    return rule
+
+
+def larger_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
     """to.head_dim values in each head."""
     ratio = scale_of_scores(now) / scale_of_scores(to)
 
@@ -55,7 +85,8 @@ def larger_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> 
         part = tensor.name.split(".")[-2]
         if part == "q":
             return Fill("random", ratio)
-        return Fill("zero" if part in ("k", "o") else "random")
+        silent = part in ("k", "o") and how.method != "random"
+        return Fill("zero" if silent else "random")
 
     factor, places = times(now.head_dim, to.head_dim), None
     if isinstance(now, RoFormerConfig) and now.rope_base == getattr(to, "rope_base", None):
@@ -67,25 +98,41 @@ def larger_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> 
     return longer(state, now, to, seed, "head_dim", rule, places)
 
 
-def wider(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+def wider(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
     """to.hidden values in the residual stream: tiled by a whole factor, else padded."""
-    factor = times(now.hidden, to.hidden)
-    rule = _padded(now, to) if factor is None else _tiled(now, factor)
+    copies = _copies(now.hidden, to.hidden, "embed", seed, how)
+    if how.method == "random":
+        rule: Rule = _filled
+    elif how.method.startswith("bert2bert") or copies.times is not None:
+        rule = _tiled(now, copies, how)
+    else:
+        rule = _padded(now, to)
     return longer(state, now, to, seed, "embed", rule)
+
+
+def _filled(tensor: Tensor, dim: int) -> Fill:
+    return Fill("mean" if tensor.op == "norm" else "random")
 
 
 def _reads(tensor: Tensor, dim: int) -> bool:
     return dim == 1 and tensor.op == "linear"
 
 
-def _tiled(now: ModelConfig, factor: int) -> Rule:
+def _tiled(now: ModelConfig, copies: Copies, how: Growing) -> Rule:
+    """The stream as copies of itself: s [x; ..; x], s = 1, for Su's form k ** -0.5."""
     table = tensors(now)
     last = [t.name.rpartition(".")[0] for t in table if t.op == "norm"][-1:]
     before_head = last if any(t.tied_to == "head" for t in table) else []
+    root = (copies.times or 1) ** 0.5 if how.method == "su" else 1.0
 
     def rule(tensor: Tensor, dim: int) -> Fill:
-        divided = _reads(tensor, dim) or tensor.name.rpartition(".")[0] in before_head
-        return Fill("tile", 1 / factor if divided else 1.0)
+        module = tensor.name.rpartition(".")[0]
+        if _reads(tensor, dim):
+            return Fill("copies", root, copies=copies, divided=True, noise=how.noise)
+        if module == "head.dense":  # a GELU takes no factor
+            return Fill("copies", copies=copies)
+        divided = module in before_head and how.method != "su"
+        return Fill("copies", 1 / root, copies=copies, divided=divided)
 
     return rule
 
@@ -104,18 +151,15 @@ def _padded(now: ModelConfig, to: ModelConfig) -> Rule:
     return rule
 
 
-def more_words(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
+def more_words(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
     """to.vocab rows; a new word begins as the mean of all: the old logits stay as they are.
 
-    The log-probability of an old word falls by at most log(1 + new / old).
+    The log-probability of an old word falls by at most log(1 + new / old). Masked words have a
+    bias under which they are never said: for rows that only fill up.
     """
-    return longer(state, now, to, seed, "vocab", lambda tensor, dim: Fill("mean"))
-
-
-def masked_words(state: State, now: ModelConfig, to: ModelConfig, seed: int) -> State:
-    """The same with a bias under which no new word is ever said: for rows that only fill up."""
 
     def rule(tensor: Tensor, dim: int) -> Fill:
-        return Fill("constant", 1.0, MASKED) if tensor.op == "vector" else Fill("mean")
+        masked = how.new_words == "masked" and tensor.op == "vector"
+        return Fill("constant", 1.0, MASKED) if masked else Fill("mean")
 
     return longer(state, now, to, seed, "vocab", rule)
