@@ -8,13 +8,14 @@ stages; a file that names none has one. Progress is not here: it lives in the ru
 """
 
 import dataclasses
+import fnmatch
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_type_hints
 
 from configs.faults import Faults
 from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
-from configs.model import ModelConfig, longest_row, split_problems
+from configs.model import ModelConfig, longest_row, split_problems, tensors
 from configs.objectives import Causal, Objective, data_problems
 from configs.optimizers import Optimizer, Schedule
 
@@ -161,6 +162,18 @@ class Stage:
     """Optimizer steps of this stage."""
     model: dict[str, Any] = field(default_factory=dict)
     """Sizes that differ from the stage before, e.g. {layers: 24}: the model is grown to them."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Keys of `data` that differ from here on, e.g. {seq_len: 1024}; a mixture is given whole."""
+    batch: dict[str, Any] = field(default_factory=dict)
+    """Keys of `batch` that differ from here on."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Keys of `objective` that differ from here on; with another name, the whole of it."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Keys of `optimizer` that differ from here on, e.g. {lr: 1.0e-4}."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Keys of `schedule` that differ; it begins anew here and spans what follows."""
+    frozen: tuple[str, ...] = ()
+    """Tensors that stay as they are in this stage: names, with * for anything (冻结的张量)."""
     grow: Growing = field(default_factory=Growing)
     """How it is grown: method, noise, split ... (docs/growth.md)."""
 
@@ -195,7 +208,7 @@ class RunConfig:
     """Folder, length, rhythm."""
     objective: Objective = field(default_factory=Causal)
     """What is predicted."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     """The learning rate."""
     parallel: Parallel = Parallel()
     """ZeRO stage and tensor parallelism."""
@@ -220,41 +233,64 @@ class RunConfig:
             found.append(
                 f"run.steps: is {self.run.steps}, the stages add up to {total}; leave one out"
             )
-        steps = total or self.run.steps or 0
+        for number in range(len(stages(self))):
+            try:
+                page = at_stage(self, number)
+                found += page._problems_of_stage(number)
+                found += page._problems_of_model(number, stage_model(self, number))
+            except ConfigError as error:
+                found.append(str(error))
+        return list(dict.fromkeys(found))
+
+    def _key(self, number: int, section: str) -> str:
+        """The key of a section as it is in a stage."""
+        own = number and getattr(stages(self)[number], section)
+        return f"stages.{number}.{section}" if own else section
+
+    def _problems_of_stage(self, number: int) -> list[str]:
+        """The same of the page as it is in a stage."""
+        found = []
         spent = self.schedule.warmup_steps + (
             self.schedule.decay_steps if self.schedule.name == "wsd" else 0
         )
-        span = self.schedule.steps or steps
-        if steps and spent > span:
-            found.append(f"schedule: warm-up and decay take {spent} steps, it spans {span} steps")
+        _, span = schedule_span(self, number)
+        if span and spent > span:
+            found.append(
+                f"{self._key(number, 'schedule')}: warm-up and decay take {spent} steps, it spans "
+                f"{span} steps"
+            )
         if self.batch.tokens is not None and self.batch.tokens < self.data.seq_len:
             found.append(
-                f"batch.tokens: is {self.batch.tokens}, less than one row of "
-                f"{self.data.seq_len} tokens (data.seq_len)"
+                f"{self._key(number, 'batch')}.tokens: is {self.batch.tokens}, less than one row "
+                f"of {self.data.seq_len} tokens (data.seq_len)"
             )
-        found += data_problems(
+        return found + data_problems(
             self.objective, self.data.packing, self.data.seq_len, self.data.target_len
         )
-        for number in range(max(1, len(self.stages))):
-            try:
-                model = stage_model(self, number)
-            except ConfigError as error:
-                found.append(str(error))
-                continue
-            where = f"stages.{number}.model" if number else "model"
-            found += [f"{where}.{s}" for s in split_problems(model, self.parallel.tensor)]
-            if model.family not in self.objective.families:
-                found.append(
-                    f"objective.name: is {self.objective.name}, which trains "
-                    f"{', '.join(self.objective.families)}; {where}.family is {model.family} "
-                    "(目标与模型族不符)"
-                )
-            room = longest_row(model)
-            if room is not None and self.data.seq_len > room:
-                found.append(
-                    f"data.seq_len: is {self.data.seq_len}, {where}.positions has "
-                    f"{room} rows; shorten the rows or extend the model"
-                )
+
+    def _problems_of_model(self, number: int, model: ModelConfig) -> list[str]:
+        """The same of the model as it is in a stage."""
+        where = f"stages.{number}.model" if number else "model"
+        found = [f"{where}.{s}" for s in split_problems(model, self.parallel.tensor)]
+        known = [tensor.name for tensor in tensors(model)]
+        found += [
+            f"stages.{number}.frozen: '{pattern}' names no tensor of the model, e.g. {known[0]} "
+            "(没有这样的张量)"
+            for pattern in stages(self)[number].frozen
+            if not fnmatch.filter(known, pattern)
+        ]
+        if model.family not in self.objective.families:
+            found.append(
+                f"objective.name: is {self.objective.name}, which trains "
+                f"{', '.join(self.objective.families)}; {where}.family is {model.family} "
+                "(目标与模型族不符)"
+            )
+        room = longest_row(model)
+        if room is not None and self.data.seq_len > room:
+            found.append(
+                f"{self._key(number, 'data')}.seq_len: is {self.data.seq_len}, {where}.positions "
+                f"has {room} rows; shorten the rows or extend the model"
+            )
         return found
 
 
@@ -277,16 +313,56 @@ def stage_model(config: RunConfig, number: int) -> ModelConfig:
 
 
 def _changed(data: dict[str, Any], changes: dict[str, Any], where: str) -> ModelConfig:
-    @dataclass(frozen=True)
-    class Holder:
-        model: ModelConfig
-
     if changes.get("family", data["family"]) != data["family"]:
         raise ConfigError(f"{where}.family: a {data['family']} cannot become a {changes['family']}")
-    try:
-        return from_dict(Holder, {"model": {**data, **changes}}).model
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.", f"{where}.", 1)) from None
+    return cast(ModelConfig, from_dict(cast(Any, ModelConfig), {**data, **changes}, where))
+
+
+SECTIONS = ("data", "batch", "objective", "optimizer", "schedule")
+"""What a stage may change beside the model."""
+
+
+def at_stage(config: RunConfig, number: int) -> RunConfig:
+    """The page with the sections that hold in stage `number`; its model is stage_model().
+
+    ConfigError, with the stage's own keys, for changes that make no section.
+    """
+    kinds = get_type_hints(RunConfig)
+    for index, stage in enumerate(stages(config)[: number + 1]):
+        for key in SECTIONS:
+            changes, before = getattr(stage, key), to_dict(getattr(config, key))
+            if not changes:
+                continue
+            if changes.get("name", before.get("name")) != before.get("name"):
+                before = {} if key == "objective" else before
+            if key == "batch" and changes.keys() & {"samples", "tokens"}:
+                before = {"micro": before["micro"]}  # one of them, and the stage names it
+            section = from_dict(kinds[key], {**before, **changes}, f"stages.{index}.{key}")
+            config = dataclasses.replace(config, **{key: section})
+    return config
+
+
+def first_step(config: RunConfig, number: int) -> int:
+    """Updates made before stage `number`."""
+    return sum(stage.steps for stage in stages(config)[:number])
+
+
+def first_sample(config: RunConfig, number: int) -> int:
+    """Samples consumed before stage `number`."""
+    return sum(
+        stage.steps * step_samples(at_stage(config, at))
+        for at, stage in enumerate(stages(config)[:number])
+    )
+
+
+def schedule_span(config: RunConfig, number: int) -> tuple[int, int]:
+    """(first step, steps) of the schedule that holds in stage `number`: a stage that changes it
+    begins it anew; it lasts until the next that does, or schedule.steps long."""
+    own = [at for at, stage in enumerate(stages(config)) if stage.schedule and at]
+    begins = [0, *(first_step(config, at) for at in own), total_steps(config)]
+    at = sum(stage <= number for stage in own)
+    steps = at_stage(config, number).schedule.steps
+    return begins[at], steps or begins[at + 1] - begins[at]
 
 
 def total_steps(config: RunConfig) -> int:

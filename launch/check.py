@@ -105,17 +105,20 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
     found = _model_summary(run_page.stage_model(config, 0))
     if last != run_page.stage_model(config, 0):
         found["parameters_at_the_end"] = parameter_count(last)
-    shares = config.data.train
+    pages = [run_page.at_stage(config, n) for n in range(len(run_page.stages(config)))]
+    corpora = list(dict.fromkeys(share.corpus for page in pages for share in page.data.train))
+    tokens = [
+        stage.steps * run_page.step_samples(page) * page.data.seq_len
+        for stage, page in zip(run_page.stages(config), pages, strict=True)
+    ]
     return found | {
-        "corpora": [share.corpus for share in shares],
-        "corpora_not_built": [
-            share.corpus for share in shares if not Path(share.corpus, "manifest.json").is_file()
-        ],
-        "stages": len(run_page.stages(config)),
+        "corpora": corpora,
+        "corpora_not_built": [c for c in corpora if not Path(c, "manifest.json").is_file()],
+        "stages": len(pages),
         "steps": steps,
         "samples_per_step": samples,
         "tokens_per_step": samples * config.data.seq_len,
-        "tokens": steps * samples * config.data.seq_len,
+        "tokens": sum(tokens),
         "precision": config.precision,
         "zero_stage": config.parallel.zero,
         "tensor_parallel": config.parallel.tensor,

@@ -15,7 +15,10 @@ from typing import Any
 import configs
 
 PAGES = {
-    "run": ("RunConfig", ("positions", "extended", "model", "objectives", "faults", "run")),
+    "run": (
+        "RunConfig",
+        ("positions", "extended", "model", "objectives", "faults", "optimizers", "run"),
+    ),
     "corpus": (
         "CorpusConfig",
         ("corpus", "sources", "executing", "cleaning", "quality", "dedup", "encoding"),

@@ -1,6 +1,7 @@
 """The corpora of a run, opened and checked: they must hold what the run was started on.
 
     corpus folders --manifest.json, tokenizer/, train.*, valid.*--> rows (pretrain/reading.py)
+    stages: a Corpora for each, its own rows, one order for the run; stages that read the same share
     sample numbers --order (pretrain/order.py)--> rows --batches (pretrain/batches.py)--> Batch
 
 What an objective draws at random in a row (masks, spans) is keyed by the run's seed and the
@@ -43,8 +44,10 @@ class Corpora:
     tokenizer: Any
     tokenizer_folder: Path
     record: list[dict[str, Any]]
-    """One entry a corpus, kept in every checkpoint: folder, weight, fingerprint, rows, and what is
-    made of them."""
+    """One entry a corpus: folder, weight, fingerprint, rows, what is made of them, and the sample
+    of the run at which that begins."""
+    whole_record: list[dict[str, Any]]
+    """The same of all stages, in their order, kept in every checkpoint."""
 
     def step(
         self, first: int, count: int, data_rank: int, data_size: int, micro: int
@@ -108,22 +111,68 @@ class Corpora:
         return total
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a stretch of a run reads."""
+
+    data: Data
+    objective: Objective
+    first: int = 0
+    """The sample of the run at which it begins."""
+
+
 def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Corpora:
-    """Open the corpora that a run names.
+    """Open the corpora of one section. Raises ConfigError as open_stages()."""
+    return open_stages([Reading(data, objective)], seed, vocab)[0]
+
+
+def open_stages(readings: Sequence[Reading], seed: int, vocab: int) -> list[Corpora]:
+    """Open the corpora of each stage of a run; stages that read alike share one Corpora.
 
     Raises ConfigError for a folder that is no corpus, files that do not fit their manifest,
     tokenizers that differ, a vocabulary larger than the model's, or one that lacks what the
     objective reads.
     """
+    stretches: list[Reading] = []
+    numbers = []
+    for reading in readings:
+        last = stretches[-1] if stretches else None
+        if last is None or (last.data, last.objective) != (reading.data, reading.objective):
+            stretches.append(reading)
+        numbers.append(len(stretches) - 1)
+    opened = [_open(reading, vocab) for reading in stretches]
+    prints = {part.tokenizer.fingerprint: part.tokenizer_folder for part in opened}
+    if len(prints) > 1:
+        raise ConfigError(_tokenizers_differ(prints))
+    order = Order(seed, [(r.first, p.datasets) for r, p in zip(stretches, opened, strict=True)])
+    whole = [entry for part in opened for entry in part.record]
+    made = [
+        Corpora(p.train, p.valid, order, p.tokenizer, p.tokenizer_folder, p.record, whole)
+        for p in opened
+    ]
+    return [made[number] for number in numbers]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The corpora of one stretch, before the run's order is known."""
+
+    train: tuple[Rows, ...]
+    valid: tuple[Rows, ...]
+    datasets: list[Dataset]
+    tokenizer: Any
+    tokenizer_folder: Path
+    record: list[dict[str, Any]]
+
+
+def _open(reading: Reading, vocab: int) -> _Opened:
+    data, objective = reading.data, reading.objective
     folders = [Path(share.corpus) for share in data.train]
     sides = needs(objective, data)
     manifests = [_manifest(folder) for folder in folders]
     prints = {m["tokenizer"]["fingerprint"]: f for m, f in zip(manifests, folders, strict=True)}
     if len(prints) > 1:
-        raise ConfigError(
-            f"data.train: the corpora {', '.join(map(str, prints.values()))} were encoded by "
-            "different tokenizers; encode them by one (分词器不一致)"
-        )
+        raise ConfigError(_tokenizers_differ(prints))
     tokenizer = corpus_tokenizer.load(folders[0] / "tokenizer")
     if tokenizer.vocab_size > vocab:
         raise ConfigError(
@@ -153,17 +202,33 @@ def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Cor
             "fingerprint": manifest["splits"]["train"]["fingerprint"],
             "rows": len(r),
             "objective": learnt,
+            "first": reading.first,
         }
         for folder, share, manifest, r in zip(folders, data.train, manifests, train, strict=True)
     ]
-    order = Order(seed, [(0, datasets)])
-    return Corpora(train, rows("valid"), order, tokenizer, folders[0] / "tokenizer", record)
+    return _Opened(train, rows("valid"), datasets, tokenizer, folders[0] / "tokenizer", record)
 
 
-def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
-    """What differs between the corpora that a run was started on and those that it finds."""
-    if len(before) != len(now):
-        return [f"data.train: names {len(now)} corpora, the run was started on {len(before)}"]
+def _tokenizers_differ(prints: dict[str, Path]) -> str:
+    return (
+        f"data.train: the corpora {', '.join(map(str, prints.values()))} were encoded by "
+        "different tokenizers; encode them by one (分词器不一致)"
+    )
+
+
+def changes(
+    before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], samples: int = 1
+) -> list[str]:
+    """What differs between the corpora that a run was started on and those that it finds, of what
+    it has read in `samples` samples; later stages may change."""
+    before, now = ([e for e in s if e.get("first", 0) < max(samples, 1)] for s in (before, now))
+    if [e.get("first", 0) for e in before] != [e.get("first", 0) for e in now]:
+        have, were = ([entry.get("first", 0) for entry in entries] for entries in (now, before))
+        said = f"data.train: names corpora that begin at samples {have}, the run was started on "
+        said += (
+            f"ones at {were}; restore the corpora and the stages' steps and batches (语料已改变)"
+        )
+        return [said]
     found = []
     for old, new in zip(before, now, strict=True):
         if old["fingerprint"] != new["fingerprint"]:

@@ -27,7 +27,14 @@ from configs.load import load, to_dict
 from configs.model import ModelConfig, T5PegasusConfig, local_shape, parameter_count
 from configs.model import tensors as table_of
 from configs.objectives import Masked
-from configs.run import RunConfig, stage_model, stages, step_samples, total_steps, world_problems
+from configs.run import (
+    RunConfig,
+    at_stage,
+    stage_model,
+    stages,
+    step_samples,
+    world_problems,
+)
 from pretrain.costs import WIDTH, Row, activation_bytes, flops_per_token, parameters_by_part
 
 MFU = 0.40
@@ -142,15 +149,21 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         raise PlanError("\n".join(problems))
     key, found = card(gpu)
     peak, peak_note = device_peak(gpu, config.precision)
-    models = [stage_model(config, number) for number in range(len(stages(config)))]
+    pages = [at_stage(config, number) for number in range(len(stages(config)))]
+    models = [stage_model(config, number) for number in range(len(pages))]
     last, data = models[-1], gpus // config.parallel.tensor
-    samples, micro = step_samples(config), config.batch.micro
-    tokens, budget = samples * config.data.seq_len, found.memory_gib * 2**30
+    samples, micro = step_samples(pages[-1]), pages[-1].batch.micro
+    tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
     each = [
-        _stage(model, stage.steps, tokens, row_of(config), gpus * peak * mfu)
-        for stage, model in zip(stages(config), models, strict=True)
+        _stage(model, stage.steps, page, gpus * peak * mfu)
+        for stage, model, page in zip(stages(config), models, pages, strict=True)
     ]
-    by_stage = [memory(config, last, zero, data) for zero in range(4)]
+    needs = [
+        [memory(page, model, zero, data) for zero in range(4)]
+        for page, model in zip(pages, models, strict=True)
+    ]
+    zero = config.parallel.zero
+    most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
     kept = config.run.keep_checkpoints + len(models) - 1  # those at stage borders stay
     checkpoint = 12 * parameter_count(last)
     return {
@@ -170,8 +183,9 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
             "zero": config.parallel.zero,
             "recompute": config.recompute,
             "device_bytes": budget,
-            "by_zero_stage": [{**m, "fits": m["total"] <= budget} for m in by_stage],
-            "advice": _advice(config, last, data, budget),
+            "stage": most,
+            "by_zero_stage": [{**m, "fits": m["total"] <= budget} for m in needs[most]],
+            "advice": _advice(pages[most], models[most], data, budget),
         },
         "time": {
             "gpus": gpus,
@@ -188,15 +202,18 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
             "checkpoints_kept": kept,
             "run_bytes": checkpoint * (kept + 1),  # one more while the next is written
         },
-        "data": [_share(config, number) for number in range(len(config.data.train))],
+        "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
 
 
-def _stage(model: ModelConfig, steps: int, tokens: int, row: Row, rate: float) -> dict[str, Any]:
+def _stage(model: ModelConfig, steps: int, page: RunConfig, rate: float) -> dict[str, Any]:
     """One stage at `rate` FLOP/s of all devices together."""
-    full, causal = flops_per_token(model, row)
+    full, causal = flops_per_token(model, row_of(page))
+    tokens = step_samples(page) * page.data.seq_len
     return {
         "steps": steps,
+        "seq_len": page.data.seq_len,
+        "samples": step_samples(page),
         "parameters": parameter_count(model),
         "tokens": steps * tokens,
         "flops_per_token": {"full": full, "causal": causal},
@@ -221,14 +238,20 @@ def _advice(config: RunConfig, model: ModelConfig, data: int, budget: float) -> 
     return "more or larger devices, or a larger parallel.tensor"
 
 
-def _share(config: RunConfig, number: int) -> dict[str, Any]:
-    """One corpus of the mixture: its share of the run, and how often the run reads it."""
-    share = config.data.train[number]
-    weight = share.weight / sum(s.weight for s in config.data.train)
-    seen = weight * total_steps(config) * step_samples(config) * config.data.seq_len
-    found = {"corpus": share.corpus, "weight": weight, "tokens_seen": seen, "tokens": None}
+def _shares(pages: list[RunConfig], tokens: list[int]) -> list[dict[str, Any]]:
+    """Each corpus of the stages' mixtures: its share of the run, and how often the run reads it."""
+    seen: dict[str, float] = {}
+    for page, read in zip(pages, tokens, strict=True):
+        whole = sum(share.weight for share in page.data.train)
+        for share in page.data.train:
+            seen[share.corpus] = seen.get(share.corpus, 0.0) + read * share.weight / whole
+    return [_share(corpus, count, count / sum(tokens)) for corpus, count in seen.items()]
+
+
+def _share(corpus: str, seen: float, weight: float) -> dict[str, Any]:
+    found = {"corpus": corpus, "weight": weight, "tokens_seen": seen, "tokens": None}
     try:
-        manifest = json.loads((Path(share.corpus) / "manifest.json").read_text("utf-8"))
+        manifest = json.loads((Path(corpus) / "manifest.json").read_text("utf-8"))
         train, vocab = manifest["splits"]["train"], manifest["tokenizer"]["vocab_size"]
         found |= {"tokens": train["tokens"], "documents": train["documents"], "vocab": vocab}
         found["epochs"] = seen / max(1, train["tokens"])
@@ -313,7 +336,10 @@ def _memory_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     if memory["advice"]:
         rows.append([f"this run does not fit; it would with: {memory['advice']}"])
     device = f"{memory['device_bytes'] / 2**30:.1f} GiB"
-    title = f"memory of a device of {device}, recompute {memory['recompute']} (显存; * chosen)"
+    stage = f", stage {memory['stage']}" if len(found["stages"]) > 1 else ""
+    title = (
+        f"memory of a device of {device}{stage}, recompute {memory['recompute']} (显存; * chosen)"
+    )
     return title, rows
 
 
@@ -323,8 +349,10 @@ def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     for number, s in enumerate(found["stages"]):
         size, tokens = f"{s['parameters'] / 1e6:,.1f} M", f"{s['tokens'] / 1e9:,.2f} B tokens"
         pace, days = f"{s['step_s']:.3g} s a step", f"{s['days']:.3g} days"
-        rows.append([f"stage {number}: {size}", f"{s['steps']:,} steps", tokens, pace, days])
-    rows.append(["all", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
+        rows_of = f"of {s['samples']:,} x {s['seq_len']:,}"
+        steps = f"{s['steps']:,} steps"
+        rows.append([f"stage {number}: {size}", steps, rows_of, tokens, pace, days])
+    rows.append(["all", "", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
     rows.append(["checkpoint", f"{disk['checkpoint_bytes'] / 1e9:,.2f} GB"])
     kept = f"{disk['checkpoints_kept']} kept, 1 being written"
     rows.append(["run folder", f"{disk['run_bytes'] / 1e9:,.2f} GB", kept])

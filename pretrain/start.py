@@ -121,7 +121,7 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
             "(没有完好的检查点)"
         )
     begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
-    begin |= {"seed": config.run.seed, "data": corpora.record, "scaler": None, "growth": []}
+    begin |= {"seed": config.run.seed, "data": corpora.whole_record, "scaler": None, "growth": []}
     if path is not None:
         found = checkpoint.read(path)
         _check(config, found, path, corpora, resumes=True)
@@ -170,7 +170,7 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
             for key in sorted(have | want)
             if have.get(key) != want.get(key) and key not in FREE
         ]
-    found += changes(record["data"], corpora.record)
+    found += changes(record["data"], corpora.whole_record, int(record["samples"]))
     tokenizer = record.get("tokenizer") or corpora.tokenizer.fingerprint
     if tokenizer != corpora.tokenizer.fingerprint:
         found.append(

@@ -17,18 +17,23 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":  # the launcher put pretrain/ first: the root takes its place
     sys.path[0] = ROOT
 
+import fnmatch  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from configs.load import ConfigError, load, to_dict  # noqa: E402
+from configs.model import tensors  # noqa: E402
 from configs.run import (  # noqa: E402
     RunConfig,
+    at_stage,
+    first_sample,
+    schedule_span,
     stage_model,
     stages,
     step_samples,
@@ -54,10 +59,15 @@ SAMPLING = {"max_new_tokens": 48, "min_new_tokens": 48, "top_p": 0.9, "temperatu
 class Job:
     """What all chapters of a run share."""
 
+    whole: RunConfig
+    """The page as it was given."""
+    readers: "list[Corpora]"
+    """What each stage reads."""
     config: RunConfig
+    """The page as it is in the stage at hand."""
+    corpora: "Corpora"
     run: Path
     mesh: "Mesh"
-    corpora: "Corpora"
     monitor: "Monitor"
     spikes: "Spikes"
     interrupted: Callable[[], bool]
@@ -77,7 +87,7 @@ def train(
     import torch
 
     from pretrain import checkpoint, faults, parallel, plan, start
-    from pretrain.corpora import open_corpora
+    from pretrain.corpora import Reading, open_stages
     from pretrain.monitor import Monitor, Terminal, speed
     from pretrain.state import State
 
@@ -88,13 +98,17 @@ def train(
     torch.set_num_threads(config.run.threads)
     run = Path(config.run.out)
     out = out or Terminal(enabled=mesh.rank == 0)
-    corpora = open_corpora(config.data, config.objective, config.run.seed, config.model.vocab)
-    start.check_ahead(config, corpora)
-    for sentence in corpora.said():
+    pages = [at_stage(config, number) for number in range(len(stages(config)))]
+    readers = open_stages(
+        [Reading(p.data, p.objective, first_sample(config, n)) for n, p in enumerate(pages)],
+        config.run.seed,
+        config.model.vocab,
+    )
+    start.check_ahead(config, readers[0])
+    for sentence in dict.fromkeys(said for corpora in readers for said in corpora.said()):
         out.say(sentence)
     summary: dict[str, Any] = {}
     with start.held(run):
-        state = start.state(config, run, corpora, out)
         monitor = Monitor(
             run,
             out,
@@ -103,16 +117,20 @@ def train(
             speed=speed(mesh.device, mesh.world, config.precision),
             may_skip=config.precision == "fp16",
         )
-        state, begin = start.state(config, run, corpora, out), True
+        state, begin = start.state(config, run, readers[0], out), True
         while summary.get("stopped") is None:
             if begin:
                 monitor.begin(step := int(state.record["step"]))
-                order = faults.skipping(corpora, state.record)
                 spikes = faults.Spikes(config.faults, run, step)
-                job = Job(config, run, mesh, order, monitor, spikes, interrupted)
+                skipping = [faults.skipping(corpora, state.record) for corpora in readers]
+                job = Job(
+                    config, skipping, pages[0], skipping[0], run, mesh, monitor, spikes, interrupted
+                )
             state = _enter_stage(job, state)
+            stage = int(state.record["stage"])
+            job = replace(job, config=pages[stage], corpora=job.readers[stage])
             engine = _engine(job, state)
-            monitor.watch(engine.config, plan.row_of(config))
+            monitor.watch(engine.config, plan.row_of(job.config))
             try:
                 engine.load(state)
                 # Only the record from here on: a mapped file keeps its disk when rotated away.
@@ -122,7 +140,7 @@ def train(
                 engine.destroy()
             if begin := summary["fault"] is not None:
                 kept = _passed_over(job, state.record, summary["fault"])
-                state = start.state(config, run, corpora, out)
+                state = start.state(config, run, readers[0], out)
                 state = State(state.entries, state.record | kept)
             elif summary["stopped"] is None:
                 state = checkpoint.read(summary["checkpoint"])
@@ -203,10 +221,18 @@ def _engine(job: Job, state: "State") -> "Engine":
         micro_rows=config.batch.micro,
         seed=config.run.seed,
         born=state.record["born"],
-        scales=state.record.get("scales"),
+        scales=_scales(job, state, [tensor.name for tensor in tensors(model_config)]),
         hold=config.precision != "fp16",
         rewarm=state.record.get("rewarm"),
     )
+
+
+def _scales(job: Job, state: "State", names: list[str]) -> dict[str, Any]:
+    """Each tensor's own factors: those of growth, and nothing at all for what the stage freezes."""
+    patterns = stages(job.config)[int(state.record["stage"])].frozen
+    frozen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    still = {"lr": 0.0, "wd": 0.0, "eps": 1.0, "clip": 0.0}
+    return {**(state.record.get("scales") or {}), **dict.fromkeys(frozen, still)}
 
 
 def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
@@ -219,7 +245,8 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     last = list(accumulate(s.steps for s in stages(config)))[stage]
     step, samples = int(state.record["step"]), int(state.record["samples"])
     count = step_samples(config)
-    span = config.schedule.steps or total_steps(config)
+    begin, span = schedule_span(config, stage)
+    trained = int(state.record["tokens"]) - samples * config.data.seq_len
     path, loss, stopped, fault = _checkpoint_path(job, stage, step), None, None, None
     begun = step
     if step == 0 and run.validate_every_steps:
@@ -227,7 +254,7 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
             _validate(job, engine, step)
     with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
         for batches, firsts in prefetched:
-            lr = schedule(step, config.schedule, config.optimizer.lr, span)
+            lr = schedule(step - begin, config.schedule, config.optimizer.lr, span)
             batches = [batch.to(job.mesh.device) for batch in batches]
             result = engine.train_step(batches, lr=lr, step=step, first_samples=firsts)
             step, samples = step + 1, samples + count
@@ -235,7 +262,7 @@ def _run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
                 "step": step,
                 "stage": stage,
                 "samples": samples,
-                "tokens": samples * config.data.seq_len,
+                "tokens": trained + samples * config.data.seq_len,
             }
             extra = {"lr": lr, "step_tokens": count * config.data.seq_len}
             job.monitor.record(progress | extra, result)
@@ -378,9 +405,9 @@ def _save(
     known = {key: value for key, value in state.record.items() if key != "valid_loss"}
     record = known | progress | engine.progress()
     record |= kinds | {
-        "data": job.corpora.record,
+        "data": job.corpora.whole_record,
         "tokenizer": job.corpora.tokenizer.fingerprint,
-        "config": to_dict(job.config),
+        "config": to_dict(job.whole),
         "processes": job.mesh.world,
     }
     path = _checkpoint_path(job, progress["stage"], progress["step"])
