@@ -1,0 +1,208 @@
+"""The watch over a rank: who it is, whether it moves, and what is left to read when it does not.
+
+    main() --enlist()--> RUN/logs/rank-0001.json  {rank, host, pid, step, state}
+    loop   --beat()-->   a clock that a thread looks at; silent for stall_s:
+              every rank: its stacks to RUN/logs/stack-0001.txt, what it does to rank-0001.json
+              the first:  one sentence that names the ranks which no collective keeps waiting
+              all:        exit code STALLED, from the thread, whatever the main thread hangs in
+    launch train --died()--> the ranks that neither ended nor said why
+
+Signals cannot do this: a rank that hangs inside a collective runs no Python handler.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+STALLED = 75
+"""Exit code of a rank that stalled, or waited for one that did (EX_TEMPFAIL: try again)."""
+WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
+"""A main thread inside these waits for another rank."""
+ANSWER_S = 3.0
+"""How long the ranks wait for each other's accounts; a rank that gives none is frozen or dead."""
+
+
+def enlist(run: Path, rank: int) -> Path:
+    """Put this process on the roll and its stacks, should it crash, on file; returns its entry."""
+    logs = run / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    entry = logs / f"rank-{rank:04d}.json"
+    host, now = socket.gethostname(), time.time()
+    told(entry, rank=rank, host=host, pid=os.getpid(), step=0, state="running", born=now)
+    stacks = _stacks(entry)
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)  # the launcher, before it kills
+    return entry
+
+
+def told(entry: Path, **changes: Any) -> None:
+    """Change an entry of the roll; never a reason to fail."""
+    with contextlib.suppress(OSError):
+        aside = entry.with_suffix(".writing")
+        aside.write_text(json.dumps({**_entry(entry), **changes}, ensure_ascii=False), "utf-8")
+        os.replace(aside, entry)
+
+
+def died(run: Path, since: float) -> list[str]:
+    """Which ranks born after `since` left without a word, as "rank 1 on HOST (step 12)".
+
+    Of another machine's ranks it is not known whether they live: they are not named.
+    """
+    entries = [_entry(path) for path in sorted((run / "logs").glob("rank-*.json"))]
+    return [
+        f"rank {e['rank']} on {e['host']} (step {e['step']})"
+        for e in entries
+        if e.get("state") == "running" and e.get("born", 0.0) >= since and _gone(e)
+    ]
+
+
+def _gone(entry: dict[str, Any]) -> bool:
+    if entry["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(entry["pid"]), 0)
+    except OSError:
+        return True
+    return False
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _stacks(entry: Path) -> IO[str]:
+    return open(entry.with_name(f"stack-{entry.stem[5:]}.txt"), "a", encoding="utf-8")
+
+
+class Watch:
+    """Looks at one rank's clock.
+
+    Args:
+        run: the run folder.
+        rank, ranks: which one of how many.
+        stall_s: silence that means a stall; 0 looks at nothing.
+        complain: says a sentence to the user.
+        end: what ends the process; never returns in a real job.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        ranks: int,
+        stall_s: float,
+        complain: Callable[[str], None],
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self.run, self.rank, self.ranks, self.stall_s = run, rank, ranks, stall_s
+        self._complain, self._end = complain, end
+        self._entry = run / "logs" / f"rank-{rank:04d}.json"
+        self._main, self._done = threading.get_ident(), threading.Event()
+        self._step, self._heard = 0, time.monotonic()
+        self._told = time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator["Watch"]:
+        """Watch while the block runs."""
+        thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        if self.stall_s:
+            self._entry.parent.mkdir(parents=True, exist_ok=True)
+            thread.start()
+        try:
+            yield self
+        finally:
+            self._done.set()
+            if self.stall_s:
+                thread.join()
+
+    def beat(self, step: int) -> None:
+        """This rank moves; `step` steps are done."""
+        self._step, self._heard = step, time.monotonic()
+
+    def _look(self) -> None:
+        pause = min(1.0, self.stall_s / 10)
+        while not self._done.wait(pause):
+            if time.monotonic() - self._told > 10.0:
+                self._told = time.monotonic()
+                told(self._entry, step=self._step)
+            if time.monotonic() - self._heard > self.stall_s:
+                self._stalled()
+                return
+
+    def _stalled(self) -> None:
+        """Leave everything on disk, name who is to blame, end."""
+        frame = sys._current_frames().get(self._main)
+        waits, where = _doing(frame)
+        with _stacks(self._entry) as out:
+            out.write(f"--- rank {self.rank} on {socket.gethostname()}: no step finished for ")
+            out.write(f"{self.stall_s:.0f} s after step {self._step}\n")
+            out.flush()
+            faulthandler.dump_traceback(out, all_threads=True)
+        now = time.time()
+        told(
+            self._entry,
+            rank=self.rank,
+            host=socket.gethostname(),
+            step=self._step,
+            state="waits" if waits else "stuck",
+            where=where,
+            stalled_at=now,
+        )
+        accounts = self._accounts(now)
+        if self.rank == min(accounts):
+            self._complain(self._sentence(accounts))
+        else:
+            time.sleep(ANSWER_S / 6)  # the one who speaks must not be ended by our end
+        self._end(STALLED)
+
+    def _accounts(self, now: float) -> dict[int, dict[str, Any]]:
+        """What the ranks say of themselves within ANSWER_S."""
+        found: dict[int, dict[str, Any]] = {}
+        deadline = time.monotonic() + min(ANSWER_S, self.stall_s)
+        while len(found) < self.ranks and time.monotonic() < deadline:
+            for path in self._entry.parent.glob("rank-*.json"):
+                entry = _entry(path)
+                if entry.get("stalled_at", 0.0) > now - self.stall_s - 2 * ANSWER_S:
+                    found[int(entry["rank"])] = entry
+            time.sleep(0.05)
+        return found
+
+    def _sentence(self, accounts: dict[int, dict[str, Any]]) -> str:
+        silent = [rank for rank in range(self.ranks) if rank not in accounts]
+        stuck = [e for e in accounts.values() if e["state"] == "stuck"]
+        slow = min(e["step"] for e in accounts.values())
+        named = [f"rank {e['rank']} on {e['host']} is stuck in {e['where']}" for e in stuck]
+        for rank in silent:
+            host = _entry(self._entry.with_name(f"rank-{rank:04d}.json")).get("host", "its host")
+            named.append(f"rank {rank} on {host} answers no more (frozen or dead)")
+        blame = "; ".join(named) or f"all ranks wait for each other after step {slow}"
+        return (
+            f"bajie: no step was finished for {self.stall_s:.0f} s (faults.stall_s): {blame}; the "
+            f"stacks of the ranks are in {self._entry.parent}/stack-*.txt (进程停滞)"
+        )
+
+
+def _doing(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and the innermost line of ours that it is in."""
+    waits, ours = False, ""
+    root = str(Path(__file__).resolve().parent.parent)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        waits = waits or any(part in name for part in WAITING)
+        if not ours and name.startswith(root) and "site-packages" not in name:
+            ours = f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}()"
+        frame = frame.f_back
+    return waits, ours or "a library"
