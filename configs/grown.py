@@ -9,7 +9,7 @@ both read it, so that a run's page, its checkpoints and its models agree.
 
     hidden d -> D, not a whole factor  norm_eps x d / D      the new dimensions add no variance
     the same, RoFormer v2              logit_scale x d / D   its norm has no gain to take it up
-    hidden, Su's form, k = D / d       norm_eps / k          the stream is divided by sqrt(k)
+    hidden, Su's form, CPM and T5      norm_eps / k          the stream is divided by sqrt(k)
     hidden, T5                         logit_scale = the small model's number, d ** -0.5 if null
     head_dim h -> h', RoFormer         rope_base ** (h' / h) where h' / h is not whole, so that the
                                        old pairs keep their frequencies

@@ -177,9 +177,13 @@ def _repeated(now: ModelConfig, to: ModelConfig, nearest: dict[str, Any]) -> lis
         if new > old and times(old, new) is None:
             nearest[key] = old * max(1, round(new / old))
             wrong.append(f"{key} {old} cannot become {new} by method su, which repeats it")
-    if isinstance(now, RoFormerConfig) and now.version == 2 and to.hidden > now.hidden:
+    if isinstance(now, RoFormerConfig) and to.hidden > now.hidden:
         nearest["hidden"] = now.hidden
-        wrong.append("method su needs a norm with a gain, RoFormer v2 has none")
+        wrong.append(
+            "method su needs a norm with a gain, RoFormer v2 has none"
+            if now.version == 2
+            else "method su would need an eps of its own for the norm behind the head's GELU"
+        )
     return wrong
 
 

@@ -27,7 +27,7 @@ other until dropout, noise or an unequal split parts them. Other methods, for co
 
     su           hidden by a whole factor k: what a reader or a writer has / sqrt(k), norm_eps / k,
                  gains / sqrt(k) (Su, kexue.fm/archives/8444, its second feed-forward bias and its
-                 eps put right); units copied. Preserving.
+                 eps put right); units copied. CPM and T5. Preserving.
     bert2bert    hidden, units, heads as copies drawn at random, readers divided by their number;
                  its norms then see other statistics: NOT preserving (Chen et al., ACL 2022; FPI)
     bert2bert_aki  the same with the rows that leave a layer's axis taken from the layer above
@@ -129,8 +129,6 @@ def _tiled(now: ModelConfig, copies: Copies, how: Growing) -> Rule:
         module = tensor.name.rpartition(".")[0]
         if _reads(tensor, dim):
             return Fill("copies", root, copies=copies, divided=True, noise=how.noise)
-        if module == "head.dense":  # a GELU takes no factor
-            return Fill("copies", copies=copies)
         divided = module in before_head and how.method != "su"
         return Fill("copies", 1 / root, copies=copies, divided=divided)
 

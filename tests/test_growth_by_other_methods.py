@@ -1,0 +1,153 @@
+"""Su's form keeps the function; stacking, copies and random layers do not, and are not called so.
+
+Tolerances as in test_growth_of_every_family.py.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.grown import PRESERVING, Growing
+from configs.load import ConfigError, dump, from_dict, to_dict
+from launch.cli import main
+from pretrain import checkpoint, proof
+from pretrain.growth import grow, refusal
+from pretrain.growth.copies import drawn
+from pretrain.state import fresh
+from tests.growing import changed
+from tests.test_growth_of_every_family import FAMILIES, PROBES, far, larger, small, under
+
+SU, STACK = Growing(method="su"), Growing(method="stack")
+COPIES, AKI, RANDOM = (Growing(method=m) for m in ("bert2bert", "bert2bert_aki", "random"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("family", "factor"), [("cpm", 2), ("cpm", 3), ("t5", 2)])
+def test_su_s_form_is_exact_once_mended(family: str, factor: int) -> None:
+    ffn = FAMILIES[family].ffn
+    to = larger(family, hidden=32 * factor, ffn=ffn * factor, heads=6, layers=3)
+    before = small(family)
+    found = proof.prove(before, grow(before, to, 1, SU), PROBES)
+    assert found["kept"] and found["means_to_keep"] and found["method"] == "su"
+    assert found["to"]["norm_eps"] == pytest.approx(FAMILIES[family].norm_eps / factor)
+
+
+def test_su_s_published_errors_are_errors() -> None:
+    """eps as it was; the second feed-forward bias over k instead of its root."""
+    before = small("cpm")
+    grown = grow(before, larger("cpm", hidden=64, ffn=128), 1, SU, rounded=False)
+    assert far(before, grown) <= 1e-12
+    assert far(before, under(grown, norm_eps=1e-5)) > 1e-7
+    name = "decoder.layers.0.ffn.down.bias"
+    wrong = grown.read(f"weights/{name}") / 2**0.5
+    assert far(before, changed(grown, **{name: wrong})) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "said"),
+    [
+        ("v2", {"hidden": 64}, "v2 has none"),
+        ("v1", {"hidden": 64}, "an eps of its own"),
+        ("cpm", {"hidden": 48}, "hidden=64"),
+        ("t5", {"ffn": 100}, "ffn=96"),
+    ],
+)
+def test_what_su_s_form_cannot_reach(family: str, sizes: dict[str, int], said: str) -> None:
+    assert said in (refusal(FAMILIES[family], larger(family, **sizes), SU) or "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_layers_are_the_layers_again(family: str) -> None:
+    before = small(family)
+    grown = grow(before, larger(family, layers=5), 1, STACK)
+    for name in grown.names():
+        if ".layers." in name:
+            layer = int(name.split(".")[2])
+            origin = name.replace(f".layers.{layer}.", f".layers.{layer % 2}.")
+            assert torch.equal(grown.read(f"weights/{name}"), before.read(f"weights/{origin}"))
+            assert grown.record["born"][name] == (0 if layer < 2 else 7)
+    told = proof.prove(before, grown, PROBES)
+    assert not told["kept"] and not told["means_to_keep"] and told["not_as_computed"] is None
+    assert told["moved"] > 0.01 and proof.holds(told)
+
+
+@pytest.mark.parametrize("how", [STACK, COPIES, AKI, RANDOM], ids=lambda how: how.method)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_others_reach_every_size_and_say_how_far_they_moved(family: str, how: Growing) -> None:
+    hidden = 64 if how is STACK else 48
+    to = larger(family, hidden=hidden, layers=3, heads=6, ffn=100, head_dim=12, vocab=101)
+    before = small(family)
+    told = proof.prove(before, grow(before, to, 1, how), PROBES)
+    assert how.method not in PRESERVING and not told["means_to_keep"] and not told["kept"]
+    assert told["moved"] > 0.01 and told["loss"]["after"] != told["loss"]["before"]
+    assert f"method {how.method} does not keep" in proof.sentence(told)
+
+
+def test_bert2bert_s_copies_share_what_reads_them() -> None:
+    """Without a norm in the way (units and heads) its copies keep the function."""
+    before = small("cpm")
+    inner = grow(before, larger("cpm", ffn=100, heads=6), 1, COPIES, rounded=False)
+    assert far(before, inner) <= 1e-12
+    grown = grow(before, larger("cpm", hidden=48), 1, COPIES)
+    of = drawn(32, 48, 1, "embed").of
+    q, old = (s.read("weights/decoder.layers.0.self.q.weight") for s in (grown, before))
+    for entry in range(48):
+        count = of.count(of[entry])
+        torch.testing.assert_close(q[:, entry], old[:, of[entry]] / count)
+
+
+def test_aki_takes_its_new_rows_from_above() -> None:
+    before = small("cpm")
+    grown = grow(before, larger("cpm", ffn=100), 1, AKI)
+    of = torch.tensor(drawn(64, 100, 1, "ffn").of[64:])
+    for layer, source in ((0, 1), (1, 1)):  # the last layer has none above
+        new = grown.read(f"weights/decoder.layers.{layer}.ffn.up.weight")[64:]
+        above = before.read(f"weights/decoder.layers.{source}.ffn.up.weight")
+        assert torch.equal(new, above[of])
+
+
+def test_random_layers_are_fresh_ones() -> None:
+    before, to = small("cpm"), larger("cpm", layers=4)
+    grown = grow(before, to, 5, RANDOM)
+    plain = fresh(to, 5)
+    for layer, old in ((0, 0), (1, None), (2, 1), (3, None)):
+        name = f"weights/decoder.layers.{layer}.self.o.weight"
+        origin = plain if old is None else before
+        key = name if old is None else name.replace(f".{layer}.", f".{old}.")
+        assert torch.equal(grown.read(name), origin.read(key))
+
+
+def test_the_command_does_not_fail_for_what_does_not_mean_to_keep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.write_state(tmp_path / "small", small("cpm"))
+    (tmp_path / "page.yaml").write_text(dump({"model": to_dict(FAMILIES["cpm"])}), "utf-8")
+
+    def call(out: str, *words: str) -> int:
+        line = ["grow", str(tmp_path / "small"), "--to", str(tmp_path / "page.yaml")]
+        return main([*line, "--out", str(tmp_path / out), *words])
+
+    assert call("stacked", "--set", "layers=4", "--method", "stack") == 0
+    said = capsys.readouterr()
+    assert "NOT kept, as method stack does not" in said.out and not said.err
+    told: dict[str, Any] = json.loads((tmp_path / "stacked/proof.json").read_text("utf-8"))
+    assert told["method"] == "stack" and told["kept"] is False and told["moved"] > 0.01
+    words = ["--added", "copied", "--noise", "0.02", "--split", "0.6", "--rewarm-steps", "9"]
+    assert call("noisy", "--set", "hidden=64", "--set", "ffn=128", *words) == 0
+    assert "function         kept" in capsys.readouterr().out
+    record = checkpoint.read(tmp_path / "noisy").record
+    how = {"added": "copied", "noise": 0.02, "split": 0.6, "rewarm_steps": 9}
+    assert record["growth"][-1]["how"] == how and record["rewarm"] == {"step": 9, "steps": 9}
+    assert call("wrong", "--set", "layers=4", "--noise", "2") == 2
+    assert "noise: is 2.0, must lie in [0, 1]" in capsys.readouterr().err
+
+
+def test_options_outside_their_range_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(Growing, {"noise": -1, "split": 0.3, "rewarm_steps": -1})
+    assert all(word in str(caught.value) for word in ("noise: is -1", "split: is 0.3", "rewarm"))
+    wider = dataclasses.replace(FAMILIES["cpm"], hidden=48)
+    assert refusal(FAMILIES["cpm"], wider, COPIES) is None
