@@ -30,6 +30,8 @@ def build(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], secti
             "params": [parameters[name] for name in group.names],
             "lr": section.lr * group.key.lr_scale * group.key.layer_scale,
             "lr_scale": group.key.lr_scale * group.key.layer_scale,
+            "layer_scale": group.key.layer_scale,
+            "names": group.names,
             "betas": (section.beta1, section.beta2),
             "eps": section.eps * group.key.eps_scale,
             "weight_decay": section.weight_decay * group.key.wd_scale if group.key.decay else 0.0,

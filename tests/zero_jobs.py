@@ -15,6 +15,7 @@ from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
 from pretrain.models.cpm import CPM
 from pretrain.objectives.causal import Causal
+from pretrain.optimizers.fragments import Logical
 from pretrain.state import Entry, State, fresh
 
 TINY = CPMConfig(
@@ -82,13 +83,19 @@ def make(
 
 
 def run_steps(
-    engine: Engine, first: int, steps: int, *, samples: int = SAMPLES, micro: int = SAMPLES
+    engine: Engine,
+    first: int,
+    steps: int,
+    *,
+    samples: int = SAMPLES,
+    micro: int = SAMPLES,
+    peak: float = LR,
 ) -> tuple[list[float], list[float]]:
     """Mean losses and gradient norms of some steps."""
     losses, norms = [], []
     for step in range(first, first + steps):
         batches, firsts = micro_batches(step, engine.mesh, samples, micro, engine.config)
-        lr = LR * min(1.0, (step + 1) / 5)
+        lr = peak * min(1.0, (step + 1) / 5)
         done = engine.train_step(batches, lr=lr, step=step, first_samples=firsts)
         assert not done.skipped
         losses.append(float(done.loss_sum / done.count))
@@ -136,7 +143,8 @@ def train(
     engine = make(micro=micro, **layout)
     engine.load(state_of(*state) if state else fresh(engine.config, 3))
     said = seen(engine) if look else {}
-    losses, norms = run_steps(engine, first, steps, samples=samples, micro=micro)
+    peak = layout.get("lr", LR)
+    losses, norms = run_steps(engine, first, steps, samples=samples, micro=micro, peak=peak)
     return said | {
         "losses": losses,
         "norms": norms,
@@ -331,3 +339,43 @@ def poisoned_step(**layout: Any) -> dict[str, Any]:
         "updates": engine.updates,
         "losses": losses + more,
     }
+
+
+def unaware(**arguments: Any) -> dict[str, Any]:
+    """train() where sums over logical tensors stay on their rank."""
+    reduced = Logical.reduced
+    Logical.reduced = lambda self, *parts: list(parts)  # type: ignore[method-assign]
+    try:
+        return train(**arguments)
+    finally:
+        Logical.reduced = reduced  # type: ignore[method-assign]
+
+
+class _Waits(TorchDispatchMode):
+    """How often a value is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += "local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def messages_of_an_update(**layout: Any) -> tuple[int, int]:
+    """(all-reduces, values asked for) of one update of the masters, DeepSpeed's own left out."""
+    engine = make(**layout)
+    engine.load(fresh(engine.config, 3))
+    run_steps(engine, 0, 1)
+    update, sent, send = engine._partitions.base, [], torch.distributed.all_reduce
+    for flat in update.flats:
+        flat.grad = torch.ones_like(flat)
+        update._arrived[flat] = flat.grad
+    torch.distributed.all_reduce = lambda *a, **k: sent.append(send(*a, **k))
+    try:
+        with _Waits() as waits:
+            update.step()
+    finally:
+        torch.distributed.all_reduce = send
+    return len(sent), waits.count

@@ -76,15 +76,16 @@ class RmsAdamW:
         self.keys, self.floor = keys, floor
 
     def begin(self, update: Update) -> None:
-        """The factors that growth gave, by tensor."""
-        self.grown = growth_lr(update.logical, self.keys)
+        """A tensor that growth made a x itself has a floor of a x the others'."""
+        made = {name: key.lr_scale for name, key in self.keys.items()}
+        self.grown = update.logical.vector(made)
 
     def apply(self, update: Update, grads: dict[Tensor, Tensor], sick: Tensor | None) -> None:
         """Directions, the tensors' root mean squares, the change."""
         logical = update.logical
         directions(update, grads, bias_correction=True, decay=False)
         (squares,) = logical.reduced(logical.squares(lambda f: f.view(f.flat)))
-        size = rms(logical, squares, self.floor * self.grown) / self.grown
+        size = rms(logical, squares, self.floor * self.grown)
         for group, flats in update.by_group():
             for flat in flats:
                 flat.mul_(1 - group["lr"] * group["weight_decay"])
@@ -109,7 +110,6 @@ class Lamb:
     def begin(self, update: Update) -> None:
         """What is adapted, and whose norm stands for a young tensor's."""
         logical = update.logical
-        self.grown = growth_lr(logical, self.keys)
         every = self.adapt == "all"
         adapted = {name: float(every or key.decay) for name, key in self.keys.items()}
         self.adapted = logical.vector(adapted) > 0
@@ -127,8 +127,8 @@ class Lamb:
         if self.elders is not None:
             weight = torch.maximum(weight, self.elders @ weight)
         usable = (weight > 0) & (change > 0) & self.adapted
-        ratio = weight / change.clamp(min=1e-300) / self.grown
-        move(update, grads, torch.where(usable, ratio, torch.ones_like(ratio)))
+        ratio = weight / change.clamp(min=1e-300)
+        move(update, grads, torch.where(usable, ratio, update.growth_lr()))
 
 
 def directions(
@@ -155,10 +155,14 @@ def directions(
 
 
 def move(update: Update, grads: dict[Tensor, Tensor], factors: Tensor) -> None:
-    """weight <- weight - lr x factor of its tensor x direction; factors: [tensors]."""
+    """weight <- weight - lr x factor of its tensor x direction; factors: [tensors].
+
+    The lr is that of the layer, without growth's factor: a rule that scales by the weights has it.
+    """
     logical = update.logical
     for f, factor in zip(logical.fragments, logical.each(factors), strict=True):
-        lr = update.group_of[f.flat]["lr"]
+        group = update.group_of[f.flat]
+        lr = group["lr"] / group["lr_scale"] * group["layer_scale"]
         f.view(f.flat).addcmul_(f.view(grads[f.flat]), factor, value=-lr)
 
 
@@ -166,11 +170,6 @@ def rms(logical: Logical, squares: Tensor, floor: Tensor | float) -> Tensor:
     """Root mean square by tensor, at least `floor`."""
     found = (squares / logical.sizes).sqrt()
     return torch.maximum(found, torch.as_tensor(floor, dtype=found.dtype, device=found.device))
-
-
-def growth_lr(logical: Logical, keys: Keys) -> Tensor:
-    """What growth multiplied each tensor's learning rate by, which is what became of its size."""
-    return logical.vector({name: key.lr_scale for name, key in keys.items()})
 
 
 def elders(logical: Logical, keys: Mapping[str, Any]) -> Tensor | None:

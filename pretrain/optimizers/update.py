@@ -73,6 +73,7 @@ class Update(torch.optim.Optimizer):
         """Not 0: the coming step changes nothing. 0-d float32 on the device; used once."""
         self._looked: Tensor | None = None
         self._arrived: dict[Tensor, Tensor] = {}
+        self._growth_lr: tuple[tuple[float, ...], Tensor] | None = None
         self._hand_on: Callable[[], None] = lambda: None
 
     @property
@@ -166,6 +167,18 @@ class Update(torch.optim.Optimizer):
         for flat, group in self.group_of.items():
             found.setdefault(id(group), (group, []))[1].append(flat)
         return list(found.values())
+
+    def growth_lr(self) -> Tensor:
+        """What growth multiplies each tensor's learning rate by now, float64 [tensors].
+
+        The engine may bring the groups' lr_scale back to 1 over some steps.
+        """
+        groups = {id(group): group for group in self.group_of.values()}.values()
+        now = tuple(group["lr_scale"] / group["layer_scale"] for group in groups)
+        if self._growth_lr is None or self._growth_lr[0] != now:
+            by_name = {n: x for group, x in zip(groups, now, strict=True) for n in group["names"]}
+            self._growth_lr = now, self.logical.vector(by_name)
+        return self._growth_lr[1]
 
     def kept(self, slot: str) -> Callable[[Fragment], Tensor]:
         """From a fragment to its values of a slot."""
