@@ -71,7 +71,7 @@ def extended(now: ModelConfig, seq_len: int, how: Extend, known: int | None = No
     how = resolved(now, how)
     room = longest_row(now)
     rope = getattr(now, "rope", None)
-    length = how.known or (rope.known if rope else room or known)
+    length = rope.known if rope else how.known or room or known
     if room is not None and seq_len <= room and not how.log_n:
         raise ConfigError(
             f"seq_len: is {seq_len}, the model has {room} positions already (无需扩展)"

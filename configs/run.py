@@ -12,6 +12,7 @@ import fnmatch
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
+from configs.extended import Extend, extended
 from configs.faults import Faults
 from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
@@ -176,10 +177,18 @@ class Stage:
     """Tensors that stay as they are in this stage: names, with * for anything (冻结的张量)."""
     grow: Growing = field(default_factory=Growing)
     """How it is grown: method, noise, split ... (docs/growth.md)."""
+    extend: Extend | None = None
+    """How the model is taken to the stage's data.seq_len, e.g. {method: hierarchical}
+    (docs/extension.md); null: it reads rows of that length already."""
 
     def problems(self) -> list[str]:
-        """A stage without steps."""
-        return [] if self.steps > 0 else [f"steps: is {self.steps}, must be at least 1"]
+        """A stage without steps, or with two changes of the model."""
+        found = [] if self.steps > 0 else [f"steps: is {self.steps}, must be at least 1"]
+        if self.extend is not None and "seq_len" not in self.data:
+            found.append("extend: needs data.seq_len of the same stage, the length to reach")
+        if self.extend is not None and self.model:
+            found.append("extend, model: one stage extends or grows; make two of it (分为两阶段)")
+        return found
 
 
 @dataclass(frozen=True)
@@ -305,11 +314,33 @@ def stage_model(config: RunConfig, number: int) -> ModelConfig:
     Numbers that must follow a larger size are set, where the stage does not set them (grown.py).
     """
     data = to_dict(config.model)
-    for index, stage in enumerate(stages(config)[: number + 1]):
+    for index, stage in enumerate(_with_known(config).stages[: number + 1]):
+        if stage.extend is not None:
+            model = _changed(data, {}, "model")
+            try:
+                length = int(stage.data.get("seq_len", config.data.seq_len))
+                data = to_dict(extended(model, length, stage.extend))
+            except ConfigError as error:
+                raise ConfigError(f"stages.{index}.extend: {error}") from None
         if stage.model:
             larger = _changed(data, stage.model, f"stages.{index}.model")
             data = to_dict(completed(_changed(data, {}, "model"), larger, stage.grow))
     return _changed(data, {}, "model")
+
+
+def _with_known(config: RunConfig) -> RunConfig:
+    """The page with the length that each extension starts from, where it is left open.
+
+    Idempotent, and to be done before a stage's data takes the place of the page's.
+    """
+    length, found = config.data.seq_len, []
+    for stage in config.stages:
+        if stage.extend is not None and stage.extend.known is None:
+            how = dataclasses.replace(stage.extend, known=length)
+            stage = dataclasses.replace(stage, extend=how)
+        found.append(stage)
+        length = stage.data.get("seq_len", length)
+    return dataclasses.replace(config, stages=tuple(found))
 
 
 def _changed(data: dict[str, Any], changes: dict[str, Any], where: str) -> ModelConfig:
@@ -327,7 +358,7 @@ def at_stage(config: RunConfig, number: int) -> RunConfig:
 
     ConfigError, with the stage's own keys, for changes that make no section.
     """
-    kinds = get_type_hints(RunConfig)
+    kinds, config = get_type_hints(RunConfig), _with_known(config)
     for index, stage in enumerate(stages(config)[: number + 1]):
         for key in SECTIONS:
             changes, before = getattr(stage, key), to_dict(getattr(config, key))

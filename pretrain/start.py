@@ -92,7 +92,8 @@ def check_ahead(config: RunConfig, corpora: Corpora) -> None:
     found = [
         f"stages.{number}.{refused}"
         for number, pair in enumerate(pairwise(models), 1)
-        if (refused := refusal(*pair, stages(config)[number].grow))
+        if stages(config)[number].extend is None  # stage_model() has asked
+        and (refused := refusal(*pair, stages(config)[number].grow))
     ]
     if config.run.prompt:
         tokens = len(corpora.tokenizer.encode(config.run.prompt))

@@ -43,6 +43,7 @@ from pretrain.loop import Job, checkpoint_path, passed_over, run_stage  # noqa: 
 
 if TYPE_CHECKING:
     from configs.extended import Extend
+    from configs.extended import Extend
     from pretrain.engine import Engine
     from pretrain.monitor import Terminal
     from pretrain.state import State
