@@ -43,7 +43,6 @@ from pretrain.loop import Job, checkpoint_path, passed_over, run_stage  # noqa: 
 
 if TYPE_CHECKING:
     from configs.extended import Extend
-    from configs.extended import Extend
     from pretrain.engine import Engine
     from pretrain.monitor import Terminal
     from pretrain.state import State
@@ -119,7 +118,9 @@ def train(
             engine = _engine(job, state)
             monitor.watch(engine.config, plan.row_of(job.config))
             try:
+                watch.beat(int(state.record["step"]))
                 engine.load(state)
+                watch.beat(int(state.record["step"]))
                 # Only the record from here on: a mapped file keeps its disk when rotated away.
                 state = State({}, state.record)
                 summary = run_stage(job, engine, state)

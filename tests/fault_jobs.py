@@ -1,15 +1,19 @@
 """Jobs of the fault tests: runs in which something is made to go wrong, on purpose."""
 
+import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from configs.load import from_dict
 from configs.run import RunConfig
 from pretrain.corpora import open_corpora
 from pretrain.objectives.causal import Causal
 from pretrain.train import train
+from pretrain.watch import enlist
 
 
 def go_poisoned(config: dict[str, Any], first: int, count: int, factor: float) -> dict[str, Any]:
@@ -40,3 +44,21 @@ def go_poisoned(config: dict[str, Any], first: int, count: int, factor: float) -
         except ValueError as error:
             return {"sentence": str(error), "met": met}
     return summary | {"met": met}
+
+
+def go_stalling(config: dict[str, Any], rank: int, step: int, seconds: float) -> dict[str, Any]:
+    """Train as a launched rank does; `rank` sleeps before it computes `step`."""
+    page = from_dict(RunConfig, config)
+    enlist(Path(page.run.out), dist.get_rank())
+    honest = Causal.loss
+    steps = 0
+
+    def loss(self: Causal, model: Any, batch: Any, token_losses: Any) -> Any:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+        if steps == step and dist.get_rank() == rank:
+            time.sleep(seconds)
+        return honest(self, model, batch, token_losses)
+
+    with mock.patch.object(Causal, "loss", loss):
+        return train(page)

@@ -1,0 +1,88 @@
+"""A rank that stalls, freezes or dies ends the job within a bound, with its name and all stacks."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint
+from pretrain.watch import STALLED, Watch, died
+from tests.mortals import Mortals
+from tests.run_jobs import metrics, page
+
+STALL_S = 6.0
+BOUND_S = STALL_S + 2.0 + 3.0
+"""faults.stall_s, a second for each rank to look, three for the ranks' accounts; + 1."""
+CHANGES: dict[str, Any] = {"faults__stall_s": STALL_S, "run__log_every_steps": 1}
+SLOW: dict[str, Any] = {"run__steps": 4000, "schedule__decay_steps": 0}
+
+
+def _until(ranks: Mortals, steps: int) -> None:
+    """Wait for a step to be on record."""
+    while all(process.is_alive() for process in ranks.processes):
+        with contextlib.suppress(OSError):
+            if len(metrics(ranks.folder / "run")) >= steps:
+                return
+        time.sleep(0.02)
+    raise AssertionError(ranks.log(0) + ranks.log(1))
+
+
+def _log(folder: Path, name: str) -> str:
+    return (folder / "run" / "logs" / name).read_text("utf-8")
+
+
+def test_a_stalled_rank_is_named_and_all_stacks_are_kept(tmp_path: Path, tiny_corpus: Path) -> None:
+    config = page(tmp_path / "run", tiny_corpus, **CHANGES)
+    job = {"config": config, "rank": 1, "step": 9, "seconds": 600.0}
+    ranks = Mortals(2, tmp_path, "tests.fault_jobs:go_stalling", **job)
+    _until(ranks, 1)
+    began = time.monotonic()
+    assert ranks.codes() == [STALLED, STALLED]
+    assert time.monotonic() - began < BOUND_S + 3.0  # the steps before the stall
+    said = ranks.log(0) + ranks.log(1)
+    assert said.count("no step was finished for 6 s (faults.stall_s)") == 1
+    assert f"rank 1 on {socket.gethostname()} is stuck in fault_jobs.py:" in said
+    assert "rank 0" not in said.split("faults.stall_s")[1].split(";")[0]
+    assert "in loss" in _log(tmp_path, "stack-0001.txt")
+    assert "in train_step" in _log(tmp_path, "stack-0000.txt")
+
+
+def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path, tiny_corpus: Path) -> None:
+    config = page(tmp_path / "run", tiny_corpus, **CHANGES, **SLOW)
+    job = {"config": config, "rank": 9, "step": 0, "seconds": 0.0}
+    ranks = Mortals(2, tmp_path, "tests.fault_jobs:go_stalling", **job)
+    _until(ranks, 3)
+    os.kill(ranks.processes[1].pid or 0, signal.SIGSTOP)
+    began = time.monotonic()
+    ranks.processes[0].join(BOUND_S)
+    assert ranks.processes[0].exitcode == STALLED and time.monotonic() - began < BOUND_S
+    ranks.kill()
+    assert f"rank 1 on {socket.gethostname()} answers no more (frozen or dead)" in ranks.log(0)
+
+
+def test_a_dead_rank_is_on_the_roll_and_its_peer_ends(tmp_path: Path, tiny_corpus: Path) -> None:
+    since = time.time()
+    config = page(tmp_path / "run", tiny_corpus, **CHANGES, **SLOW)
+    job = {"config": config, "rank": 9, "step": 0, "seconds": 0.0}
+    ranks = Mortals(2, tmp_path, "tests.fault_jobs:go_stalling", **job)
+    _until(ranks, 3)
+    ranks.processes[1].kill()
+    ranks.processes[1].join(5)
+    assert died(tmp_path / "run", since)[0].startswith(f"rank 1 on {socket.gethostname()}")
+    assert ranks.codes(BOUND_S) == [1, -signal.SIGKILL]
+    assert checkpoint.found_in(tmp_path / "run") == [], "nobody saves when the reduction fails"
+
+
+def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+    ends: list[int] = []
+    watch = Watch(tmp_path, 0, 1, 0.3, print, ends.append)
+    with watch():
+        for step in range(8):
+            time.sleep(0.1)
+            watch.beat(step)
+        assert ends == []
+        time.sleep(1.0)
+    assert ends == [STALLED]
