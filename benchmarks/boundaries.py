@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tokenizer import read  # noqa: E402
 from configs.encoding import Tokenizing  # noqa: E402
 from data_pipeline import tokenizer  # noqa: E402
-from data_pipeline.encode import Encoder, make_tokenizer  # noqa: E402
+from data_pipeline.encode import make_tokenizer  # noqa: E402
+from data_pipeline.encoder import Encoder  # noqa: E402
 from data_pipeline.gaps import gap_units  # noqa: E402
 
 TRAINED = {
@@ -47,10 +50,11 @@ def measured(folder: Path, texts: list[str], rounds: int) -> dict[str, float]:
     words = tokenizer.load(folder)
     records = [{"text": text} for text in texts]
     plain, marked = Encoder(words, boundaries=False), Encoder(words, boundaries=True)
-    ids = [found[:-1] for found, _, _ in plain.read(records)]
+    read = plain.read(records)
+    ids = [found[:-1] for found in np.split(read.ids, np.cumsum(read.lengths)[:-1])]
     work: dict[str, Callable[[], object]] = {
-        "ids": lambda: list(plain.read(records)),
-        "marks": lambda: list(marked.read(records)),
+        "ids": lambda: plain.read(records),
+        "marks": lambda: marked.read(records),
         "gaps": lambda: gap_units(texts, ids, words),
     }
     for run in work.values():
@@ -60,7 +64,7 @@ def measured(folder: Path, texts: list[str], rounds: int) -> dict[str, float]:
         for name, run in work.items():
             best[name] = min(best[name], seconds(run))
     assert marked.borders is not None
-    _, sure = marked.borders._along_the_ruler(texts, words.encode_marked(texts))
+    _, sure = marked.borders._along_the_ruler(texts, words.encode_together(texts))
     size = sum(len(text.encode()) for text in texts) / 1e6
     return {
         "ids MB/s": size / best["ids"],

@@ -23,12 +23,11 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.frozen import Marked
 from data_pipeline.kernels import compiled
 from data_pipeline.segment import sentences
 from data_pipeline.sidefile import SENTENCE, WORD
-
-Encoded = tuple[np.ndarray, np.ndarray]
-"""Ids of a text, and for each whether it begins a word."""
+from data_pipeline.tablefile import running
 
 _ENDS, _CLOSES, _LINE = 1, 2, 3  # kinds of characters; 0 is any other
 _FRESH, _BODY, _ENDED, _CLOSED = range(4)  # before a sentence, in it, after 。, after 」
@@ -46,8 +45,8 @@ class Words(Protocol):
     kind: str
     vocab_size: int
 
-    def encode_marked(self, texts: Sequence[str], /) -> list[Encoded]:
-        """The ids of each text and which of them begin words."""
+    def encode_together(self, texts: Sequence[str], /) -> Marked:
+        """The ids of the texts and which of them begin words."""
         ...
 
     def pieces(self, ids: range, /) -> list[str]:
@@ -68,68 +67,58 @@ class Borders:
         self._width = np.full(0x110000, _UNSET, np.int8)
         self._kind = _kinds()
 
-    def encode(self, texts: Sequence[str]) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-        """Ids and marks (uint8: WORD, SENTENCE) of each text; of how many texts the sentences could
-        not be found, which have none marked.
+    def encode(self, texts: Sequence[str]) -> tuple[Marked, np.ndarray, int]:
+        """Ids of the texts, marks (uint8: WORD, SENTENCE) of all tokens, and of how many texts the
+        sentences could not be found, which have none marked.
 
         A sentence begins with the first token that holds its first character, or, where that one
         has no token (a blank), with the next token there is.
         """
-        encoded = self.words.encode_marked(texts)
-        starts, sure = self._along_the_ruler(texts, encoded)
-        doubtful = [i for i, yes in enumerate(sure) if not yes]
-        counted = self._by_counting([texts[i] for i in doubtful], [encoded[i] for i in doubtful])
-        unknown = 0
-        for i, start_T in zip(doubtful, counted, strict=True):
-            unknown += start_T is None
-            if start_T is not None:
-                starts[i][:] = start_T
-        out = [
-            (ids, word_T.view(np.uint8) * np.uint8(WORD) + start_T.view(np.uint8) * _SENTENCE)
-            for (ids, word_T), start_T in zip(encoded, starts, strict=True)
-        ]
-        return out, unknown
+        whole = self.words.encode_together(texts)
+        start_T, sure_D = self._along_the_ruler(texts, whole)
+        doubtful = np.flatnonzero(~sure_D).tolist()
+        unknown = self._by_counting(doubtful, texts, whole, start_T) if doubtful else 0
+        marks_T = whole.starts.view(np.uint8) * np.uint8(WORD)
+        marks_T |= start_T.view(np.uint8) * _SENTENCE
+        return whole, marks_T, unknown
 
     def _along_the_ruler(
-        self, texts: Sequence[str], encoded: Sequence[Encoded]
-    ) -> tuple[list[np.ndarray], list[bool]]:
+        self, texts: Sequence[str], whole: Marked
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens begin sentences, and of which texts that is sure."""
         if self._unit == _TOKEN:
             texts = [unicodedata.normalize("NFD", text.lower()) for text in texts]
         codes_C = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-        new = self._width[codes_C] == _UNSET
-        if new.any():
-            for code in np.unique(codes_C[new]).tolist():
-                self._width[code] = self._width_of(chr(code))
+        for code in set(_unset(codes_C, self._width).tolist()):
+            self._width[code] = self._width_of(chr(code))
         last_D = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        last_T = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
-        ids_T = np.concatenate([ids for ids, _ in encoded]) if texts else np.empty(0, np.int32)
-        word_T = np.concatenate([word for _, word in encoded]) if texts else np.empty(0, np.bool_)
-        start_T = np.zeros(len(ids_T), np.bool_)
-        sure = _walk(
+        start_T = np.zeros(len(whole.ids), np.bool_)
+        sure_D = _walk(
             codes_C, last_D, self._width, self._kind,
-            ids_T, last_T, self._width_V, word_T, self._unit, start_T,
+            whole.ids, whole.ends, self._width_V, whole.starts, self._unit, start_T,
         )  # fmt: skip
-        ends = last_T.tolist()
-        starts = [start_T[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-        return starts, sure.tolist()
+        return start_T, sure_D
 
     def _by_counting(
-        self, texts: Sequence[str], whole: Sequence[Encoded]
-    ) -> list[np.ndarray | None]:
-        """Which tokens begin sentences, from how many words each sentence has on its own."""
-        cut = [sentences(text) for text in texts]
-        alone = iter(self.words.encode_marked([part for parts in cut for part in parts]))
-        out: list[np.ndarray | None] = []
-        for parts, (ids, word_T) in zip(cut, whole, strict=True):
-            words_in = np.array([next(alone)[1].sum() for _ in parts], np.int64)
+        self, numbers: Sequence[int], texts: Sequence[str], whole: Marked, start_T: np.ndarray
+    ) -> int:
+        """Mark which tokens of some texts begin sentences, from how many words each sentence has on
+        its own; of how many of these texts that does not add up."""
+        cut = [sentences(texts[number]) for number in numbers]
+        alone = self.words.encode_together([part for parts in cut for part in parts])
+        words_before = running(alone.starts)[np.concatenate([[0], alone.ends])]
+        first = unknown = 0
+        for number, parts in zip(numbers, cut, strict=True):
+            words_in = np.diff(words_before[first : first + len(parts) + 1])
+            first += len(parts)
+            begin = int(whole.ends[number - 1]) if number else 0
+            word_T = whole.starts[begin : whole.ends[number]]
             first_T = np.flatnonzero(word_T)
-            if words_in.sum() != len(first_T) or (len(ids) and not word_T[:1].all()):
-                out.append(None)
+            if words_in.sum() != len(first_T) or (len(word_T) and not word_T[0]):
+                unknown += 1
                 continue
-            start_T = np.zeros(len(ids), np.bool_)
-            start_T[first_T[(words_in.cumsum() - words_in)[words_in > 0]]] = True
-            out.append(start_T)
-        return out
+            start_T[begin + first_T[(words_in.cumsum() - words_in)[words_in > 0]]] = True
+        return unknown
 
 
 # ---- widths of each kind of tokenizer
@@ -198,6 +187,18 @@ def _kinds() -> np.ndarray:
     for chars, which in [("。！？!?…；;", _ENDS), ("”’」』）》】\"')]", _CLOSES), ("\n", _LINE)]:
         kind[[ord(char) for char in chars]] = which
     return kind
+
+
+@compiled
+def _unset(codes_C, width):  # type: ignore[no-untyped-def]
+    """The characters whose width was not looked up yet, one time or more each."""
+    found = [np.uint32(0) for _ in range(0)]
+    before = np.uint32(0)
+    for code in codes_C:
+        if width[code] == _UNSET and code != before:
+            found.append(code)
+            before = code
+    return np.array(found, np.uint32)
 
 
 @compiled

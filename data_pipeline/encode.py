@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -28,23 +28,13 @@ from configs.encoding import Tokenizing
 from data_pipeline import tokenizer, training, user_dictionary, vocabulary, wordpiece
 from data_pipeline.aside import sync_folder
 from data_pipeline.blocks import SPLITS, Block, Documents
-from data_pipeline.borders import Borders
+from data_pipeline.encoder import BATCH_CHARACTERS, Encoder
 from data_pipeline.fields import label_text
-from data_pipeline.frozen import Frozen
 from data_pipeline.index import IndexWriter
 from data_pipeline.ingest import first_place
 from data_pipeline.shards import CorpusError, Record, records
-from data_pipeline.sidefile import (
-    FIELD,
-    NO_LABEL,
-    SENTENCE,
-    WORD,
-    FieldWriter,
-    MarkWriter,
-    Span,
-)
+from data_pipeline.sidefile import NO_LABEL, FieldWriter, MarkWriter
 
-BATCH_CHARACTERS = 500_000
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
 LARGEST_UINT16_VOCABULARY = 65_500
 TOKENIZERS = (
@@ -61,8 +51,6 @@ TOKENIZERS = (
     "wordpiece",
 )
 """The code of ids and marks."""
-
-_NO_MARK = np.zeros(1, np.uint8)  # of an end of document
 
 _load = lru_cache(maxsize=1)(tokenizer.load)
 
@@ -216,14 +204,15 @@ def encode(
         if beside.names or beside.labels:
             fields = stack.enter_context(FieldWriter(prefix, beside.names, beside.labels))
         for batch in _batches(documents):
-            counts: Counter[str] = Counter()
-            for record, (ids, marks_T, spans) in zip(batch, encoder.read(batch), strict=True):
-                index.add_document(ids)
-                counts["tokens"] += len(ids)
-                counts["bytes"] += len(record["text"].encode())
-                if marks is not None:
-                    marks.add_document(marks_T)
-                if fields is not None:
+            found = encoder.read(batch)
+            index.add_documents(found.ids, found.lengths)
+            if marks is not None:
+                marks.add_document(found.marks)
+            counts = Counter(
+                tokens=len(found.ids), bytes=len("".join([r["text"] for r in batch]).encode())
+            )
+            if fields is not None:
+                for record, spans in zip(batch, found.spans, strict=True):
                     label = record.get("label") if beside.labels else None
                     number = NO_LABEL if label is None else numbers[label_text(label)]
                     fields.add_document(spans, number)
@@ -231,80 +220,6 @@ def encode(
                     counts["fields_labelled"] += number != NO_LABEL
             counts.update(encoder.counts())
             yield counts
-
-
-class Encoder:
-    """Documents -> ids with the end of document, marks, fields in tokens."""
-
-    def __init__(self, words: Frozen, boundaries: bool) -> None:
-        self.words = words
-        self.borders = Borders(words) if boundaries else None
-        self._end = np.array([words.eod_id], dtype=np.int32)
-        self._counts: Counter[str] = Counter()
-
-    def counts(self) -> "Counter[str]":
-        """Words, sentences, texts whose sentences were not found: since it was last asked."""
-        counts, self._counts = self._counts, Counter()
-        return counts
-
-    def read(self, batch: Sequence[Record]) -> Iterator[tuple[np.ndarray, np.ndarray, list[Span]]]:
-        """Ids, marks [tokens] uint8 and fields of each document; a book is a batch of its own."""
-        named = [record.get("spans") for record in batch]
-        texts: list[str] = []
-        for record, spans in zip(batch, named, strict=True):
-            whole = record["text"]
-            texts += [whole] if spans is None else [whole[a:b] for _, a, b in spans]
-        encoded = self.texts(texts)
-        for spans in named:
-            names = [None] if spans is None else [name for name, _, _ in spans]
-            yield self._together(names, [next(encoded) for _ in names])
-
-    def texts(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and marks of each text. A book on its own is encoded some lines at a time: words,
-        pieces and sentences end at a line break, so that the ids are the same, and memory does not
-        grow with the book."""
-        if len(texts) != 1 or len(texts[0]) < 2 * BATCH_CHARACTERS:
-            yield from self._marked(texts)
-        else:
-            some = [next(self._marked([lines])) for lines in _pieces(texts[0])]
-            ids, marks = zip(*some, strict=True)
-            yield np.concatenate(ids), np.concatenate(marks)
-
-    def _together(
-        self, names: Sequence[str | None], parts: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
-        """One document of its parts and their marks; None is the name of a whole text."""
-        ids = np.concatenate([*(part for part, _ in parts), self._end])
-        marks_T = np.concatenate([*(part_T for _, part_T in parts), _NO_MARK])
-        spans: list[Span] = []
-        start = 0
-        for name, (part, _) in zip(names, parts, strict=True):
-            stop = start + len(part)
-            if name is not None:
-                marks_T[start : min(start + 1, stop)] |= FIELD
-                spans.append((name, start, stop))
-            start = stop
-        return ids, marks_T, spans
-
-    def _marked(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if self.borders is None:
-            for ids in self.words.encode_batch(texts):
-                yield ids, np.zeros(len(ids), np.uint8)
-            return
-        encoded, unknown = self.borders.encode(texts)
-        marks = np.concatenate([_NO_MARK, *(marks_T for _, marks_T in encoded)])
-        self._counts["boundaries_words"] += int(np.count_nonzero(marks & WORD))
-        self._counts["boundaries_sentences"] += int(np.count_nonzero(marks & SENTENCE))
-        self._counts["boundaries_no_sentences"] += unknown
-        yield from encoded
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        stop = text.find("\n", start + BATCH_CHARACTERS) + 1 or len(text)
-        yield text[start:stop]
-        start = stop
 
 
 def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
@@ -371,6 +286,7 @@ class Encode(Block):
     modules: ClassVar = (
         "borders",
         "encode",
+        "encoder",
         "index",
         "kernels",
         "fields",

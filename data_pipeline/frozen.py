@@ -16,7 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,22 @@ USER_DICTIONARY = "user_dictionary.txt"
 
 class TokenizerFault(ValueError):
     """A tokenizer missing, damaged or of another kind; a vocabulary that the text cannot give."""
+
+
+class Marked(NamedTuple):
+    """The ids of several texts, one text after the other."""
+
+    ids: np.ndarray
+    """[tokens] int32."""
+    ends: np.ndarray
+    """[texts] int64: where those of each text end."""
+    starts: np.ndarray
+    """[tokens] bool: which begin a word."""
+
+    def of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and starts of one text."""
+        mine = slice(self.ends[number - 1] if number else 0, self.ends[number])
+        return self.ids[mine].copy(), self.starts[mine].copy()
 
 
 class Frozen(ABC):
@@ -71,10 +87,15 @@ class Frozen(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one thread: corpora are read by processes, not threads."""
 
-    @abstractmethod
     def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """`encode` of each text, and of each of its tokens whether it begins a word of jieba's:
         whether its first character does, in the text that the vocabulary is applied to (bool)."""
+        whole = self.encode_together(texts)
+        return [whole.of(number) for number in range(len(texts))]
+
+    @abstractmethod
+    def encode_together(self, texts: Sequence[str]) -> Marked:
+        """What encode_marked says, of all texts as one: a call for each has a price of its own."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

@@ -72,16 +72,25 @@ class IndexWriter:
     def add_document(self, ids: np.ndarray) -> None:
         """Append one document, an array of token ids (empty is fine)."""
         ids = np.asarray(ids)
+        self.add_documents(ids, np.array([ids.size]))
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents whose ids lie one after the other; `lengths`: how many each has."""
         if ids.size and not (self._least <= ids.min() and ids.max() <= self._most):
             raise IndexFault(
-                f"{self.prefix}: document {self.documents} has token ids from {ids.min()} to "
-                f"{ids.max()}, {self.dtype} holds {self._least} to {self._most}; write it as int32 "
-                "(词表超出 uint16)"
+                f"{self.prefix}: document {self._bad(ids, lengths)} has token ids from {ids.min()} "
+                f"to {ids.max()}, {self.dtype} holds {self._least} to {self._most}; write it as "
+                "int32 (词表超出 uint16)"
             )
         self._bin.write(np.ascontiguousarray(ids, self.dtype).data)
-        self._lengths.write(struct.pack("<i", ids.size))
-        self.documents += 1
+        self._lengths.write(np.ascontiguousarray(lengths, "<i4").data)
+        self.documents += len(lengths)
         self.tokens += ids.size
+
+    def _bad(self, ids: np.ndarray, lengths: np.ndarray) -> int:
+        """The number of the first document with an id that does not fit."""
+        place = int(np.argmax((ids < self._least) | (ids > self._most)))
+        return self.documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
 
     def close(self) -> None:
         """Write the .idx and rename both files into place."""

@@ -78,6 +78,21 @@ def spaced(texts: Sequence[str], hmm: bool = True, lexicon: Lexicon | None = Non
     return out
 
 
+def spaced_utf8(
+    texts: Sequence[str], hmm: bool = True, lexicon: Lexicon | None = None
+) -> list[bytes]:
+    """The same in UTF-8, which is what sentencepiece reads; of texts without halves of characters
+    (frozen.unicode_text)."""
+    codes_C, border_C = cut("\x00".join(texts), hmm, lexicon)
+    last_D = np.cumsum([len(text) + 1 for text in texts], dtype=np.int64) - 1
+    utf8_B, ends_D = _spread_utf8(codes_C, border_C, last_D)
+    together, out, start = utf8_B.tobytes(), [], 0
+    for end in ends_D.tolist():
+        out.append(together[start:end])
+        start = end
+    return out
+
+
 def cut(text: str, hmm: bool, lexicon: Lexicon | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The code points of `text`, and where its words end (a bool per character)."""
     lexicon = lexicon or published()
@@ -257,6 +272,38 @@ def _spread(codes_C, border_C):  # type: ignore[no-untyped-def]
     for c in range(len(codes_C)):
         spaced_C[place_C[c]] = codes_C[c]
     return spaced_C, place_C
+
+
+@compiled
+def _spread_utf8(codes_C, border_C, last_D):  # type: ignore[no-untyped-def]
+    """The same as UTF-8 without the characters at `last_D`, which lie between the texts, and
+    without the blanks after their last words; and where each text ends."""
+    utf8_B, ends_D = np.empty(5 * len(codes_C), np.uint8), np.empty(len(last_D), np.int64)
+    place = c = 0
+    for d in range(len(last_D)):
+        while c < last_D[d]:
+            code = codes_C[c]
+            if code < 0x80:
+                utf8_B[place] = code
+                place += 1
+            elif code < 0x800:
+                utf8_B[place], utf8_B[place + 1] = 0xC0 | code >> 6, 0x80 | code & 63
+                place += 2
+            elif code < 0x10000:
+                utf8_B[place], utf8_B[place + 1] = 0xE0 | code >> 12, 0x80 | code >> 6 & 63
+                utf8_B[place + 2] = 0x80 | code & 63
+                place += 3
+            else:
+                utf8_B[place], utf8_B[place + 1] = 0xF0 | code >> 18, 0x80 | code >> 12 & 63
+                utf8_B[place + 2], utf8_B[place + 3] = 0x80 | code >> 6 & 63, 0x80 | code & 63
+                place += 4
+            c += 1
+            if border_C[c - 1] and c < last_D[d]:
+                utf8_B[place] = 0x20
+                place += 1
+        ends_D[d] = place
+        c += 1
+    return utf8_B[:place], ends_D
 
 
 _SENTENCE = re.compile(r"[^。！？!?…；;\n]*(?:[。！？!?…；;]+[”’」』）》】\"')\]]*\n?|\n|$)")

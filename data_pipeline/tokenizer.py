@@ -32,6 +32,7 @@ from data_pipeline.frozen import (
     FORMAT,
     USER_DICTIONARY,
     Frozen,
+    Marked,
     TokenizerFault,
     fingerprint,
     unicode_text,
@@ -89,23 +90,26 @@ class Tokenizer(Frozen):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one thread: corpora are read by processes, not threads."""
-        texts = [unicode_text(text) for text in texts]
-        out = self._encode_bytes(texts) if self.kind != "cpm" else self._encode_words(texts)
-        if self.kind == "cpm":
-            self._no_control(out)
+        texts = _unicode_texts(texts)
+        if self.kind != "cpm":
+            return self._encode_bytes(texts)
+        out = self._encode_words(texts)
+        for ids in out:
+            self._no_control(ids)
         return out
 
-    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`encode` of each text, and which of its tokens begin a word: a bool for each."""
-        texts = [unicode_text(text) for text in texts]
-        if self.kind == "cpm":
-            out = self._encode_words(texts)
-            starts = [self._begins[ids] for ids in out]
-            self._no_control(out)
-        else:
-            out = self._encode_bytes(texts)
-            starts = self._word_starts(texts, out)
-        return list(zip(out, starts, strict=True))
+    def encode_together(self, texts: Sequence[str]) -> Marked:
+        """The ids of all texts as one, and which of them begin a word."""
+        texts = _unicode_texts(texts)
+        cpm = self.kind == "cpm"
+        parts = self._encode_words(texts) if cpm else self._encode_bytes(texts)
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        if not cpm:
+            return Marked(ids, ends, self._word_starts(texts, ids))
+        starts = self._begins[ids]
+        self._no_control(ids)
+        return Marked(ids, ends, starts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control tokens give none, bytes that are no UTF-8 give U+FFFD."""
@@ -147,36 +151,36 @@ class Tokenizer(Frozen):
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.kind, self._model, self.user_dictionary)
 
-    def _sentencepiece(self, texts: list[str]) -> list[np.ndarray]:
+    def _sentencepiece(self, texts: list[str] | list[bytes]) -> list[np.ndarray]:
         return self._pieces.encode(texts, out_type="numpy", num_threads=1) if texts else []
 
     def _encode_words(self, texts: list[str]) -> list[np.ndarray]:
         from data_pipeline import segment  # compiles on first use: 0.4 s that byte_bpe saves
 
         marked = [cpm_text(text) for text in texts]
-        return self._sentencepiece(segment.spaced(marked, lexicon=self._lexicon()))
+        return self._sentencepiece(segment.spaced_utf8(marked, lexicon=self._lexicon()))
 
-    def _no_control(self, out: list[np.ndarray]) -> None:
+    def _no_control(self, ids: np.ndarray) -> None:
         """What came out of text is no control token, whatever it looks like."""
-        for ids in out:
-            control = self._is_control[ids]
-            if control.any():
-                ids[control] = self.unknown_id
+        control = self._is_control[ids]
+        if control.any():
+            ids[control] = self.unknown_id
 
-    def _word_starts(self, texts: list[str], out: list[np.ndarray]) -> list[np.ndarray]:
+    def _word_starts(self, texts: list[str], ids: np.ndarray) -> np.ndarray:
         """Which tokens begin with the first byte of a word (of jieba's, HMM on)."""
         from data_pipeline import segment
 
-        starts = []
-        for text, ids in zip(texts, out, strict=True):
-            codes_C, border_C = segment.cut(text, True, self._lexicon())
-            bytes_C = 1 + (codes_C > 0x7F) + (codes_C > 0x7FF) + (codes_C > 0xFFFF)
-            first_B = np.zeros(int(bytes_C.sum()) + 1, np.bool_)
-            first_B[:1] = len(text) > 0
-            first_B[bytes_C.cumsum()[border_C]] = True  # where the next word begins
-            size = self._size_of[ids]
-            starts.append(first_B[size.cumsum() - size])
-        return starts
+        if not texts:
+            return np.zeros(0, np.bool_)
+        codes_C, border_C = segment.cut("\x00".join(texts), True, self._lexicon())
+        bytes_C = 1 + (codes_C > 0x7F) + (codes_C > 0x7FF) + (codes_C > 0xFFFF)
+        # Between two texts there is a word, which no token spells.
+        bytes_C[np.cumsum([len(text) + 1 for text in texts[:-1]], dtype=np.int64) - 1] = 0
+        first_B = np.zeros(int(bytes_C.sum()) + 1, np.bool_)
+        first_B[:1] = len(codes_C) > 0
+        first_B[bytes_C.cumsum()[border_C]] = True  # where the next word begins
+        size = self._size_of[ids]
+        return first_B[size.cumsum() - size]
 
     def _encode_bytes(self, texts: list[str]) -> list[np.ndarray]:
         """A literal ▁ would come back as a blank: it goes past sentencepiece, as its bytes."""
@@ -262,6 +266,15 @@ def from_cpm_model(path: str | Path, out: str | Path) -> Tokenizer:
         )
     tokenizer.save(out)
     return tokenizer
+
+
+def _unicode_texts(texts: Sequence[str]) -> list[str]:
+    """`unicode_text` of each."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return [unicode_text(text) for text in texts]
+    return list(texts)
 
 
 def cpm_text(text: str) -> str:

@@ -50,7 +50,7 @@ from data_pipeline.characters import (
     normal,
     without,
 )
-from data_pipeline.frozen import Frozen, TokenizerFault, fingerprint, unicode_text
+from data_pipeline.frozen import Frozen, Marked, TokenizerFault, fingerprint, unicode_text
 from data_pipeline.lexicon import Lexicon
 from data_pipeline.trie import compiled
 
@@ -102,12 +102,13 @@ class WordPiece(Frozen):
         ids, bounds = self._together(texts, None)
         return [ids[a:b].copy() for a, b in bounds]
 
-    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`encode` of each text, and which of its tokens begin a word (of jieba's, HMM off, in the
-        text as it is looked up): a bool for each."""
+    def encode_together(self, texts: Sequence[str]) -> Marked:
+        """The ids of all texts as one, and which of them begin a word (of jieba's, HMM off, in the
+        text as it is looked up)."""
         marks: list[np.ndarray] = []
         ids, bounds = self._together(texts, marks)
-        return [(ids[a:b].copy(), marks[0][a:b].copy()) for a, b in bounds]
+        ends = np.array([stop - number for number, (_, stop) in enumerate(bounds)], np.int64)
+        return Marked(ids[ids >= 0], ends, marks[0][ids >= 0])
 
     def _together(
         self, texts: Sequence[str], marks: list[np.ndarray] | None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs.encoding import Tokenizing
-from data_pipeline import build, encode, tokenizer, training
+from data_pipeline import build, encode, encoder, tokenizer, training
 from data_pipeline.borders import Borders
 from data_pipeline.index import Index
 from data_pipeline.segment import sentences
@@ -174,17 +174,20 @@ def test_two_ways_to_the_beginning_of_a_sentence_agree(kind: str, tmp_path: Path
     ]
     texts += ["“甲。”乙！”\n”丙…；）】\n丁", "x. y! z?w;" * 3, "<eod>。[SEP]。▁。▃\n\t。\r\n丑"]
     words = tokenizer.load(tmp_path / "t")
-    borders, encoded = Borders(words), words.encode_marked(texts)
-    along, sure = borders._along_the_ruler(texts, encoded)
+    borders, whole = Borders(words), words.encode_together(texts)
+    along, sure = borders._along_the_ruler(texts, whole)
     assert np.mean(sure) > 0.3  # many words of so small a vocabulary hold unknown characters
-    counted = borders._by_counting(texts, encoded)
-    for text, yes, one, other, (_, word_T) in zip(
-        texts, sure, along, counted, encoded, strict=True
+    counted = np.zeros(len(whole.ids), np.bool_)
+    assert borders._by_counting(range(len(texts)), texts, whole, counted) == 0
+    found = 0
+    for number, (text, begin, end) in enumerate(
+        zip(texts, [0, *whole.ends.tolist()], whole.ends.tolist(), strict=False)
     ):
-        assert other is not None
-        assert not yes or np.array_equal(one, other), text
+        one, other, word_T = along[begin:end], counted[begin:end], whole.starts[begin:end]
+        assert not sure[number] or np.array_equal(one, other), text
         assert other[:1].all() and not (other & ~word_T).any()
-    assert any(yes and one.sum() > 9 for yes, one in zip(sure, along, strict=True))
+        found += sure[number] and one.sum() > 9
+    assert found
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "cpm"])
@@ -194,8 +197,8 @@ def test_a_book_encoded_in_pieces_has_the_same_ids_and_marks(
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
     words = training.train(kind, texts, tmp_path / "t", 4000)
     book = "\n".join(texts[::7]) + "\n\n  缩进 code\n\n - a\n" + "\n\n".join(texts[::11])
-    ((whole, whole_marks),) = encode.Encoder(words, boundaries=True).texts([book])
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10)
-    assert len(list(encode._pieces(book))) > 1000
-    ((pieces, marks),) = encode.Encoder(words, boundaries=True).texts([book])
-    assert np.array_equal(pieces, whole) and np.array_equal(marks, whole_marks)
+    whole = encoder.Encoder(words, boundaries=True).texts([book])
+    monkeypatch.setattr(encoder, "BATCH_CHARACTERS", 10)
+    assert len(list(encoder._pieces(book))) > 1000
+    pieces = encoder.Encoder(words, boundaries=True).texts([book])
+    assert all(map(np.array_equal, pieces, whole))

@@ -22,7 +22,7 @@ import zstandard
 
 from configs.corpus import CorpusConfig
 from configs.load import ConfigError, dump, from_dict
-from data_pipeline import encode, tokenizer, vocabulary, wordpiece
+from data_pipeline import encode, encoder, tokenizer, vocabulary, wordpiece
 from data_pipeline.index import Index
 from data_pipeline.shards import CorpusError, records
 from data_pipeline.tokenizer import TokenizerFault
@@ -294,8 +294,8 @@ def test_a_book_read_line_by_line_is_the_book(
 ) -> None:
     made = WordPiece(built.__reduce__()[1][0], word)
     book = "\n".join([*sample_lines()[:200], "ΑΣ", "ΣΑ \u0301甲", "乙"])
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 100)
-    ((ids, _),) = encode.Encoder(made, boundaries=False).texts([book])
+    monkeypatch.setattr(encoder, "BATCH_CHARACTERS", 100)
+    ids, _, _ = encoder.Encoder(made, boundaries=False).texts([book])
     assert ids.tolist() == made.encode(book).tolist()
 
 
