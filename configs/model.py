@@ -151,6 +151,8 @@ class RoFormerConfig:
     """Learned positions, the longest sequence (BERT, WoBERT, SimBERT: v1 only); null: rotary."""
     position_table: PositionTable | None = None
     """How the table serves more positions than it has rows; null: it has a row for each."""
+    labels: int = 0
+    """Classes that a head over [CLS] tells apart, in the place of the head over words; 0: words."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     rope: Rope | None = None
@@ -180,6 +182,8 @@ class RoFormerConfig:
         found = _size_problems(
             self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "segments")
         )
+        if self.labels < 0 or self.labels == 1:
+            found.append(f"labels: is {self.labels}, must be 0 (a head over words) or at least 2")
         if self.ramp_steps < 0:
             found.append(f"ramp_steps: is {self.ramp_steps}, must not be negative")
         if self.positions is not None and self.positions < 1:
@@ -270,8 +274,8 @@ def _t5_pegasus(config: T5PegasusConfig) -> Iterator[Tensor]:
 
 
 def _roformer(config: RoFormerConfig) -> Iterator[Tensor]:
-    v1 = config.version == 1
-    yield Tensor("embed.tokens.weight", "lookup", ("vocab",), EMBED, writes="enc", tied_to="head")
+    v1, tied = config.version == 1, None if config.labels else "head"
+    yield Tensor("embed.tokens.weight", "lookup", ("vocab",), EMBED, writes="enc", tied_to=tied)
     yield Tensor("embed.segments.weight", "lookup", ("segments",), EMBED, writes="enc")
     if config.positions is not None:
         yield Tensor("embed.positions.weight", "lookup", ("positions",), EMBED, writes="enc")
@@ -285,7 +289,17 @@ def _roformer(config: RoFormerConfig) -> Iterator[Tensor]:
         yield from _ffn(f"{at}.ffn", "enc", ("up",), v1, i)
         if v1:
             yield from _norm(f"{at}.ffn_norm", "enc", True, i)
-    if v1:
+    if config.labels:
+        stream = "enc"
+        if v1:
+            stream = "head"
+            yield Tensor("head.pooler.weight", "linear", EMBED, EMBED, reads="enc", writes=stream)
+            yield Tensor(
+                "head.pooler.bias", "vector", EMBED, writes=stream, init="zeros", decay=False
+            )
+        yield Tensor("head.classifier.weight", "linear", ("labels",), EMBED, reads=stream)
+        yield Tensor("head.classifier.bias", "vector", ("labels",), init="zeros", decay=False)
+    elif v1:
         yield Tensor("head.dense.weight", "linear", EMBED, EMBED, reads="enc", writes="head")
         yield Tensor("head.dense.bias", "vector", EMBED, writes="head", init="zeros", decay=False)
         yield from _norm("head.norm", "head", True, None)

@@ -6,6 +6,7 @@
     span_corruption            spans that were cut out                        t5_pegasus
     prefix                     the rest of a row out of its head              t5_pegasus
     pairs                      one named field out of others                  t5_pegasus
+    labels                     the class of a text or of a pair of texts      roformer
 
 Sources: masked: RoFormer, RoFormerV2 and bert4keras' pretraining/ (Su); pseudo_summary: T5 PEGASUS
 (Su, kexue.fm/archives/8209); span_corruption: T5 (Raffel et al. 2020); prefix: UniLM (Dong et al.
@@ -140,9 +141,38 @@ class Pairs:
         return found + _lengths(self.source_tokens, self.target_tokens)
 
 
-Objective = Causal | Masked | PseudoSummary | SpanCorruption | Prefix | Pairs
+@dataclass(frozen=True)
+class Labels:
+    """Tell the label of a document, out of one or two of its named fields."""
+
+    name: Literal["labels"]
+    """The objective."""
+    fields: tuple[str, ...] = ()
+    """The fields that are read, [CLS] a [SEP] or [CLS] a [SEP] b [SEP], the second as segment 1;
+    none: all that the corpus has; a corpus without fields: the whole document."""
+
+    document_boundaries: ClassVar[bool] = True
+    families: ClassVar[tuple[str, ...]] = ("roformer",)
+    packings: ClassVar[tuple[Packing, ...]] = ("best_fit", "documents")
+
+    def problems(self) -> list[str]:
+        """More fields than there are segments; one twice."""
+        if len(self.fields) > 2 or len(set(self.fields)) < len(self.fields):
+            return [f"fields: names {', '.join(self.fields)}; must be one or two, not the same"]
+        return []
+
+
+Objective = Causal | Masked | PseudoSummary | SpanCorruption | Prefix | Pairs | Labels
 SEQ2SEQ = (PseudoSummary, SpanCorruption, Prefix, Pairs)
 """Those with an encoder and a decoder."""
+
+
+def head_problems(objective: Objective, labels: int) -> list[str]:
+    """A head over words for labels, or the other way round."""
+    if isinstance(objective, Labels) == bool(labels):
+        return []
+    must = "the number of labels of the corpus" if isinstance(objective, Labels) else "0"
+    return [f"labels: is {labels}, objective.name={objective.name} needs {must} (输出头与目标不符)"]
 
 
 def packing_of(objective: Objective, packing: Packing | None) -> Packing:

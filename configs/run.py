@@ -17,7 +17,7 @@ from configs.faults import Faults
 from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, split_problems, tensors
-from configs.objectives import Causal, Objective, data_problems
+from configs.objectives import Causal, Objective, data_problems, head_problems
 from configs.optimizers import Optimizer, Schedule
 
 
@@ -294,6 +294,8 @@ class RunConfig:
                 f"{', '.join(self.objective.families)}; {where}.family is {model.family} "
                 "(目标与模型族不符)"
             )
+        head = head_problems(self.objective, getattr(model, "labels", 0))
+        found += [f"{where}.{s}" for s in head]
         room = longest_row(model)
         if room is not None and self.data.seq_len > room:
             found.append(

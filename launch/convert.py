@@ -114,7 +114,8 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         positions = int(page.get("max_position_embeddings", hf_config.ROFORMER_POSITIONS))
         tables = [*hf.rules(whole, positions)]
         entries = imported(_present(tables, tensors), tensors, whole, hf.ignored)
-        left = hf.dropped(tensors)
+        owned = {name for rule in tables for name in rule.foreign}
+        left = hf.dropped(set(tensors) - owned)
     elif kind == "cpm1":
         ranks, tensors = cpm1.read(folder)
         heads = [int(text[6:]) for text in options if re.fullmatch(r"heads=\d+", text)]

@@ -1,6 +1,6 @@
 """Rows of token indexes -> batches.
 
-    order.locate(samples)     Rows: causal, masked (rows.py), pairs (pairs.py)
+    order.locate(samples)     Rows: causal, masked (rows.py), pairs (pairs.py) ...
         |  dataset, row           |  fill(): compiled, from the mapped files into the Canvas
         v                         v
     read_rows ----------------> Canvas, arrays of [B, T] --------------> Batch, the same as tensors
@@ -53,6 +53,8 @@ class Batch:
     """int64: the same for an encoder's side."""
     encoder_document_ids_BT: torch.Tensor | None = None
     """int64: the same for an encoder's side."""
+    segments_BT: torch.Tensor | None = None
+    """int64: which text of a pair; None: all are the first."""
 
     @property
     def rows(self) -> int:
@@ -94,9 +96,17 @@ class Canvas:
     encoder_tokens_BS: Ints | None = None
     encoder_positions_BS: Ints | None = None
     encoder_documents_BS: Ints | None = None
+    segments_BT: Ints | None = None
 
     @classmethod
-    def of(cls, rows: int, seq_len: int, documents: bool, encoder_len: int = 0) -> Canvas:
+    def of(
+        cls,
+        rows: int,
+        seq_len: int,
+        documents: bool,
+        encoder_len: int = 0,
+        segments: bool = False,
+    ) -> Canvas:
         """Arrays that hold nothing yet; `encoder_len` 0: without an encoder's side."""
 
         def some(length: int) -> Ints:
@@ -104,11 +114,14 @@ class Canvas:
 
         decoder = some(seq_len), some(seq_len), np.empty((rows, seq_len), np.bool_), some(seq_len)
         encoder = [some(encoder_len) for _ in range(3)] if encoder_len else [None] * 3
-        return cls(*decoder, some(seq_len) if documents else None, *encoder)
+        kinds = some(seq_len) if segments else None
+        return cls(*decoder, some(seq_len) if documents else None, *encoder, kinds)
 
     def clear(self, pad_id: int) -> None:
         """Make every row padding."""
         self.counts_BT[:] = False
+        if self.segments_BT is not None:
+            self.segments_BT[:] = 0
         for name in ("tokens_BT", "targets_BT", "encoder_tokens_BS"):
             if (array := getattr(self, name)) is not None:
                 array[:] = pad_id
@@ -136,6 +149,7 @@ class Canvas:
             encoder_tokens_BT=tensor(self.encoder_tokens_BS),
             encoder_positions_BT=tensor(self.encoder_positions_BS),
             encoder_document_ids_BT=tensor(self.encoder_documents_BS),
+            segments_BT=tensor(self.segments_BT),
         )
 
 

@@ -75,6 +75,12 @@ class Corpora:
             found.append(f"{record['corpus']}: {what} (行的填充率)")
         return found
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that documents have, in the order of their numbers; none where none is asked
+        for."""
+        return tuple(getattr(self.train[0], "labels", ()))
+
     def keys(self, samples: np.ndarray) -> Keys:
         """What seeds the draws in each of some samples of the run."""
         places = stream_places(samples, self.order.skips)
@@ -195,6 +201,13 @@ def _open(reading: Reading, vocab: int) -> _Opened:
     learnt = to_dict(objective) | {
         "packing": packing_of(objective, data.packing), "target_len": data.target_len
     }  # fmt: skip
+    if len({getattr(part, "labels", ()) for part in train}) > 1:
+        raise ConfigError(
+            f"data.train: the labels of {', '.join(map(str, folders))} differ; build them as one "
+            "corpus (标签表不一致)"
+        )
+    if labels := getattr(train[0], "labels", ()):
+        learnt |= {"labels": list(labels)}
     record = [
         {
             "corpus": str(folder),

@@ -1,12 +1,12 @@
 """How well a checkpoint predicts text, beside counts that need no network; and what it can do.
 
     python -m launch evaluate CHECKPOINT --task bits --data CORPUS
-    python -m launch evaluate CHECKPOINT --task mlm|csl|ape210k|lcqmc --data CORPUS_OR_FILE
+    python -m launch evaluate CHECKPOINT --task mlm|csl|ape210k|lcqmc|labels --data CORPUS_OR_FILE
 
-The tasks are in tasks.py, their scores in scores.py. `bits` measures bits per character on rows of
-a corpus' valid split: the checkpoint's, a unigram's and an interpolated bigram's, the two counted
-on the train split and asked about the same targets. Bits per character compare across tokenizers:
-the loss in nats / ln 2 / characters of the targets.
+The tasks are in tasks.py and classify.py, their scores in scores.py. `bits` measures bits per
+character on rows of a corpus' valid split: the checkpoint's, a unigram's and an interpolated
+bigram's, the two counted on the train split and asked about the same targets. Bits per character
+compare across tokenizers: the loss in nats / ln 2 / characters of the targets.
 """
 
 import argparse
@@ -179,9 +179,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="a checkpoint or a run folder (its newest)")
-    tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc"]
+    tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc", "labels"]
     parser.add_argument("--task", choices=tasks, default="bits", help="what is measured")
-    parser.add_argument("--data", required=True, help="a corpus folder (bits, mlm), or a file")
+    parser.add_argument(
+        "--data", required=True, help="a corpus folder (bits, mlm, labels), or a file"
+    )
     parser.add_argument("--samples", type=int, help="rows (256), or lines of a file (all)")
     parser.add_argument("--seq-len", type=int, help="tokens of a row; default: as trained")
     parser.add_argument("--masking", choices=["token", "word", "word_token"], help="of mlm")
@@ -207,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measured(words: argparse.Namespace) -> dict[str, Any]:
     """What a task finds, as plain data."""
-    from pretrain import tasks
+    from pretrain import classify, tasks
 
     if words.samples is not None and words.samples < 1:
         raise tasks.TaskError(f"--samples: is {words.samples}, must be at least 1 (至少一行)")
@@ -215,9 +217,15 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
     if words.task == "mlm":
         chosen = words.masking, words.samples or 256, words.seq_len
         return head | tasks.masked(words.checkpoint, words.data, *chosen)
+    if words.task == "labels":
+        return head | classify.labels(words.checkpoint, words.data, words.samples, words.seq_len)
     model, tokenizer = tasks.opened(words.checkpoint)
     if words.task == "lcqmc":
-        return head | tasks.similarity(model, tokenizer, words.data, words.samples)
+        found = tasks.similarity(model, tokenizer, words.data, words.samples)
+        if getattr(model.config, "labels", 0):
+            of_labels = classify.labels(words.checkpoint, words.data, words.samples, words.seq_len)
+            found["accuracy"] = of_labels["accuracy"]
+        return head | found
 
     def writes(sources: Sequence[str]) -> list[str]:
         return tasks.written(model, tokenizer, sources, words.beams, words.task)

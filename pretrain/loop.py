@@ -248,6 +248,8 @@ def _validate(job: Job, engine: "Engine", step: int) -> float:
     rows = job.corpora.validation(
         run.validate_samples, mesh.data_rank, mesh.data, job.config.batch.micro
     )
+    if job.corpora.labels:
+        return _validate_labels(job, engine, step, [batch.to(mesh.device) for batch in rows])
     loss_sum, count = engine.evaluate([batch.to(mesh.device) for batch in rows])
     characters = job.corpora.measured_characters(run.validate_samples)
     bits = float(loss_sum) / math.log(2) / max(characters, 1)
@@ -257,6 +259,21 @@ def _validate(job: Job, engine: "Engine", step: int) -> float:
     job.monitor.out.say(
         f"step {step}  valid loss {loss:.4f} ({bits:.4f} bits/character, 比特/字)  {sample!r}"
     )
+    return loss
+
+
+def _validate_labels(job: Job, engine: "Engine", step: int, rows: "list[Batch]") -> float:
+    """Loss and the share of documents that get their own label; returns the loss."""
+    from pretrain.checkpoint import gather
+    from pretrain.objectives.labels import right
+
+    loss_sum, count = engine.evaluate(rows)
+    loss, number = float(loss_sum) / max(int(count), 1), max(int(count), 1)
+    with engine.inference() as model:
+        mine = sum(right(model, batch) for batch in rows)
+    share = sum(gather(mine)) / job.mesh.tensor / number
+    job.monitor.note(step, valid_loss=loss, valid_accuracy=round(share, 6))
+    job.monitor.out.say(f"step {step}  valid loss {loss:.4f}  accuracy {share:.2%} (准确率)")
     return loss
 
 

@@ -1,6 +1,7 @@
 """The rows of a split of a corpus, for an objective: which files it needs, and what is missing.
 
-    objective --needs()--> .marks | .gaps | .fields --opened--> Rows (rows.py, masking.py, pairs.py)
+    objective --needs()--> .marks | .gaps | .fields --opened--> Rows (rows.py, masking.py, pairs.py,
+                                                                   labelled.py)
 
 A corpus that was built without what an objective needs is refused with the key that builds it.
 """
@@ -14,6 +15,7 @@ import numpy as np
 from configs.load import ConfigError
 from configs.objectives import (
     Causal,
+    Labels,
     Masked,
     Objective,
     Pairs,
@@ -27,6 +29,7 @@ from data_pipeline import index as corpus_index
 from data_pipeline import sidefile
 from pretrain.batches import Rows
 from pretrain.contents import Corrupted, Prefixed, Spans, longest_row, noise_of
+from pretrain.labelled import LabelRows
 from pretrain.masking import Controls, MaskedRows
 from pretrain.pairs import PairRows, frame_of
 from pretrain.permutation import Ints
@@ -54,7 +57,7 @@ def needs(objective: Objective, data: Data) -> list[Side]:
     if isinstance(objective, Masked):
         packed = packing_of(objective, data.packing) != "windows"
         return [MARKS] if packed or objective.masking != "token" else []
-    sides: Mapping[type, Side] = {PseudoSummary: GAPS, Pairs: FIELDS}
+    sides: Mapping[type, Side] = {PseudoSummary: GAPS, Pairs: FIELDS, Labels: FIELDS}
     return [sides[type(objective)]] if type(objective) in sides else []
 
 
@@ -108,6 +111,8 @@ def _rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any, vocab:
             document_boundaries=objective.document_boundaries,
             packing=packing,
         )
+    if isinstance(objective, Labels):
+        return _labelled(prefix, index, data, objective, controls)
     target_len = _given(data.target_len)
     rooms = data.seq_len - frame_of(controls), target_len - 1
     contents: Any
@@ -127,6 +132,31 @@ def _rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any, vocab:
         room = _room(min(rooms) + 1, data)
         contents = Prefixed(index, Layout(index, packing, room, end_tokens=1))
     return PairRows(index, contents, data.seq_len, target_len, controls, packing)
+
+
+def _labelled(
+    prefix: Path, index: Any, data: Data, objective: Labels, controls: Controls
+) -> LabelRows:
+    fields, (_, tables) = sidefile.Fields(prefix), FIELDS.layout.open(prefix)
+    if not fields.labels:
+        raise ConfigError(
+            f"data.train: {prefix} has no labels; name the field that holds them as label_field of "
+            "a source (语料没有标签)"
+        )
+    unknown = [name for name in objective.fields if name not in fields.names]
+    if unknown or (not objective.fields and len(fields.names) > 2):
+        raise ConfigError(
+            f"objective.fields: is {', '.join(objective.fields) or 'empty'}, {prefix} has the "
+            f"fields {', '.join(fields.names) or 'none'}; name one or two of them (没有该字段)"
+        )
+    if controls.bos is None:
+        raise ConfigError(
+            "objective.name: is labels, the corpus' vocabulary has no [CLS] to read them from; "
+            "encode it by a tokenizer that has one (词表缺少 [CLS])"
+        )
+    packing = packing_of(objective, data.packing)
+    about = (fields.names, fields.labels, objective.fields)
+    return LabelRows(index, tables, *about, data.seq_len, controls, packing)
 
 
 def _corrupted(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from configs.load import ConfigError, dump, to_dict
 from configs.model import longest_row
 from configs.run import RunConfig, stage_model, stages, total_steps
-from pretrain import checkpoint
+from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
 from pretrain.faults import with_skips
 from pretrain.growth import FREE, model_config, refusal
@@ -95,6 +95,7 @@ def check_ahead(config: RunConfig, corpora: Corpora) -> None:
         if stages(config)[number].extend is None  # stage_model() has asked
         and (refused := refusal(*pair, stages(config)[number].grow))
     ]
+    found += heads.problems(models[0], corpora.labels)
     if config.run.prompt:
         tokens = len(corpora.tokenizer.encode(config.run.prompt))
         room = longest_row(models[0]) or tokens
@@ -133,6 +134,7 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
         if config.init.what == "weights":
             kept = {key: found.record.get(key) for key in ("model", "tokenizer")}
             found = State(found.weights_only().entries, begin | kept)
+            found = heads.with_head(found, stage_model(config, 0), config.run.seed)
         else:
             step, ends = found.record["step"], accumulate(stage.steps for stage in stages(config))
             stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)

@@ -313,6 +313,10 @@ def table(found: dict[str, Any]) -> Iterable[str]:
             yield f"{name.replace('_', ' '):24}{figure:12.4f}"
         elif isinstance(figure, int):
             yield f"{name.replace('_', ' '):24}{figure:12,}"
+        elif name == "by_label":
+            for label, one in figure.items():
+                share = 100 * one["right"] / max(one["samples"], 1)
+                yield f"  of {label:21}{share:12.4f}   of {one['samples']:,}, F1 {one['f1']:.4f}"
         elif name == "by_kind":
             for kind, one in figure.items():
                 yield f"  of those {kind:13}{one['accuracy']:12.4f}   of {one['tokens']:,}"

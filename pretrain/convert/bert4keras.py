@@ -245,7 +245,7 @@ def unsayable(config: ModelConfig) -> list[str]:
         wanted = {"activation": "gelu_erf", "cross_position_bias": True, "logit_scale": None}
         wanted |= {"max_distance": 128, "softmax_scale": 1.0}
     else:
-        wanted = {"logit_scale": 1.0, "softmax_scale": None}
+        wanted = {"logit_scale": 1.0, "softmax_scale": None, "labels": 0}
         if config.positions is None:  # type: ignore[union-attr]
             wanted["rope_base"] = 10000.0
     for key, value in wanted.items():

@@ -4,6 +4,7 @@
     T5 PEGASUS  MT5ForConditionalGeneration    the scale of the head folded into lm_head
     RoFormer v1 RoFormerForMaskedLM            decoder tied to the embedding, its bias twice
     BERT        BertForMaskedLM                the same; v1 with learned positions (WoBERT, SimBERT)
+    with labels ..ForSequenceClassification    of either; BERT's pooler is in its head
 
 What the other side cannot say is refused in a sentence, never dropped: a bias in cross-attention
 (T5 PEGASUS as trained), log-n attention, RoFormer v2, a width that is not heads x head_dim. What it
@@ -98,7 +99,7 @@ def _mt5(config: T5PegasusConfig) -> Iterator[Rule]:
 def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
     head, top = "cls.predictions", "roformer" if config.positions is None else "bert"
     words = (f"{top}.embeddings.word_embeddings.weight", f"{head}.decoder.weight")
-    yield tied("embed.tokens.weight", words)
+    yield tied("embed.tokens.weight", words[:1] if config.labels else words)
     yield same("embed.segments.weight", f"{top}.embeddings.token_type_embeddings.weight")
     if config.positions is None:
         yield derived(f"{top}.encoder.embed_positions.weight", lambda: _sines(config, positions))
@@ -122,9 +123,17 @@ def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
                 foreign = f"{top}.encoder.layer.{i}.{theirs}.{end}"
                 yield same(f"encoder.layers.{i}.{ours}.{end}", foreign)
     for end in ("weight", "bias"):
+        if config.labels:
+            pooler, classes = ("classifier.dense", "classifier.out_proj")
+            if config.positions is not None:
+                pooler, classes = f"{top}.pooler.dense", "classifier"
+            yield same(f"head.pooler.{end}", f"{pooler}.{end}")
+            yield same(f"head.classifier.{end}", f"{classes}.{end}")
+            continue
         yield same(f"head.dense.{end}", f"{head}.transform.dense.{end}")
         yield same(f"head.norm.{end}", f"{head}.transform.LayerNorm.{end}")
-    yield tied("head.bias", (f"{head}.bias", f"{head}.decoder.bias"))
+    if not config.labels:
+        yield tied("head.bias", (f"{head}.bias", f"{head}.decoder.bias"))
 
 
 def _sines(config: RoFormerConfig, positions: int) -> torch.Tensor:
@@ -269,5 +278,12 @@ def outputs(folder: Path, tokens_BT: torch.Tensor, dtype: torch.dtype) -> dict[s
     if kind == "mt5":
         sides["decoder_input_ids"] = tokens_BT
     with torch.inference_mode():
+        if kind in ("roformer", "bert") and hasattr(model, "classifier"):
+            top = getattr(model, kind)
+            hidden = top(tokens_BT).last_hidden_state
+            pool = top.pooler if kind == "bert" else torch.nn.Identity()
+            # it looks at the first place of what it gets: each place is made the first
+            at = [model.classifier(pool(hidden[:, t:])) for t in range(hidden.shape[1])]
+            return seen | {"logits": torch.stack(at, 1)}
         logits = model(**sides).logits
     return seen | {"logits": logits}

@@ -106,9 +106,13 @@ def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "pad_token_id": ids["pad"] or 0,
     }
+    if config.labels:
+        page["architectures"] = ["RoFormerForSequenceClassification"]
+        page["id2label"] = {str(number): f"LABEL_{number}" for number in range(config.labels)}
+        page["label2id"] = {name: int(number) for number, name in page["id2label"].items()}
     if config.positions is None:
         return page
-    page |= {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
+    page |= {"architectures": [f"Bert{page['architectures'][0][8:]}"], "model_type": "bert"}
     page["max_position_embeddings"] = config.positions
     return {key: page[key] for key in page if key not in ("embedding_size", "rotary_value")}
 
@@ -233,11 +237,25 @@ def _from_roformer(page: dict[str, Any], learned: bool) -> RoFormerConfig:
         ffn=page["intermediate_size"],
         segments=page.get("type_vocab_size", 2),
         positions=page.get("max_position_embeddings", 512) if learned else None,
+        labels=_labels_of(page),
         norm_eps=page.get("layer_norm_eps", 1e-12),
         dropout=page.get("hidden_dropout_prob", 0.1),
         attention_dropout=page.get("attention_probs_dropout_prob", 0.1),
         init_std=page.get("initializer_range", 0.02),
     )
+
+
+def _labels_of(page: dict[str, Any]) -> int:
+    """The classes of a model for classification; 0 for one over words."""
+    kinds = page.get("architectures") or [""]
+    if not str(kinds[0]).endswith("ForSequenceClassification"):
+        return 0
+    if page.get("problem_type") not in (None, "single_label_classification"):
+        raise ConversionError(
+            f"config.json: problem_type is {page['problem_type']!r}, a text has one label here "
+            "(仅支持单标签分类)"
+        )
+    return len(page["id2label"]) if "id2label" in page else int(page.get("num_labels", 2))
 
 
 def with_options(config: ModelConfig, options: Sequence[str]) -> ModelConfig:

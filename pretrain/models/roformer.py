@@ -4,6 +4,7 @@
         hidden -> dense -> GELU -> LN -> tied head + bias -> logits
     v2  tokens + segments -> dropout -> RMSNorm -> blocks -> dropout -> hidden
         hidden -> tied head -> logits
+    labels  hidden of [CLS] -> (v1: dropout -> dense -> GELU, BERT: tanh -> dropout) -> classes
     block: self-attention -> dropout -> + -> norm -> FFN -> dropout -> + -> norm
 
 v1 is BERT without its position table: LayerNorm, biases, erf GELU. With `positions` the table is
@@ -136,6 +137,31 @@ class Head(nn.Module):
         return logits_NV
 
 
+class LabelHead(nn.Module):
+    """What stands in the place of the head over words: the classes of a text, out of its [CLS].
+
+    As transformers has it: RoFormer with GELU, BERT with its pooler's tanh. RoFormer v2 as
+    published (clue/): one matrix.
+    """
+
+    def __init__(self, config: RoFormerConfig) -> None:
+        super().__init__()
+        self.dropout, self.learned = Dropout(config.dropout), config.positions is not None
+        if config.version == 1:
+            self.pooler = nn.Linear(config.hidden, config.hidden)
+        self.classifier = nn.Linear(config.hidden, config.labels)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """[..., D] -> [..., labels]"""
+        if hasattr(self, "pooler"):
+            if self.learned:
+                hidden_ND = self.dropout(torch.tanh(self.pooler(hidden_ND)))
+            else:
+                hidden_ND = self.dropout(gelu_erf(self.pooler(self.dropout(hidden_ND))))
+        logits_NL: Tensor = self.classifier(hidden_ND)
+        return logits_NL
+
+
 class RoFormer(nn.Module):
     """The encoder; parameters are named as in configs/model.py and come from a State."""
 
@@ -145,7 +171,9 @@ class RoFormer(nn.Module):
         self.embed = Embeddings(config)
         self.dropout = Dropout(config.dropout)
         self.encoder = Encoder(config, attention)
-        if config.version == 1:
+        if config.labels:
+            self.head: nn.Module = LabelHead(config)
+        elif config.version == 1:
             self.head = Head(config)
 
     def set_progress(self, step: int) -> None:
@@ -203,7 +231,13 @@ class RoFormer(nn.Module):
         return embedded
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., V] (this rank's part of V, where it is cut)."""
+        """Hidden states [..., D] -> logits [..., V] (this rank's part of V, where it is cut).
+
+        With labels: of hidden states of [CLS] -> logits [..., labels].
+        """
+        if self.config.labels:
+            logits_NL: Tensor = self.head(hidden_ND)
+            return logits_NL
         if self.config.version == 1:
             logits_NV = self.head(hidden_ND, self.embed.tokens)
         else:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from configs.objectives import SEQ2SEQ, Masked
+from configs.objectives import SEQ2SEQ, Labels, Masked
 
 
 def build(section: Any) -> Any:
@@ -15,6 +15,10 @@ def build(section: Any) -> Any:
         from pretrain.objectives import masked
 
         return masked.Masked()
+    if isinstance(section, Labels):
+        from pretrain.objectives import labels
+
+        return labels.Labels()
     from pretrain.objectives.causal import Causal
 
     return Causal()
