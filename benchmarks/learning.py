@@ -121,7 +121,7 @@ def against_neighbours(config: RunConfig, corpora: Corpora, steps: int) -> dict[
         asked.append([left[mask], inputs[mask], batch.targets_BT.numpy()[mask], right[mask]])
     left_P, shown_P, w_P, right_P = joined(asked)
     best: dict[str, float] = {}
-    for power in (0.6, 0.8, 1.0):
+    for power in (0.8, 1.0, 1.2):
         nats, right_ones = 0.0, 0
         for at in range(0, len(w_P), AT_ONCE):
             part = slice(at, at + AT_ONCE)
