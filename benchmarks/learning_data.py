@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="the development data ($BAJIE_DEV_DATA)")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--titles", type=int, default=100, help="papers to learn titles from")
+    parser.add_argument("--titles", type=int, default=116, help="papers to learn titles from")
     words = parser.parse_args()
     words.out.mkdir(parents=True, exist_ok=True)
     packed = words.source / "data" / "dev-open.jsonl.zst"
@@ -30,16 +30,19 @@ def main() -> None:
     with (
         open(packed, "rb") as stream,
         open(words.out / "laws.jsonl", "w", encoding="utf-8") as laws,
+        open(words.out / "verse.jsonl", "w", encoding="utf-8") as verse,
         open(words.out / "modern.jsonl", "w", encoding="utf-8") as modern,
     ):
         for line in io.TextIOWrapper(reader.stream_reader(stream), encoding="utf-8"):
             genre = json.loads(line)["genre"]
             if genre == "law":
                 laws.write(line)
+            if genre == "poetry":
+                verse.write(line)
             if genre not in OLD:
                 modern.write(line)
     rows = (words.source / "eval/csl/title_train_3k.tsv").read_text("utf-8").splitlines(True)
-    (words.out / f"titles-{words.titles}.tsv").write_text("".join(rows[: words.titles]), "utf-8")
+    (words.out / "titles.tsv").write_text("".join(rows[: words.titles]), "utf-8")
 
 
 if __name__ == "__main__":
