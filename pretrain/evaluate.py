@@ -189,9 +189,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--masking", choices=["token", "word", "word_token"], help="of mlm")
     parser.add_argument("--beams", type=int, default=1, help="of csl and ape210k, as published")
     parser.add_argument("--outputs", metavar="FILE", help="write what the model wrote, a line each")
+    parser.add_argument("--lengths", help="of length and passkey: 128,256,512 (长度)")
+    parser.add_argument("--plot", metavar="FILE", help="of length, passkey: the curves, SVG")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
-    if words.task == "bits":
+    if words.data is None and words.task != "passkey":
+        raise ValueError(f"--data: must be given for --task {words.task} (须给出数据)")
+    if words.task in ("length", "passkey"):
+        result = reach(words)
+    elif words.task == "bits":
         samples = 256 if words.samples is None else words.samples
         result = bits(words.checkpoint, words.data, samples, words.seq_len)
     else:
@@ -200,11 +206,36 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(result, ensure_ascii=False))
     elif words.task == "bits":
         _show(result)
+    elif words.task in ("length", "passkey"):
+        from pretrain import lengths
+
+        print("\n".join(lengths.table(result)))
     else:
         from pretrain import tasks as rooms
 
         print("\n".join(rooms.table(result)))
     return 0
+
+
+def reach(words: argparse.Namespace) -> dict[str, Any]:
+    """What the tasks of long rows find (lengths.py), as plain data; the plot is written."""
+    from pretrain import lengths
+
+    try:
+        wanted = [int(word) for word in (words.lengths or str(words.seq_len or 512)).split(",")]
+    except ValueError:
+        raise lengths.LengthError(
+            f"--lengths: is {words.lengths!r}, must be whole numbers with commas, e.g. 128,512"
+        ) from None
+    head = {"task": words.task, "checkpoint": str(words.checkpoint)}
+    if words.task == "length":
+        found = lengths.lengths(words.checkpoint, words.data, wanted, words.samples or 64)
+        head["data"] = str(words.data)
+    else:
+        found = lengths.passkeys(words.checkpoint, wanted, samples=words.samples or 10)
+    if words.plot is not None:
+        Path(words.plot).write_text(lengths.drawn(found), "utf-8")
+    return head | found
 
 
 def measured(words: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,311 @@
+"""How far a checkpoint reads: loss by position, perplexity by length, passkeys in Chinese filler.
+
+    valid split --documents of L tokens and more, their first L--> rows --> loss of each position
+        --> mean by bucket of positions, and over the row, for each length  --> table, JSON, SVG
+    filler + 密码是 48213 + filler + 密码是 --> is 48213 said?  by length and by depth of the key
+
+An encoder's rows have 15 % of their tokens masked, always the same ones; its loss is that of the
+masked tokens. The rows of a shorter length are the beginnings of the same documents, so that the
+figures of two lengths compare. Passkeys: Mohtashami and Jaggi 2023, here in Chinese.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, longest_row
+from pretrain.checkpoint import read, resolve
+from pretrain.generate import load_model
+from pretrain.objectives.losses import token_losses_plain
+
+FILLER = "草是绿的，天是蓝的，太阳是黄的。我们走吧，走过去又走回来。"
+KEY = "密码是{key}。请记住，{key}就是密码。"
+ASKED = "密码是"
+DIGITS = 5
+MASKED = 0.15
+"""Share of an encoder's tokens whose loss is measured."""
+TOKENS_AT_ONCE = 4096
+
+
+class LengthError(ValueError):
+    """Lengths, or a corpus, that cannot be measured."""
+
+
+# ---------------------------------------------------------------- loss by position
+
+
+def lengths(
+    checkpoint: str | Path,
+    corpus: str | Path,
+    wanted: Sequence[int],
+    samples: int = 64,
+    buckets: int = 8,
+) -> dict[str, Any]:
+    """Loss (nats a token) by bucket of positions for each length, over the same documents.
+
+    Raises LengthError for lengths that the model cannot read or the corpus does not have.
+    """
+    from data_pipeline import tokenizer as tokenizers
+
+    state = read(resolve(checkpoint))
+    words = tokenizers.load(Path(corpus) / "tokenizer")
+    learnt = state.record.get("tokenizer")
+    if learnt not in (None, words.fingerprint):
+        raise LengthError(
+            f"--data: {corpus} was encoded by the tokenizer {words.fingerprint}, the checkpoint "
+            f"learnt that of {learnt}; encode the text by the checkpoint's tokenizer (分词器不一致)"
+        )
+    model: Any = load_model(state)
+    _check(model.config, wanted)
+    mask = None if isinstance(model.config, CPMConfig) else words.mask_id
+    rows = _documents(Path(corpus) / "valid", max(wanted) + 1, samples)
+    found = []
+    for length in sorted(wanted):
+        losses_T, counts_T = by_position(model, rows[:, : length + 1], mask)
+        edges = np.linspace(0, length, min(buckets, length) + 1).round().astype(int)
+        parts = [
+            {"from": int(a), "to": int(b), "loss": _mean(losses_T[a:b], counts_T[a:b])}
+            for a, b in pairwise(edges)
+        ]
+        loss = _mean(losses_T, counts_T)
+        found.append(
+            {
+                "length": length,
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "tokens": int(counts_T.sum()),
+                "buckets": parts,
+            }
+        )
+    return {"rows": len(rows), "lengths": found}
+
+
+def _check(config: ModelConfig, wanted: Sequence[int]) -> None:
+    room = longest_row(config)
+    if isinstance(config, T5PegasusConfig):
+        raise LengthError(
+            "--task length: reads a CPM, BERT or RoFormer; a T5's loss belongs to its targets, not "
+            "to places of its source; use --task passkey (请用 passkey)"
+        )
+    if not wanted or min(wanted) < 2:
+        raise LengthError(f"--lengths: are {list(wanted)}, each must be at least 2 (长度不合法)")
+    if room is not None and max(wanted) > room:
+        raise LengthError(
+            f"--lengths: {max(wanted)} is more than the model's {room} positions; extend it first: "
+            "python -m launch extend (请先扩展)"
+        )
+
+
+def _documents(prefix: Path, tokens: int, samples: int) -> np.ndarray:
+    """The first `tokens` of documents that have so many, int64 [rows, tokens], spread evenly."""
+    from data_pipeline.index import Index
+
+    index = Index(prefix)
+    long = np.flatnonzero(np.asarray(index.lengths) >= tokens)
+    if not len(long):
+        longest = int(np.asarray(index.lengths).max(initial=0))
+        raise LengthError(
+            f"--lengths: {prefix} has no document of {tokens} tokens, its longest has {longest}; "
+            "ask for less, or measure on a corpus of longer documents (没有足够长的文档)"
+        )
+    chosen = long[np.linspace(0, len(long) - 1, min(samples, len(long))).round().astype(int)]
+    begins = np.asarray(index.offsets)[chosen]
+    return np.stack([np.asarray(index.slice(int(b), int(b) + tokens), np.int64) for b in begins])
+
+
+@torch.no_grad()
+def by_position(
+    model: Any, rows_BT: np.ndarray, mask_id: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the losses and number of them at each position [T - 1], float64.
+
+    rows_BT: token ids, one more a row than positions. A decoder predicts the next token at each; an
+    encoder (mask_id given) the tokens that are masked there.
+    """
+    B, T = rows_BT.shape[0], rows_BT.shape[1] - 1
+    sums_T, counts_T = np.zeros(T), np.zeros(T)
+    hidden_BT = np.random.default_rng(0).random((B, T)) < MASKED
+    at_once = max(1, TOKENS_AT_ONCE // T)
+    for first in range(0, B, at_once):
+        part = torch.from_numpy(rows_BT[first : first + at_once])
+        tokens_BT, targets_BT = part[:, :-1], part[:, 1:]
+        chosen_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        if mask_id is not None:
+            chosen_BT = torch.from_numpy(hidden_BT[first : first + at_once])
+            targets_BT, tokens_BT = tokens_BT, tokens_BT.masked_fill(chosen_BT, mask_id)
+        positions_BT = torch.arange(T).expand_as(tokens_BT)
+        states_ND = model(tokens_BT, positions_BT)[chosen_BT]
+        losses_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
+        if len(states_ND):
+            losses_N = token_losses_plain(model.logits, states_ND, targets_BT[chosen_BT])
+            losses_BT[chosen_BT] = losses_N.double()
+        sums_T += losses_BT.sum(0).numpy()
+        counts_T += chosen_BT.sum(0).numpy()
+    return sums_T, counts_T
+
+
+def _mean(sums_T: np.ndarray, counts_T: np.ndarray) -> float:
+    return float(sums_T.sum() / max(counts_T.sum(), 1))
+
+
+# ---------------------------------------------------------------- passkeys
+
+
+def passkeys(
+    checkpoint: str | Path,
+    wanted: Sequence[int],
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 10,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Share of passkeys that are said whole, by length of the text and depth of the key in it."""
+    from data_pipeline import tokenizer as tokenizers
+
+    folder = resolve(checkpoint)
+    if not (folder / "tokenizer").is_dir():
+        raise LengthError(f"{folder}: has no tokenizer/, texts cannot be read for it (缺少分词器)")
+    words, model = tokenizers.load(folder / "tokenizer"), load_model(read(folder))
+    room = longest_row(model.config)  # type: ignore[arg-type]
+    if room is not None and max(wanted) > room:
+        raise LengthError(
+            f"--lengths: {max(wanted)} is more than the model's {room} positions; extend it first: "
+            "python -m launch extend (请先扩展)"
+        )
+    table = []
+    for length in sorted(wanted):
+        right = []
+        for depth in depths:
+            made = [passkey(words, length, depth, seed + number) for number in range(samples)]
+            said = sum(_says(model, words, text, key) for text, key in made)
+            right.append(said / samples)
+        table.append({"length": length, "accuracy": right, "mean": sum(right) / len(right)})
+    return {"depths": list(depths), "samples": samples, "lengths": table}
+
+
+def passkey(words: Any, length: int, depth: float, seed: int) -> tuple[list[int], list[int]]:
+    """(text up to the question, the key's tokens), together `length` tokens; depth 0 is the start.
+
+    Raises LengthError for a length that the key and the question do not leave room in.
+    """
+    number = np.random.default_rng([seed, length, round(1000 * depth)]).integers(10**DIGITS)
+    key = f"{number:0{DIGITS}d}"
+    filler, needle, asked, answered = (
+        [int(i) for i in words.encode(text)]
+        for text in (FILLER, KEY.format(key=key), ASKED, ASKED + key)
+    )
+    if answered[: len(asked)] == asked:
+        answer = answered[len(asked) :]
+    else:  # a token that reaches over the border: the key alone
+        answer = [int(i) for i in words.encode(key)]
+    rest = length - len(needle) - len(asked) - len(answer)
+    if rest < 0:
+        raise LengthError(
+            f"--lengths: {length} tokens are too few for a key and its question, at least "
+            f"{length - rest} (长度不足)"
+        )
+    before = round(depth * rest)
+    many = filler * (rest // len(filler) + 2)
+    text = many[:before] + needle + many[before % len(filler) :][: rest - before] + asked
+    return text, answer
+
+
+@torch.no_grad()
+def _says(model: Any, words: Any, text: list[int], key: list[int]) -> bool:
+    """Whether the likeliest tokens behind the text, or in its masks, are the key."""
+    count, answer = len(key), torch.tensor(key)
+
+    def row(ids: list[int]) -> tuple[Tensor, Tensor, None]:
+        tokens_BT = torch.tensor([ids])
+        return tokens_BT, torch.arange(len(ids))[None], None
+
+    if isinstance(model.config, CPMConfig):  # right token by token is what greedy would write
+        hidden_BTD = model(*row([*text, *key]))[:, -count - 1 : -1]
+    elif isinstance(model.config, T5PegasusConfig):
+        start = words.pad_id if words.bos_id is None else words.bos_id
+        hidden_BTD = model(*row([start, *key]), *row([*text, words.eod_id]))[:, :count]
+    else:
+        hidden_BTD = model(*row([*text, *[words.mask_id] * count]))[:, -count:]
+    best_T = model.logits(hidden_BTD[0])[:, : words.vocab_size].argmax(-1)
+    return bool((best_T == answer).all())
+
+
+# ---------------------------------------------------------------- for people
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The lines that a person reads."""
+    if "depths" in found:
+        lines = [f"passkeys said, of {found['samples']} each; by depth of the key (按深度)"]
+        lines.append(
+            "  length" + "".join(f"{depth:>8.0%}" for depth in found["depths"]) + "    mean"
+        )
+        for one in found["lengths"]:
+            cells = "".join(f"{share:>8.0%}" for share in one["accuracy"])
+            lines.append(f"{one['length']:>8}{cells}{one['mean']:>8.0%}")
+        return lines
+    lines = [f"{found['rows']} documents; nats a token by positions (按位置的损失)"]
+    for one in found["lengths"]:
+        cells = "".join(f"  {part['to']}: {part['loss']:.3f}" for part in one["buckets"])
+        head = f"{one['length']:>8} tokens  loss {one['loss']:.4f}  perplexity"
+        lines += [f"{head} {one['perplexity']:.2f}", f"{'up to':>15}{cells}"]
+    return lines
+
+
+WIDTH, HEIGHT, MARGIN = 640, 320, 48
+COLOURS = ("#1b7f5c", "#c8781e", "#33608f", "#a33b4b", "#6a4c93", "#555555", "#8a8a00", "#008a8a")
+
+
+def plot(series: dict[str, list[tuple[float, float]]], axis: str, title: str) -> str:
+    """Curves of (x, y) by name as an SVG."""
+    points = [point for line in series.values() for point in line]
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    wide, tall = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+
+    def at(x: float, y: float) -> str:
+        across = MARGIN + wide * (x - left) / max(right - left, 1e-9)
+        return f"{across:.1f},{MARGIN + tall * (high - y) / max(high - low, 1e-9):.1f}"
+
+    font = 'font-family="sans-serif" font-size="11"'
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {font}>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{MARGIN}" y="20" font-size="13">{title}</text>',
+        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 10}" text-anchor="end">{axis}</text>',
+        f'<text x="4" y="{MARGIN}">{high:.2f}</text>',
+        f'<text x="4" y="{HEIGHT - MARGIN}">{low:.2f}</text>',
+        f'<text x="{MARGIN}" y="{HEIGHT - MARGIN + 16}">{left:g}</text>',
+        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - MARGIN + 16}" text-anchor="end">{right:g}</text>',
+    ]
+    for number, (name, line) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(at(x, y) for x, y in line)
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        down = MARGIN + 14 * number
+        out.append(
+            f'<text x="{WIDTH - MARGIN}" y="{down}" text-anchor="end" fill="{colour}">{name}</text>'
+        )
+    return "\n".join([*out, "</svg>", ""])
+
+
+def drawn(found: dict[str, Any]) -> str:
+    """The curves of what lengths() or passkeys() found."""
+    if "depths" in found:
+        series = {
+            f"{one['length']} tokens": list(zip(found["depths"], one["accuracy"], strict=True))
+            for one in found["lengths"]
+        }
+        return plot(series, "depth of the key", "passkeys said")
+    series = {
+        f"{one['length']} tokens": [((p["from"] + p["to"]) / 2, p["loss"]) for p in one["buckets"]]
+        for one in found["lengths"]
+    }
+    return plot(series, "position", "loss, nats a token")
