@@ -2,6 +2,8 @@
 
     python -m launch evaluate CHECKPOINT --task bits --data CORPUS
     python -m launch evaluate CHECKPOINT --task mlm|csl|ape210k|lcqmc|labels --data CORPUS_OR_FILE
+    python -m launch evaluate CHECKPOINT --task length --data CORPUS --lengths 128,512 --plot FILE
+    python -m launch evaluate CHECKPOINT --task passkey --lengths 128,512
 
 The tasks are in tasks.py and classify.py, their scores in scores.py. `bits` measures bits per
 character on rows of a corpus' valid split: the checkpoint's, a unigram's and an interpolated
@@ -179,11 +181,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="a checkpoint or a run folder (its newest)")
-    tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc", "labels"]
+    tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc", "labels", "length", "passkey"]
     parser.add_argument("--task", choices=tasks, default="bits", help="what is measured")
-    parser.add_argument(
-        "--data", required=True, help="a corpus folder (bits, mlm, labels), or a file"
-    )
+    parser.add_argument("--data", help="a corpus folder (bits, mlm, labels, length) or a file")
     parser.add_argument("--samples", type=int, help="rows (256), or lines of a file (all)")
     parser.add_argument("--seq-len", type=int, help="tokens of a row; default: as trained")
     parser.add_argument("--masking", choices=["token", "word", "word_token"], help="of mlm")
