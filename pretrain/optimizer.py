@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrain.optimizers.adafactor import Adafactor
 from pretrain.optimizers.adam import AdamW, Lamb, RmsAdamW
+from pretrain.optimizers.averages import Ema, Lookahead
 from pretrain.optimizers.groups import Group, GroupKey, Scales, groups, recorded
+from pretrain.optimizers.muon import Muon
+from pretrain.optimizers.rows import LazyRows
 from pretrain.optimizers.update import Rule, Update
 
 __all__ = ["Group", "GroupKey", "Scales", "build", "groups", "recorded", "set_lr"]
@@ -47,12 +51,23 @@ def build(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], secti
 
 def _rules(section: Any, keys: Mapping[str, GroupKey]) -> list[Rule]:
     """What changes the weights, and what looks at them afterwards."""
-    made: dict[str, Any] = {
-        "adamw": lambda: [AdamW()],
-        "lamb": lambda: [Lamb(keys, section.bias_correction, section.adapt)],
-        "rms_adamw": lambda: [RmsAdamW(keys, section.rms_floor)],
-    }
-    return list(made[section.name]())
+    floor = section.rms_floor
+    rules: list[Rule] = []
+    if section.name == "lamb":
+        rules.append(Lamb(keys, section.bias_correction, section.adapt))
+    elif section.name == "rms_adamw":
+        rules.append(RmsAdamW(keys, floor))
+    elif section.name == "adafactor":
+        rules.append(Adafactor(keys, section.beta1, floor, section.relative_step))
+    else:
+        rules.append(AdamW())
+    if section.name == "muon":
+        rules.append(Muon(section.momentum, section.muon_scale))
+    if section.lazy_rows:
+        rules.append(LazyRows())
+    if section.lookahead_every:
+        rules.append(Lookahead(section.lookahead_every, section.lookahead_share))
+    return [*rules, Ema(section.ema)] if section.ema else rules
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

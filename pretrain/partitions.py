@@ -36,6 +36,8 @@ KINDS = {
 }
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a dynamic loss scaler remembers."""
+BESIDE = ("ema", "slow")
+"""Averages of the weights (pretrain/optimizers/averages.py); a run may begin or leave one."""
 
 
 class Partitions:
@@ -65,10 +67,10 @@ class Partitions:
         known = self.kind != "torch" or isinstance(optimizer, torch.optim.Optimizer)
         assert known, f"{type(optimizer).__name__}: no rule where it keeps its values"
         self.tensors = {t.name: t for t in tensors(config)}
-        self.kinds = ["weights", *(f"optim/{slot}" for slot in self.base.slots)]
+        self.slots = self.base.slots_by_name()
         self.flats = list(self._flats())
-        for _, flat in self.flats:
-            self.base.fill(flat)
+        for group, flat in self.flats:
+            self.base.fill(self.base.groups[group], flat)
         if self.kind in ("zero12", "bf16"):
             # DeepSpeed links the moments after the first group's first step, when the later groups
             # have none yet; they exist now.
@@ -76,7 +78,7 @@ class Partitions:
             optimizer._lazy_init_hp_params_optimizer_state()
         self.fragments = list(self._fragments({p: name for name, p in parameters.items()}))
         self.base.begin(
-            [(self.base.param_groups[group], flat) for group, flat in self.flats],
+            [(self.base.groups[group], flat) for group, flat in self.flats],
             Logical(self.fragments, config, mesh),
             self._hand_on,
         )
@@ -85,11 +87,23 @@ class Partitions:
 
     def entries(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Key -> (logical shape, dtype) of all that pieces() covers; the same on every rank."""
-        return {
-            f"{kind}/{name}": (shape(self.config, t), "float32")
-            for kind in self.kinds
+        found = {
+            key: (shape(self.config, t), "float32")
             for name, t in self.tensors.items()
+            for key in self._keys(name)
         }
+        found |= {key: (tuple(v.shape), "float32") for key, v in self.base.whole.items()}
+        kinds = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in found))
+        place = {name: i for i, name in enumerate(self.tensors)}
+        return dict(
+            sorted(
+                found.items(),
+                key=lambda item: (
+                    kinds.index(item[0].rsplit("/", 1)[0]),
+                    place[item[0].rsplit("/", 1)[1]],
+                ),
+            )
+        )
 
     def pieces(self) -> Iterator[tuple[str, Tensor, np.ndarray]]:
         """(key, flat values, runs) of what this rank hands out; runs as of runs().
@@ -105,8 +119,13 @@ class Partitions:
             if not length:
                 continue
             where = self._runs(f.name, f.start + first, length)
-            for kind, values in self._values(f.flat).items():
-                yield f"{kind}/{f.name}", f.view(values)[first : first + length], where
+            for key in self._keys(f.name):
+                values = self._values(f.flat, key)
+                yield key, f.view(values)[first : first + length], where
+        for key, values in self.base.whole.items():
+            first, length = share(values.numel(), [(self.mesh.rank, self.mesh.world)])
+            if length:
+                yield key, values[first : first + length], np.array([[first, 0, length]], np.int64)
 
     def scaler(self) -> dict[str, Any] | None:
         """The dynamic loss scaler's memory, None where there is none."""
@@ -125,34 +144,46 @@ class Partitions:
         """
         self._compare(state, updates)
         for _, flat in self.flats:
-            for values in self._values(flat).values():
+            for values in (flat, *self.base.state[flat].values()):
                 values.detach().zero_()  # padding included
         held: dict[str, list[Fragment]] = {}
         for f in self.fragments:
             held.setdefault(f.name, []).append(f)
-        for kind in self.kinds:
-            for name, fragments in held.items():
-                if f"{kind}/{name}" in state.entries:
-                    self._read(state.read(f"{kind}/{name}").reshape(-1), kind, fragments)
+        for name, fragments in held.items():
+            for key in self._keys(name):
+                if key in state.entries:
+                    self._read(state.read(key).reshape(-1), key, fragments)
+                elif self.slots[name].get(key.split("/")[1]) == "weight":
+                    for f in fragments:
+                        f.view(self._values(f.flat, key)).copy_(f.view(f.flat))
+        for key, values in self.base.whole.items():
+            values.zero_()
+            if key in state.entries:
+                values.copy_(state.read(key))
         for group, flat in self.flats:
-            steps = updates - self.base.param_groups[group]["born"]
+            steps = updates - self.base.groups[group]["born"]
             self.base.state[flat]["step"].fill_(steps)
+        self.base.updates = updates
         scaler = state.record.get("scaler")
         if scaler and self.scaler() is not None:
             for name in SCALER:
                 setattr(self.optimizer.loss_scaler, name, scaler[name])
         self._refresh()
 
-    def _read(self, whole: Tensor, kind: str, fragments: list[Fragment]) -> None:
+    def _read(self, whole: Tensor, key: str, fragments: list[Fragment]) -> None:
         for f in fragments:
-            values = f.view(self._values(f.flat)[kind])
+            values = f.view(self._values(f.flat, key))
             for logical, local, length in self._runs(f.name, f.start, f.length).tolist():
                 values[local : local + length].copy_(whole[logical : logical + length])
 
     def _compare(self, state: State, updates: int) -> None:
         want = {key: size for key, (size, _) in self.entries().items()}
         have = {k: tuple(e.shape) for k, e in state.entries.items() if not k.startswith("buffers/")}
-        learnt = any(key.startswith("optim/") for key in have)
+        kept = {key.split("/")[1] for key in have if key.startswith("optim/")}
+        learnt = bool(kept)
+        self._same_rule({key.split("/")[1] for key in want if key.startswith("optim/")}, kept)
+        want = {k: v for k, v in want.items() if not _began_now(k, kept)}
+        have = {k: v for k, v in have.items() if k in want or not _beside(k)}
         young = {name for name, born in self.born.items() if born == updates}
 
         def needed(key: str) -> bool:
@@ -172,6 +203,16 @@ class Partitions:
                 "with, or choose another init.from or run.out (检查点与模型不符):\n"
                 + "\n".join(found[:8])
                 + more
+            )
+
+    def _same_rule(self, wanted: set[str], kept: set[str]) -> None:
+        """The state's moments must be those that this rule keeps; averages may come and go."""
+        wanted, kept = wanted - set(BESIDE), kept - set(BESIDE)
+        if kept and kept != wanted:
+            raise ValueError(
+                f"optimizer: keeps {', '.join(sorted(wanted)) or 'no moments'}, the state has "
+                f"{', '.join(sorted(kept))}; set optimizer.name (and what it needs) to what the "
+                "run was trained with, or begin anew with init.what: weights (优化器与检查点不符)"
             )
 
     @torch.no_grad()
@@ -210,9 +251,15 @@ class Partitions:
 
     # -- where things are ----------------------------------------------------------------------
 
-    def _values(self, flat: Tensor) -> dict[str, Tensor]:
-        state = self.base.state[flat]
-        return {kind: state[kind[6:]] if kind != "weights" else flat for kind in self.kinds}
+    def _keys(self, name: str) -> list[str]:
+        """What is kept of a tensor, all of it laid out like the tensor."""
+        return [f"weights/{name}", *(f"optim/{slot}/{name}" for slot in self.slots[name])]
+
+    def _values(self, flat: Tensor, key: str) -> Tensor:
+        if key.startswith("weights/"):
+            return flat
+        values: Tensor = self.base.state[flat][key.split("/")[1]]
+        return values
 
     def _runs(self, name: str, start: int, length: int) -> np.ndarray:
         t = self.tensors[name]
@@ -244,6 +291,16 @@ class Partitions:
                     if (mapping := p._hp_mapping) is not None:
                         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                         yield Fragment(names[p], here.start, here.numel, flat, there.start, 1)
+
+
+def _beside(key: str) -> bool:
+    """Whether a key is of an average of the weights, which no update reads."""
+    return key.startswith("optim/") and key.split("/")[1] in BESIDE
+
+
+def _began_now(key: str, kept: set[str]) -> bool:
+    """Whether it is of an average that the state has not: it begins at the weights."""
+    return _beside(key) and key.split("/")[1] not in kept
 
 
 def _one_behind_the_other(

@@ -66,10 +66,54 @@ def rms_adamw(section: Optimizer) -> Step:
     return step
 
 
+def adafactor(section: Optimizer) -> Step:
+    """torch.optim.Adafactor, which tells rate and floor as we do; its eps1 is squared."""
+
+    def step(name: str, w: Tensor, g: Tensor, state: Any, lr: float, t: int, wd: float) -> None:
+        if "torch" not in state:
+            made = {"eps": (1e-15, section.rms_floor), "weight_decay": wd}
+            state["torch"] = torch.optim.Adafactor([w], lr=lr, **made)
+        rule = state["torch"]
+        # its rate is min(lr, 1 / sqrt(step)); without relative_step lr stands alone
+        rule.param_groups[0]["lr"] = lr
+        assert section.relative_step or lr <= t**-0.5
+        w.grad = g
+        rule.step()
+        w.grad = None
+
+    return step
+
+
+def muon(section: Optimizer) -> Step:
+    """torch.optim.Muon with its iteration in float64, and AdamW for what is no layer's matrix."""
+    rest = adamw(section)
+
+    def step(name: str, w: Tensor, g: Tensor, state: Any, lr: float, t: int, wd: float) -> None:
+        if ".layers." not in name or w.dim() != 2:
+            rest(name, w, g, state, lr, t, wd)
+            return
+        mu = section.momentum
+        state["b"] = mu * state.get("b", 0 * g) + (1 - mu) * g
+        x = mu * state["b"] + (1 - mu) * g
+        x = x / x.norm()
+        for _ in range(5):  # of a wide or a tall matrix alike: the polynomial is odd
+            y = x.T @ x
+            x = 3.4445 * x + x @ (-4.7750 * y + 2.0315 * y @ y)
+        length = {
+            "rms": 0.2 * math.sqrt(max(w.shape)),
+            "spectral": math.sqrt(w.shape[0] / w.shape[1]),
+        }
+        w.mul_(1 - lr * wd).sub_(lr * length[section.muon_scale] * x)
+
+    return step
+
+
 STEPS: dict[str, Callable[[Optimizer], Step]] = {
     "adamw": adamw,
     "lamb": lamb,
     "rms_adamw": rms_adamw,
+    "adafactor": adafactor,
+    "muon": muon,
 }
 
 

@@ -108,13 +108,24 @@ def pieces_of(engine: Engine) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return [(key, values.cpu().numpy().copy(), runs) for key, values, runs in engine.pieces()]
 
 
-def gathered(config: CPMConfig, ranks: list[list[tuple[str, Any, Any]]]) -> dict[str, Tensor]:
-    """Whole tensors from all ranks' pieces; asserts that every value came exactly once."""
-    sizes = {t.name: shape(config, t) for t in tensors(config)}
+def gathered(
+    config: CPMConfig,
+    ranks: list[list[tuple[str, Any, Any]]],
+    entries: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Whole tensors from all ranks' pieces; asserts that every value came exactly once.
+
+    entries: shapes by key, where not all state is laid out like the weights.
+    """
+    shapes = {t.name: shape(config, t) for t in tensors(config)}
     whole: dict[str, np.ndarray] = {}
     seen: dict[str, np.ndarray] = {}
+
+    def size_of(key: str) -> tuple[int, ...]:
+        return entries[key][0] if entries else shapes[key.split("/")[-1]]
+
     for key, values, runs in (piece for pieces in ranks for piece in pieces):
-        size = int(np.prod(sizes[key.split("/")[-1]]))
+        size = int(np.prod(size_of(key)))
         into = whole.setdefault(key, np.zeros(size, np.float32))
         count = seen.setdefault(key, np.zeros(size, np.int64))
         for logical, local, length in runs:
@@ -122,7 +133,7 @@ def gathered(config: CPMConfig, ranks: list[list[tuple[str, Any, Any]]]) -> dict
             count[logical : logical + length] += 1
     for key, count in seen.items():
         assert (count == 1).all(), f"{key}: values came {np.unique(count)} times"
-    return {k: torch.from_numpy(v).view(sizes[k.split("/")[-1]]) for k, v in whole.items()}
+    return {k: torch.from_numpy(v).view(size_of(k)) for k, v in whole.items()}
 
 
 def state_of(whole: dict[str, Tensor], record: dict[str, Any]) -> State:

@@ -31,13 +31,11 @@ MOMENTS = {"exp_avg": "zeros", "exp_avg_sq": "zeros"}
 
 
 class AdamW:
-    """torch's fused AdamW, over the flats of the groups that are `mine`."""
+    """torch's fused AdamW."""
 
     slots: Mapping[str, str] = MOMENTS
     masks = True
-
-    def __init__(self, part: str = "") -> None:
-        self.part = part
+    part = ""
 
     def begin(self, update: Update) -> None:
         """Nothing depends on the layout."""
@@ -45,8 +43,6 @@ class AdamW:
     def apply(self, update: Update, grads: dict[Tensor, Tensor], sick: Tensor | None) -> None:
         """One fused kernel for each group."""
         for group, flats in update.by_group():
-            if group["part"] != self.part:
-                continue
             states = [update.state[flat] for flat in flats]
             torch._fused_adamw_(
                 flats,
@@ -71,6 +67,7 @@ class RmsAdamW:
 
     slots: Mapping[str, str] = MOMENTS
     masks = False
+    part = ""
 
     def __init__(self, keys: Keys, floor: float) -> None:
         self.keys, self.floor = keys, floor
@@ -103,6 +100,7 @@ class Lamb:
 
     slots: Mapping[str, str] = MOMENTS
     masks = False
+    part = ""
 
     def __init__(self, keys: Keys, bias_correction: bool, adapt: str) -> None:
         self.keys, self.bias_correction, self.adapt = keys, bias_correction, adapt

@@ -21,20 +21,26 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from pretrain.optimizers.fragments import Fragment, Logical
+from pretrain.optimizers.fragments import Logical
 
 
 class Rule(Protocol):
     """How gradients become changes of weights."""
 
-    slots: Mapping[str, str]
-    """What is kept for each value of a weight -> what it starts from: `zeros` or `weight`."""
+    @property
+    def slots(self) -> Mapping[str, str]:
+        """What is kept for each value of a weight -> what it starts from: `zeros` or `weight`."""
+
+    @property
+    def part(self) -> str | None:
+        """Whose groups it updates; None: it looks at all."""
 
     def begin(self, update: "Update") -> None:
         """The layout is known: make what depends on it."""
 
-    masks: bool
-    """Whether apply() heeds `sick`; if not, a sick step waits for the device and does not call."""
+    @property
+    def masks(self) -> bool:
+        """Whether apply() heeds `sick`; if not, a sick step waits for the device instead."""
 
     def apply(self, update: "Update", grads: dict[Tensor, Tensor], sick: Tensor | None) -> None:
         """Change the masters (the keys of grads), unless sick; the gradients may be used up."""
@@ -61,9 +67,16 @@ class Update(torch.optim.Optimizer):
         clip_weights: Mapping[str, float],
     ) -> None:
         super().__init__(list(groups), {"lr": 0.0})
+        self.groups = list(self.param_groups)  # DeepSpeed shows step() one of them at a time
         self.rules, self.clip_norm, self._weights = list(rules), clip_norm, dict(clip_weights)
         self.flats: list[Tensor] = []
         self.group_of: dict[Tensor, dict[str, Any]] = {}
+        self.flat_of: dict[int, Tensor] = {}
+        """id of a group -> one of its flats, whose step counts for all."""
+        self.whole: dict[str, Tensor] = {}
+        """State that is no longer than a side of its tensor, whole on every rank: by its key."""
+        self.updates = 0
+        """Updates of the run so far."""
         self.logical: Logical
         self.squares: Tensor | None = None
         """Of each logical tensor's last gradient, float64 [tensors], before clipping."""
@@ -76,17 +89,21 @@ class Update(torch.optim.Optimizer):
         self._growth_lr: tuple[tuple[float, ...], Tensor] | None = None
         self._hand_on: Callable[[], None] = lambda: None
 
-    @property
-    def slots(self) -> dict[str, str]:
-        """Every slot that is laid out like the weights -> what it starts from."""
-        return {name: start for rule in self.rules for name, start in rule.slots.items()}
+    def slots(self, part: str) -> dict[str, str]:
+        """What lies beside the weights of a part's groups -> what it starts from."""
+        rules = [rule for rule in self.rules if rule.part in (part, None)]
+        return {name: start for rule in rules for name, start in rule.slots.items()}
 
-    def fill(self, flat: Tensor) -> dict[str, Any]:
+    def slots_by_name(self) -> dict[str, dict[str, str]]:
+        """The same by tensor name."""
+        return {n: self.slots(group["part"]) for group in self.groups for n in group["names"]}
+
+    def fill(self, group: dict[str, Any], flat: Tensor) -> dict[str, Any]:
         """Make the state of one flat tensor exist."""
         state: dict[str, Any] = self.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for slot in self.slots:
+            for slot in self.slots(group["part"]):
                 state[slot] = torch.zeros_like(flat, memory_format=torch.preserve_format)
         return state
 
@@ -107,8 +124,9 @@ class Update(torch.optim.Optimizer):
         self.group_of = {flat: group for group, flat in flats}
         self.logical, self._hand_on = logical, hand_on
         self._clip_weight = logical.vector(self._weights)
-        for flat in self.flats:
-            self.fill(flat)
+        self.flat_of = {id(group): flat for group, flat in flats}
+        for group, flat in flats:
+            self.fill(group, flat)
         for rule in self.rules:
             rule.begin(self)
 
@@ -155,17 +173,19 @@ class Update(torch.optim.Optimizer):
                 grad.mul_(beside[flat.device])
         steps = [self.state[flat]["step"] for flat in self.flats]
         torch._foreach_add_(steps, 1)
+        self.updates += 1
         for rule in self.rules:
             rule.apply(self, grads, sick)
         if sick is not None:
             torch._foreach_sub_(steps, [sick.to(step.device) for step in steps])
         self._hand_on()
 
-    def by_group(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        """(parameter group, its flat tensors)."""
+    def by_group(self, part: str = "") -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """(parameter group, its flat tensors) of a part."""
         found: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
         for flat, group in self.group_of.items():
-            found.setdefault(id(group), (group, []))[1].append(flat)
+            if group["part"] == part:
+                found.setdefault(id(group), (group, []))[1].append(flat)
         return list(found.values())
 
     def growth_lr(self) -> Tensor:
@@ -173,13 +193,10 @@ class Update(torch.optim.Optimizer):
 
         The engine may bring the groups' lr_scale back to 1 over some steps.
         """
-        groups = {id(group): group for group in self.group_of.values()}.values()
-        now = tuple(group["lr_scale"] / group["layer_scale"] for group in groups)
+        now = tuple(group["lr_scale"] / group["layer_scale"] for group in self.groups)
         if self._growth_lr is None or self._growth_lr[0] != now:
-            by_name = {n: x for group, x in zip(groups, now, strict=True) for n in group["names"]}
+            by_name = {
+                n: x for group, x in zip(self.groups, now, strict=True) for n in group["names"]
+            }
             self._growth_lr = now, self.logical.vector(by_name)
         return self._growth_lr[1]
-
-    def kept(self, slot: str) -> Callable[[Fragment], Tensor]:
-        """From a fragment to its values of a slot."""
-        return lambda f: f.view(self.state[f.flat][slot])
