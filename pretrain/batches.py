@@ -17,7 +17,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -115,7 +115,8 @@ class Canvas:
         decoder = some(seq_len), some(seq_len), np.empty((rows, seq_len), np.bool_), some(seq_len)
         encoder = [some(encoder_len) for _ in range(3)] if encoder_len else [None] * 3
         kinds = some(seq_len) if segments else None
-        return cls(*decoder, some(seq_len) if documents else None, *encoder, kinds)
+        made = cls(*decoder, some(seq_len) if documents else None, *encoder)
+        return replace(made, segments_BT=kinds)
 
     def clear(self, pad_id: int) -> None:
         """Make every row padding."""

@@ -2,13 +2,16 @@
 
     python -m launch evaluate CHECKPOINT --task bits --data CORPUS
     python -m launch evaluate CHECKPOINT --task mlm|csl|ape210k|lcqmc|labels --data CORPUS_OR_FILE
+    python -m launch evaluate CHECKPOINT --task tnews|iflytek|ocnli|chid --data FILE --candidates 4
     python -m launch evaluate CHECKPOINT --task length --data CORPUS --lengths 128,512 --plot FILE
     python -m launch evaluate CHECKPOINT --task passkey --lengths 128,512
+    python -m launch evaluate --task ape210k --data FILE --cleaned OUT
 
-The tasks are in tasks.py and classify.py, their scores in scores.py. `bits` measures bits per
-character on rows of a corpus' valid split: the checkpoint's, a unigram's and an interpolated
-bigram's, the two counted on the train split and asked about the same targets. Bits per character
-compare across tokenizers: the loss in nats / ln 2 / characters of the targets.
+The tasks are in tasks.py, classify.py and prompts.py, their scores in scores.py. `bits` measures
+bits per character on rows of a corpus' valid split: the checkpoint's, a unigram's and an
+interpolated bigram's, the two counted on the train split and asked about the same targets. Bits per
+character compare across tokenizers: the loss in nats / ln 2 / characters of the targets. --cleaned
+needs no checkpoint: it writes the problems as they were published, to train on (`pairs`).
 """
 
 import argparse
@@ -178,21 +181,30 @@ def _check(samples: int, seq_len: int, positions: int | None) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command `python -m launch evaluate`."""
+    from pretrain import prompts
+
     parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", help="a checkpoint or a run folder (its newest)")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint or a run folder (its newest)")
     tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc", "labels", "length", "passkey"]
+    tasks += prompts.TASKS
     parser.add_argument("--task", choices=tasks, default="bits", help="what is measured")
     parser.add_argument("--data", help="a corpus folder (bits, mlm, labels, length) or a file")
     parser.add_argument("--samples", type=int, help="rows (256), or lines of a file (all)")
     parser.add_argument("--seq-len", type=int, help="tokens of a row; default: as trained")
     parser.add_argument("--masking", choices=["token", "word", "word_token"], help="of mlm")
     parser.add_argument("--beams", type=int, default=1, help="of csl and ape210k, as published")
+    parser.add_argument("--candidates", type=int, default=0, help="of tnews, iflytek, chid (all)")
+    parser.add_argument("--shots", type=int, default=0, help="solved examples before each question")
+    parser.add_argument("--examples", metavar="FILE", help="what --shots are drawn from")
     parser.add_argument("--outputs", metavar="FILE", help="write what the model wrote, a line each")
     parser.add_argument("--lengths", help="of length and passkey: 128,256,512 (长度)")
     parser.add_argument("--plot", metavar="FILE", help="of length, passkey: the curves, SVG")
+    parser.add_argument("--cleaned", metavar="FILE", help="of ape210k: write the set and end")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
+    if words.checkpoint is None and words.cleaned is None:
+        parser.error("a checkpoint must be given (须给出检查点)")
     if words.data is None and words.task != "passkey":
         raise ValueError(f"--data: must be given for --task {words.task} (须给出数据)")
     if words.task in ("length", "passkey"):
@@ -240,16 +252,20 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
 
 def measured(words: argparse.Namespace) -> dict[str, Any]:
     """What a task finds, as plain data."""
-    from pretrain import classify, tasks
+    from pretrain import classify, prompts, tasks
 
     if words.samples is not None and words.samples < 1:
         raise tasks.TaskError(f"--samples: is {words.samples}, must be at least 1 (至少一行)")
+    if words.cleaned is not None:
+        return tasks.write_problems(words.task, words.data, words.cleaned, words.samples)
     head = {"task": words.task, "checkpoint": str(words.checkpoint), "data": str(words.data)}
     if words.task == "mlm":
         chosen = words.masking, words.samples or 256, words.seq_len
         return head | tasks.masked(words.checkpoint, words.data, *chosen)
     if words.task == "labels":
         return head | classify.labels(words.checkpoint, words.data, words.samples, words.seq_len)
+    if words.task in prompts.TASKS:
+        return head | prompted(words)
     model, tokenizer = tasks.opened(words.checkpoint)
     if words.task == "lcqmc":
         found = tasks.similarity(model, tokenizer, words.data, words.samples)
@@ -268,6 +284,23 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
         lines = (" ".join(output.split()) + "\n" for output in outputs)
         Path(words.outputs).write_text("".join(lines), "utf-8")
     return head | {"beams": words.beams} | found
+
+
+def prompted(words: argparse.Namespace) -> dict[str, Any]:
+    """What CPM's tasks find (prompts.py)."""
+    from pretrain import prompts, tasks
+
+    if words.candidates < 0 or words.candidates == 1 or words.shots < 0:
+        raise tasks.TaskError(
+            f"--candidates, --shots: are {words.candidates} and {words.shots}, must be 0 (all) or "
+            "at least 2, and not negative (选项数不合法)"
+        )
+    if bool(words.shots) != bool(words.examples):
+        raise tasks.TaskError("--shots, --examples: give both or neither (须同时给出)")
+    asked = prompts.questions(words.task, words.data, words.samples, words.candidates)
+    solved = prompts.questions(words.task, words.examples) if words.shots else []
+    model, tokenizer = tasks.opened(words.checkpoint)
+    return prompts.chosen(model, tokenizer, asked, words.shots, solved)
 
 
 def _show(result: dict[str, Any]) -> None:

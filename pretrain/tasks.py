@@ -11,6 +11,7 @@ mean over a sentence's tokens of what leaves the first block and the last, avera
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pretrain.corpora import open_corpora
 from pretrain.decoding import Decoding, Written
 from pretrain.generate import load_model, write
 from pretrain.objectives.losses import token_losses_plain
-from pretrain.word_problems import cleaned
+from pretrain.word_problems import Problem, cleaned
 
 SOURCE_TOKENS = {"csl": 256, "ape210k": 192}
 """The longest source, as published (of ape210k: of question and equation together)."""
@@ -217,10 +218,11 @@ def titles(path: str | Path, limit: int | None, writes: Writes) -> dict[str, Any
     return {"samples": len(every), **mean, "outputs": outputs}
 
 
-def problems(path: str | Path, limit: int | None, writes: Writes) -> dict[str, Any]:
-    """ape210k: the share of problems whose written equation has the value of the answer."""
-    kept = []
-    for number, line in enumerate(lines_of(path, limit), 1):
+def problems_of(path: str | Path, limit: int | None) -> tuple[list[Problem], int]:
+    """The problems of a file of ape210k's that are kept, and of how many."""
+    kept: list[Problem] = []
+    lines = lines_of(path, limit)
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             problem = cleaned(row["original_text"], row["equation"], row["ans"])
@@ -230,6 +232,31 @@ def problems(path: str | Path, limit: int | None, writes: Writes) -> dict[str, A
                 f"ans: {error} (格式不符)"
             ) from None
         kept += [problem] if problem else []
+    return kept, len(lines)
+
+
+def write_problems(
+    task: str, path: str | Path, target: str | Path, limit: int | None
+) -> dict[str, Any]:
+    """Write ape210k cleaned as published, a JSON object a line: question, equation, answer.
+
+    A corpus reads it as a jsonl source with fields: ["source=question", "target=equation"].
+    """
+    if task != "ape210k":
+        raise TaskError(f"--cleaned: is for --task ape210k, not {task} (仅用于 ape210k)")
+    if Path(target).exists():
+        raise TaskError(f"--cleaned: {target} exists already; name another file (文件已存在)")
+    kept, read_lines = problems_of(path, limit)
+    text = "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in kept)
+    partial = Path(target).with_name(f".{Path(target).name}.writing")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, target)
+    return {"task": task, "data": str(path), "read": read_lines, "kept": len(kept)}
+
+
+def problems(path: str | Path, limit: int | None, writes: Writes) -> dict[str, Any]:
+    """ape210k: the share of problems whose written equation has the value of the answer."""
+    kept, _ = problems_of(path, limit)
     outputs = [
         "".join(text.split()).removeprefix("x=") for text in writes([p.question for p in kept])
     ]

@@ -208,3 +208,24 @@ def test_generate_with_beams_from_the_command(
     assert cli.main([*line, "--allowed", str(tmp_path / "lines.txt"), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["generated"]
     assert row["text"] in ("天气", "很好") and row["ended"] and row["score"] < 0
+
+
+def test_ape210k_is_written_as_it_was_cleaned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A problem whose equation has not the value of its answer is left out; no checkpoint."""
+    rows = [
+        {"original_text": "3(1/2)的50%是多少？", "equation": "x=3(1/2)*50%", "ans": "1.75"},
+        {"original_text": "1加1是多少？", "equation": "x=1+1", "ans": "3"},
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "ape.json").write_text(text, "utf-8")
+    line = ["evaluate", "--task", "ape210k", "--data", str(tmp_path / "ape.json")]
+    line += ["--cleaned", str(tmp_path / "clean.jsonl")]
+    assert cli.main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 1
+    (kept,) = (tmp_path / "clean.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(kept) == {
+        "question": "(3+1/2)的50%是多少？", "equation": "(3+1/2)*50/100", "answer": "1.75"
+    }  # fmt: skip
+    assert cli.main(line) == 2 and "exists already" in capsys.readouterr().err
