@@ -76,7 +76,7 @@ def extended(now: ModelConfig, seq_len: int, how: Extend, known: int | None = No
         raise ConfigError(
             f"seq_len: is {seq_len}, the model has {room} positions already (无需扩展)"
         )
-    if length is None:
+    if length is None and (how.log_n or not isinstance(now, T5PegasusConfig)):
         raise ConfigError(
             "known: must be given, the checkpoint does not say on rows of how many tokens it was "
             "trained (--known, 原训练长度)"
@@ -86,9 +86,9 @@ def extended(now: ModelConfig, seq_len: int, how: Extend, known: int | None = No
     elif isinstance(now, T5PegasusConfig):
         to = _buckets(now, seq_len) if how.method == "buckets" else now
     else:
-        to = _rotary_config(now, seq_len, how, length)
+        to = _rotary_config(now, seq_len, how, length or 0)
     if how.log_n and not now.log_n:
-        to = dataclasses.replace(to, log_n=length, log_n_least=1.0)
+        to = dataclasses.replace(to, log_n=length or 0, log_n_least=1.0)
     checked = from_dict(cast(Any, ModelConfig), to_dict(to), "model")
     return cast(ModelConfig, checked)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from configs.positions import PositionTable, Rope
+from configs.positions import PositionTable, Rope, bucket_problems, table_problems
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CPMConfig:
         """Sizes that make no model."""
         return _size_problems(
             self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "positions")
-        ) + _table_problems(self)
+        ) + table_problems(self.position_table, self.positions)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class T5PegasusConfig:
         return _size_problems(
             self,
             ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "buckets", "bucket_spans"),
-        )
+        ) + bucket_problems(self.buckets, self.bucket_spans)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class RoFormerConfig:
             found.append(f"head_dim: is {self.head_dim}, rotary positions need an even number")
         if self.rope is not None and self.positions is not None:
             found.append("rope: positions are learned, nothing is turned; leave it out (非旋转)")
-        return found + _table_problems(self)
+        return found + table_problems(self.position_table, self.positions)
 
 
 ModelConfig = CPMConfig | T5PegasusConfig | RoFormerConfig
@@ -410,19 +410,6 @@ def init_std(config: ModelConfig, tensor: Tensor) -> float:
     if isinstance(config, CPMConfig) and tensor.init == "output":
         return float(config.init_std * (2 * config.layers) ** -0.5)
     return config.init_std
-
-
-def _table_problems(config: CPMConfig | RoFormerConfig) -> list[str]:
-    table, reach = config.position_table, config.positions
-    if table is None:
-        return []
-    if reach is None:
-        return ["position_table: positions are rotary, there is no table; leave it out (无位置表)"]
-    if reach < table.rows:
-        return [f"positions: is {reach}, the table alone has {table.rows} rows"]
-    if table.method == "hierarchical" and reach > table.rows**2:
-        return [f"positions: is {reach}, {table.rows} rows reach {table.rows**2} at most"]
-    return []
 
 
 def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:

@@ -103,3 +103,27 @@ class Rope:
                 "be the larger one, both above 0"
             )
         return found
+
+
+def table_problems(table: PositionTable | None, positions: int | None) -> list[str]:
+    """Why a table does not serve `positions` (None: they are rotary)."""
+    if table is None:
+        return []
+    if positions is None:
+        return ["position_table: positions are rotary, there is no table; leave it out (无位置表)"]
+    if positions < table.rows:
+        return [f"positions: is {positions}, the table alone has {table.rows} rows"]
+    if table.method == "hierarchical" and positions > table.rows**2:
+        return [f"positions: is {positions}, {table.rows} rows reach {table.rows**2} at most"]
+    return []
+
+
+def bucket_problems(buckets: int, spans: int) -> list[str]:
+    """Why T5's buckets cannot be so many spans: one exact part and `spans` logarithmic ones, each
+    of two sides in the encoder."""
+    if spans > 1 and buckets % (2 * (1 + spans)):
+        unit = 2 * (1 + spans)
+        return [
+            f"buckets: is {buckets}, bucket_spans={spans} needs a multiple of {unit} (桶数不符)"
+        ]
+    return []

@@ -38,27 +38,33 @@ FEWEST_KEYS = 16
 class RelativeBias(nn.Module):
     """A learned number for each bucket of distances and each head; one table serves a stack."""
 
-    def __init__(self, buckets: int, heads: int, max_distance: int, two_sided: bool) -> None:
+    def __init__(
+        self, buckets: int, heads: int, max_distance: int, two_sided: bool, spans: int = 1
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(buckets, heads))
-        self.max_distance, self.two_sided = max_distance, two_sided
+        self.max_distance, self.two_sided, self.spans = max_distance, two_sided, spans
 
     def forward(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
         """Positions [B, T] and [B, S] (B or 1 rows each) -> bias_BNTS of this rank's heads."""
         distance_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
-        ids_BTS = buckets_of(distance_BTS, self.two_sided, self.weight.shape[0], self.max_distance)
+        numbers = (self.weight.shape[0], self.max_distance, self.spans)
+        ids_BTS = buckets_of(distance_BTS, self.two_sided, *numbers)
         if ids_BTS.is_cuda:  # whose backward sorts, and so gives the same sums every time
             return F.embedding(ids_BTS, self.weight).permute(0, 3, 1, 2).contiguous()
         return self.weight.t()[:, ids_BTS.flatten()].unflatten(1, ids_BTS.shape).transpose(0, 1)
 
 
-def buckets_of(distance: Tensor, two_sided: bool, buckets: int, max_distance: int) -> Tensor:
+def buckets_of(
+    distance: Tensor, two_sided: bool, buckets: int, max_distance: int, spans: int = 1
+) -> Tensor:
     """Bucket of each distance (key position - query position), int64.
 
     Near distances have a bucket each, farther ones share logarithmically wider ones, all from
     max_distance on share the last. Two-sided: half of the buckets for keys behind the query;
     one-sided: keys behind the query count as distance 0. The logarithm is taken in float32, as the
-    published models took it.
+    published models took it. With `spans` above 1 the rule has so many times its logarithmic
+    buckets, in the same ratio: a bucket that the plain rule gives stays the same.
     """
     first = torch.zeros_like(distance)
     if two_sided:
@@ -67,8 +73,9 @@ def buckets_of(distance: Tensor, two_sided: bool, buckets: int, max_distance: in
         far = distance.abs()
     else:
         far = (-distance).clamp(min=0)
-    exact = buckets // 2
-    steps = torch.log(far.float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    exact = buckets // (1 + spans)
+    steps = torch.log(far.float() / exact) / math.log(max_distance / exact)
+    steps = steps * ((buckets - exact) // spans)
     # log 0 is -inf, whose integer is anything: those distances are near ones
     wide = exact + steps.clamp(min=0).long()
     return first + torch.where(far < exact, far, wide.clamp(max=buckets - 1))

@@ -17,6 +17,8 @@ Shazeer 2020 (GLU variants). Its tensors: configs/model.py.
 Legend: B rows, T decoder tokens, S encoder tokens, D hidden, N positions to predict, V vocabulary.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from configs.model import T5PegasusConfig
@@ -115,7 +117,11 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.position_bias = RelativeBias(
-            config.buckets, config.heads, config.max_distance, two_sided=block is EncoderBlock
+            config.buckets,
+            config.heads,
+            config.max_distance,
+            two_sided=block is EncoderBlock,
+            spans=config.bucket_spans,
         )
         self.layers = nn.ModuleList(block(config, i, attention) for i in range(config.layers))
         self.final_norm = RMSNorm(config.hidden, config.norm_eps)
@@ -162,11 +168,11 @@ class T5Pegasus(nn.Module):
     ) -> Tensor:
         """The encoder's hidden states [B, S, D]: a token sees all of its own document."""
         x_BSD = self.dropout(self.embed.tokens(tokens_BS))
-        S, log_n = tokens_BS.shape[1], self.config.log_n
+        S, stretch = tokens_BS.shape[1], log_n_of(self.config)
         places = shared_positions(positions_BS, document_ids_BS)
         bias_BNSS = self.encoder.position_bias(places, places)
         documents = (document_ids_BS, document_ids_BS)
-        seen = see(S, S, False, *documents, tokens_BS.device, bias_BNTS=bias_BNSS, log_n_base=log_n)
+        seen = see(S, S, False, *documents, tokens_BS.device, bias_BNTS=bias_BNSS, **stretch)
         for block in self.encoder.layers:
             x_BSD = block(x_BSD, seen)
         return self.dropout(self.encoder.final_norm(x_BSD))
@@ -196,7 +202,7 @@ class T5Pegasus(nn.Module):
         queries, keys = positions_BT, key_positions_BS
         if cache is None:
             queries = keys = shared_positions(positions_BT, document_ids_BT)
-        table, log_n = self.decoder.position_bias, self.config.log_n
+        table, stretch = self.decoder.position_bias, log_n_of(self.config)
         documents = (document_ids_BT, keys_BS)
         seen = see(
             T,
@@ -205,7 +211,7 @@ class T5Pegasus(nn.Module):
             *documents,
             tokens_BT.device,
             bias_BNTS=table(queries, keys),
-            log_n_base=log_n,
+            **stretch,
         )
         bias_BNTS = None
         if self.config.cross_position_bias:
@@ -219,7 +225,7 @@ class T5Pegasus(nn.Module):
             document_ids_BT,
             encoder_document_ids_BS,
             bias_BNTS=bias_BNTS,
-            log_n_base=log_n,
+            **stretch,
         )
         for block in self.decoder.layers:
             x_BTD = block(x_BTD, seen, across, memory_BSD, cache)
@@ -233,6 +239,11 @@ class T5Pegasus(nn.Module):
         scale = self.config.hidden**-0.5 if scale is None else scale
         logits_NV: Tensor = self.head(hidden_ND if scale == 1.0 else hidden_ND * scale)
         return logits_NV
+
+
+def log_n_of(config: T5PegasusConfig) -> dict[str, Any]:
+    """The arguments of see() for log-n scaling."""
+    return {"log_n_base": config.log_n, "log_n_least": config.log_n_least}
 
 
 def _attention_sizes(
