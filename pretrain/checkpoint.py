@@ -30,6 +30,7 @@ import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from pretrain.averaged import Averaged, averaged, unmarked
 from pretrain.state import Entry, State
 
 FORMAT = "bajie-checkpoint-1"
@@ -345,8 +346,10 @@ def read(folder: str | Path) -> State:
     """A checkpoint as a state; tensors are mapped from their files when they are read.
 
     Raises CheckpointError for a folder that is none, or whose headers do not fit its manifest. The
-    content is checked by damage() / newest().
+    content is checked by damage() / newest(). An Averaged folder: its averaged weights.
     """
+    if isinstance(folder, Averaged):
+        return averaged(read(Path(folder)))
     folder = Path(folder)
     manifest = _manifest(folder)
     entries: dict[str, Entry] = {}
@@ -403,7 +406,9 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
 def resolve(path: str | Path) -> Path:
     """A verified checkpoint folder from what a user names: a checkpoint, or a run (its newest)."""
-    path = Path(path)
+    path, average = unmarked(path)  # RUN@ema
+    if average:
+        return Averaged(resolve(path))
     if (path / "manifest.json").exists():
         wrong = damage(path)
         if wrong:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.model import split_dim
-from pretrain.optimizers.adam import Keys, rms
+from pretrain.optimizers.adam import Keys, lr_of, rms
 from pretrain.optimizers.fragments import Fragment
 from pretrain.optimizers.update import Update
 
@@ -108,8 +108,7 @@ class Adafactor:
             for flat in flats:
                 flat.mul_(1 - group["lr"] * group["weight_decay"])
         for f in logical.fragments:
-            group, number = update.group_of[f.flat], logical.number[f.name]
-            lr = group["lr"] / group["lr_scale"] * group["layer_scale"]
+            lr, number = lr_of(update.group_of[f.flat]), logical.number[f.name]
             rate = size[number] * lr
             if self.relative_step:
                 rate = size[number] * torch.clamp(step[number].rsqrt(), max=lr)

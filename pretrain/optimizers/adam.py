@@ -159,9 +159,14 @@ def move(update: Update, grads: dict[Tensor, Tensor], factors: Tensor) -> None:
     """
     logical = update.logical
     for f, factor in zip(logical.fragments, logical.each(factors), strict=True):
-        group = update.group_of[f.flat]
-        lr = group["lr"] / group["lr_scale"] * group["layer_scale"]
+        lr = lr_of(update.group_of[f.flat])
         f.view(f.flat).addcmul_(f.view(grads[f.flat]), factor, value=-lr)
+
+
+def lr_of(group: Mapping[str, Any]) -> float:
+    """A group's learning rate without growth's factor; 0 where it is frozen."""
+    scale = group["lr_scale"]
+    return float(group["lr"] / scale * group["layer_scale"]) if scale else 0.0
 
 
 def rms(logical: Logical, squares: Tensor, floor: Tensor | float) -> Tensor:
