@@ -3,7 +3,8 @@
     this process --own session--> deepspeed --> its launch.py --> rank 0, rank 1 ...
          |   ^                                                        |
          |   +---- one pipe: marked lines -> terminal, all -> RUN/logs/launcher.log
-         +-- SIGTERM, Ctrl-C, hang-up: SIGTERM to the RANKS, which save at the step border and end
+         +-- SIGTERM, Ctrl-C, hang-up, or a file RUN/stop:
+             SIGTERM to the RANKS, which save at the step border and end
 
 DeepSpeed's launcher, told to stop, kills rank after rank with up to 30 s for each. So it is not
 told: the ranks are, all at once. Whoever is left after the grace is killed with everything that
@@ -19,7 +20,6 @@ import selectors
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +33,7 @@ import psutil
 from configs.load import ConfigError, load
 from configs.run import RunConfig, world_problems
 from launch.cli import UserError
+from launch.machines import Machines, deepspeed_line
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
@@ -40,6 +41,8 @@ MARK = "\x1eBAJIE "
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILED_PEER_GRACE_S = 15.0
 """Once a rank has failed its peers wait in a collective for ever; this is for their last words."""
+STOP_FILE_S = 1.0
+"""Between two looks for RUN/stop."""
 LOGGED_EVERY_S = 30.0
 """Of the lines that replace one another a terminal shows all, a file one in so many seconds."""
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
@@ -55,53 +58,62 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--hostfile", help="DeepSpeed's hostfile: --devices on each of its machines"
     )
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="machines that start this, each its own"
+    )
+    parser.add_argument(
+        "--node-rank", type=int, default=0, help="the number of this machine, from 0"
+    )
+    parser.add_argument("--master", metavar="HOST:PORT", help="of machine 0, reached by all")
     parser.add_argument("--gpu", action="store_true", help="GPUs; without it the CPU is used")
+    parser.add_argument(
+        "--stopped-code", type=int, default=0, help="exit code of a run that was told to stop"
+    )
     parser.add_argument("--grace-s", type=float, default=60.0, help="for saving, when stopped")
     parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, RunConfig, args.overrides)
     if args.devices < 1:
         raise UserError(f"--devices is {args.devices}, must be at least 1 (设备数至少为 1)")
-    if not args.hostfile and (problems := world_problems(config, args.devices)):
+    if not args.hostfile and (problems := world_problems(config, args.nodes * args.devices)):
         raise ConfigError("\n".join(problems))
+    machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
     gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
     words = [args.config, *args.overrides]
-    command = deepspeed_line(words, args.devices, gpu=gpu, hostfile=args.hostfile)
+    name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"
+    log = Path(config.run.out, "logs", name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
     print("$ " + shlex.join(["deepspeed", *command[2:]]), flush=True)
     if args.dry_run:
         return 0
-    log = Path(config.run.out, "logs", "launcher.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    if args.node_rank == 0:
+        Path(config.run.out, "stop").unlink(missing_ok=True)
     ranks = None if args.hostfile else args.devices
-    with open(log, "ab") as stream:
-        job = Job(command, environment(gpu), stream, ranks=ranks, grace_s=args.grace_s)
-        code = job.run()
-    if code and not job.complained:
-        why = job.last_error or "no rank said why"
+    for left in range(config.faults.restarts, -1, -1):
+        with open(log, "ab") as stream:
+            job = Job(
+                command,
+                environment(gpu),
+                stream,
+                ranks=ranks,
+                grace_s=args.grace_s,
+                folder=Path(config.run.out),
+            )
+            code = job.run()
+        if code and not job.complained:
+            why = "; ".join(filter(None, [job.dead, job.last_error])) or "no rank said why"
+            print(
+                f"bajie: the job ended with code {code}: {why}; see {log} (任务失败)",
+                file=sys.stderr,
+            )
+        if not (left and code and job.may_restart):
+            break
+        command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
         print(
-            f"bajie: the job ended with code {code}: {why}; see {log} (任务失败)", file=sys.stderr
+            f"starting again, {left - 1} more times at most (faults.restarts, 自动重启)", flush=True
         )
-    return code
-
-
-def deepspeed_line(words: list[str], devices: int, *, gpu: bool, hostfile: str | None) -> list[str]:
-    """The command that runs pretrain/train.py on `devices` processes and on a port that is free."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    program = str(beside) if beside.exists() else shutil.which("deepspeed")
-    if program is None:
-        raise UserError(f"no `deepspeed` beside {sys.executable}; run ./launch/setup.sh (缺少安装)")
-    # Python is named: the script's own first line breaks where the environment's path has a space.
-    line = [sys.executable, program, "--num_gpus" if gpu else "--num_accelerators", str(devices)]
-    if hostfile:
-        line += ["--hostfile", hostfile]
-    return [*line, "--master_port", str(free_port()), str(ROOT / "pretrain" / "train.py"), *words]
-
-
-def free_port() -> int:
-    """A TCP port that nobody holds now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    return args.stopped_code if job.stopped and not code else code
 
 
 def environment(gpu: bool) -> dict[str, str]:
@@ -123,19 +135,27 @@ class Job:
     """How many must report a good end; None: not known (several machines)."""
     grace_s: float = 60.0
     """From the first signal to the kill."""
+    folder: Path | None = None
+    """The run folder, where the ranks are on a roll."""
     complained: bool = False
     """Whether a rank has said what is wrong."""
     last_error: str = ""
     """The last line that looks like an exception."""
+    dead: str = ""
+    """The ranks that died without a word."""
+    mistaken: bool = False
+    """Whether a rank ended with a sentence for the user (code 2), which no restart would mend."""
     _process: "subprocess.Popen[bytes] | None" = None
     _signals: list[int] = field(default_factory=list)
     _deadline: float | None = None
     _failed: bool = False
     _killed: bool = False
     _good_ends: int = 0
+    _began: float = field(default_factory=time.time)
     _rest: bytes = b""
     _passing: bool = False
     _shown_s: float = field(default_factory=time.monotonic)
+    _asked_s: float = 0.0
 
     def run(self) -> int:
         """Start, forward signals, show marked lines; returns the exit code of the job."""
@@ -160,6 +180,16 @@ class Job:
                 signal.signal(number, handler)
             self._finish_line()
         return self._code(self._process.wait())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody told us to stop."""
+        return bool(self._signals)
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether the end was nobody's will: no signal to us, no mistake in the settings."""
+        return not self._signals and not self.mistaken
 
     def _start_keeper(self) -> tuple[int, int]:
         """Fork the keeper; returns its pid and the leash, a pipe that ends unsaid if we die."""
@@ -201,6 +231,8 @@ class Job:
             while process.poll() is None:
                 if selector.select(0.2):
                     self._read(process.stdout)
+                if not self._signals and self._asked_by_file():
+                    self._signals.append(signal.SIGTERM)
                 if len(self._signals) > told:
                     told = len(self._signals)
                     self._stop(again=told > 1)
@@ -210,6 +242,13 @@ class Job:
         self._kill_all()  # the launcher is gone; a rank that outlived it is an orphan
         self._read(process.stdout)
         self._line(self._rest.decode("utf-8", "replace"))
+
+    def _asked_by_file(self) -> bool:
+        """Whether RUN/stop has been laid there, from wherever the file system reaches to."""
+        if self.folder is None or time.monotonic() < self._asked_s + STOP_FILE_S:
+            return False
+        self._asked_s = time.monotonic()
+        return (self.folder / "stop").exists()
 
     def _stop(self, again: bool) -> None:
         """A signal came: the ranks are told at once; a second one means now."""
@@ -255,6 +294,12 @@ class Job:
         return proper
 
     def _kill_all(self) -> None:
+        if self._killed and self._process is not None:
+            # They hang: each leaves its stacks in RUN/logs before it goes.
+            for process in self._rank_processes():
+                if process.pid != self._process.pid:
+                    _signal(process, signal.SIGUSR2)
+            time.sleep(0.5)
         for _ in range(3):  # a process may fork while we look
             family = [process for process in self._family() if process.is_running()]
             for process in family:
@@ -272,6 +317,12 @@ class Job:
             self.last_error = f"{self._good_ends} of {self.ranks} processes ended well"
             return 1
         return code
+
+    def _dead(self) -> str:
+        from pretrain.watch import died
+
+        gone = died(self.folder, self._began - 1) if self.folder else []
+        return f"{', '.join(gone)} died" if gone else ""
 
     # ---- what is printed ------------------------------------------------------------------
 
@@ -291,12 +342,14 @@ class Job:
             self._good_ends += 1
         elif "Killing subprocess" in chatter and self._deadline is None:
             self._failed = True
+            self.dead = self._dead()
             self._deadline = time.monotonic() + FAILED_PEER_GRACE_S
         elif chatter.startswith("bajie: "):
             self._show(chatter)  # said before the run folder was known
         elif found := EXCEPTION.match(chatter):
             self.last_error = found[1][:300]
         elif found := RETURN_CODE.search(chatter):
+            self.mistaken = self.mistaken or found[1] == "2"
             killed = "; it was killed: out of memory?" if found[1] == "-9" else ""
             self.last_error = self.last_error or f"a process ended with code {found[1]}{killed}"
 

@@ -23,7 +23,8 @@ import pytest
 from configs.load import ConfigError
 from launch import cli, grammar
 from launch.check import check
-from launch.train import MARK, Job, deepspeed_line, free_port
+from launch.machines import Machines, deepspeed_line, free_port
+from launch.train import MARK, Job
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
@@ -329,18 +330,23 @@ def test_a_killed_train_verb_lets_its_ranks_save_and_leaves_none(stage: Stage) -
     assert {"saved-0", "saved-1"} <= {path.name for path in stage.folder.iterdir()}
 
 
-def test_the_line_is_one_that_a_user_can_type() -> None:
-    line = deepspeed_line(["page.yaml", "run.steps=3"], 2, gpu=False, hostfile=None)
-    assert line[0] == sys.executable  # not the script's first line: a path may hold a space
-    assert line[2:5] == ["--num_accelerators", "2", "--master_port"]
-    assert Path(line[6]).name == "train.py"
-    assert line[7:] == ["page.yaml", "run.steps=3"]
-    assert deepspeed_line([], 8, gpu=True, hostfile="h")[2:6] == [
-        "--num_gpus",
-        "8",
-        "--hostfile",
-        "h",
-    ]
+def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
+    def line(words: list[str], devices: int, machines: Machines, gpu: bool = False) -> list[str]:
+        return deepspeed_line(words, devices, gpu=gpu, machines=machines, logs=tmp_path)
+
+    here = line(["page.yaml", "run.steps=3"], 2, Machines())
+    assert here[0] == sys.executable  # not the script's first line: a path may hold a space
+    assert here[2:5] == ["--num_accelerators", "2", "--master_port"]
+    assert Path(here[6]).name == "train.py"
+    assert here[7:] == ["page.yaml", "run.steps=3"]
+    assert line([], 8, Machines("h"), gpu=True)[2:6] == ["--num_gpus", "8", "--hostfile", "h"]
+    each = line([], 4, Machines.of(3, 1, "10.0.0.7:29500", None))
+    assert each[5:12] == [
+        str(tmp_path / "hostfile-1"), "--no_ssh", "--node_rank", "1",
+        "--master_addr", "10.0.0.7", "--master_port",
+    ]  # fmt: skip
+    hosts = (tmp_path / "hostfile-1").read_text().splitlines()
+    assert hosts == [f"machine-{at} slots=4" for at in range(3)]
 
 
 def test_a_free_port_is_free() -> None:

@@ -1,0 +1,158 @@
+"""Promise: one page of a run becomes the job file of a cluster, and the job runs as the page says.
+
+The slow ones start two "machines" on this one, and a real Slurm of one node that stops the job
+before its limit and puts it back in the queue.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.cli import UserError
+from launch.cluster import expanded, main
+from launch.machines import Machines, free_port
+from tests import small_slurm
+from tests.run_jobs import losses, page, write
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
+
+
+def test_machines_are_counted_as_slurm_writes_them() -> None:
+    assert expanded("node[01-03,7],extra") == ["node01", "node02", "node03", "node7", "extra"]
+    assert expanded("a-b.c") == ["a-b.c"]
+    for wrong in ("a,a", "a[1-", "a b"):
+        with pytest.raises(UserError, match="--hostfile"):
+            expanded(wrong)
+
+
+def test_the_hostfile_names_each_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([RUN, "--hostfile", "n[1-2]", "--devices", "8"]) == 0
+    assert capsys.readouterr().out == "n1 slots=8\nn2 slots=8\n"
+
+
+def test_the_slurm_file_is_a_script_that_keeps_odd_names_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a run"
+    words = [RUN, f"run.out={out}", "--slurm", "--nodes", "2", "--devices", "8", "--gpu"]
+    assert main([*words, "--sbatch", "partition=big", "--setup", "module load cuda"]) == 0
+    text = capsys.readouterr().out
+    options = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert {"--nodes=2", "--gpus-per-node=8", "--requeue", "--partition=big"} <= set(options)
+    assert f'--output="{out}/logs/slurm-%j.log"' in options
+    assert f"'run.out={out}'" in text and "module load cuda" in text
+    assert "export HF_HUB_OFFLINE=1" in text
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_kubernetes_file_is_a_job_of_a_pod_a_node(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [RUN, "--kubernetes", "--nodes", "3", "--devices", "8", "--gpu", "--image", "lab/bajie"]
+    assert main([*words, "--claim", "shared", "--mount", "/share"]) == 0
+    service, job = yaml.safe_load_all(capsys.readouterr().out)
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    spec = job["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (3, 3, "Indexed")
+    pod = spec["template"]["spec"]
+    line = pod["containers"][0]["command"][-1]
+    assert "--node-rank $JOB_COMPLETION_INDEX" in line and "--nodes 3" in line
+    assert f"--master bajie-cpm-small-0.{pod['subdomain']}:29500" in line
+    assert "--stopped-code 75" in line  # a pod that was told to stop has not completed its index
+    assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--slurm", "--nodes", "0"], "--nodes is 0"),
+        (["--slurm", "--time", "soon"], "--time: is 'soon'"),
+        (["--slurm", "--sbatch", "--evil"], "--sbatch"),
+        (["--kubernetes", "--image", "i"], "--image, --claim, --mount"),
+        (["--slurm", "parallel.tensor=2", "--devices", "3"], "parallel.tensor: is 2, 3 processes"),
+    ],
+)
+def test_mistakes_are_a_sentence(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        main([RUN, *words])
+    except (ValueError, SystemExit) as error:
+        said = str(error) + capsys.readouterr().err
+        assert says in said
+    else:
+        pytest.fail("accepted")
+
+
+def test_machines_must_know_where_they_meet() -> None:
+    for rank, master in ((0, None), (2, "h:1"), (0, "h"), (0, "h:port")):
+        with pytest.raises(UserError, match="--nodes 2: needs --node-rank from 0 to 1"):
+            Machines.of(2, rank, master, None)
+
+
+@pytest.mark.slow
+def test_two_machines_without_ssh_train_as_one(tmp_path: Path, tiny_corpus: Path) -> None:
+    """Both on this one; the same run on one machine has the same losses."""
+    config = write(tmp_path / "two.yaml", page(tmp_path / "two", tiny_corpus, run__steps=20))
+    line = [sys.executable, "-m", "launch", "train", str(config), "--devices", "1", "--nodes", "2"]
+    line += ["--master", f"127.0.0.1:{free_port()}", "--node-rank"]
+    started = [subprocess.Popen([*line, str(rank)], cwd=ROOT) for rank in (0, 1)]
+    assert [process.wait(240) for process in started] == [0, 0]
+    config = write(tmp_path / "one.yaml", page(tmp_path / "one", tiny_corpus, run__steps=20))
+    line = [sys.executable, "-m", "launch", "train", str(config), "--devices", "2"]
+    assert subprocess.run(line, cwd=ROOT, timeout=240).returncode == 0
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(small_slurm.missing() is not None, reason=str(small_slurm.missing()))
+def test_a_slurm_job_saves_before_its_limit_and_is_put_back(
+    tmp_path: Path, tiny_corpus: Path
+) -> None:
+    """USR1 as Slurm would send it 180 s before the limit; the second life ends the run."""
+    config = write(
+        tmp_path / "run.yaml",
+        page(tmp_path / "run", tiny_corpus, run__steps=300, run__log_every_steps=1),
+    )
+    script, out = tmp_path / "job.sh", tmp_path / "run"
+    assert main([str(config), "--slurm", "--devices", "2", "--out", str(script)]) == 0
+    with small_slurm.small_slurm() as variables:
+        env = os.environ | variables
+
+        def ask(*line: str) -> str:
+            path = shutil.which(line[0], path=env["PATH"])
+            done = subprocess.run([str(path), *line[1:]], env=env, capture_output=True, text=True)
+            return done.stdout.strip()
+
+        def until(what: str, ready: object, limit_s: float = 240) -> None:
+            deadline = time.monotonic() + limit_s
+            while not ready():  # type: ignore[operator]
+                assert time.monotonic() < deadline, (what, ask("squeue"), _logs(out))
+                time.sleep(0.5)
+
+        job = ask("sbatch", "--parsable", str(script))
+        until("steps", lambda: (out / "metrics.jsonl").exists() and len(losses(out)) > 3)
+        ask("scancel", "--signal=USR1", "--batch", job)
+        until("requeue", lambda: "PENDING" in ask("squeue", "-j", job, "-o", "%T", "-h"))
+        assert (out / "stop").exists()
+        saved = [path for path in (out / "checkpoints").iterdir() if path.name[0] != "."]
+        assert len(saved) == 1 and 3 < int(saved[0].name[-8:]) < 300
+        ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        until("the end", lambda: len(losses(out)) == 300)
+        until("leaving", lambda: ask("squeue", "-j", job, "-h") == "")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step in steps if step] == list(range(1, 301))
+
+
+def _logs(out: Path) -> str:
+    return "".join(path.read_text(errors="replace")[-2000:] for path in out.glob("logs/slurm-*"))
