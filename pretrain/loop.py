@@ -17,6 +17,7 @@ from configs.run import RunConfig, schedule_span, stages, step_samples, total_st
 
 if TYPE_CHECKING:
     from pretrain.batches import Batch
+    from pretrain.checkpoint import Saver
     from pretrain.corpora import Corpora
     from pretrain.engine import Engine
     from pretrain.faults import Fault, Spikes
@@ -51,6 +52,7 @@ class Job:
     monitor: "Monitor"
     spikes: "Spikes"
     watch: "Watch"
+    saver: "Saver"
     interrupted: Callable[[], bool]
 
 
@@ -105,6 +107,8 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
             loss = result
             if stopped:
                 break
+    with job.monitor.aside():
+        job.saver.wait()
     finished = step == total_steps(config)
     return {
         "step": step,
@@ -212,6 +216,7 @@ def _stop(job: Job, step: int) -> str | None:
 
 
 def checkpoint_path(job: Job, stage: int, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
     from pretrain.checkpoint import checkpoint_name
 
     return job.run / "checkpoints" / checkpoint_name(stage, step)
@@ -220,8 +225,8 @@ def checkpoint_path(job: Job, stage: int, step: int) -> Path:
 def _save(
     job: Job, engine: "Engine", state: "State", progress: dict[str, Any], kinds: dict[str, bool]
 ) -> Path:
-    """Write a checkpoint of the engine's state with all ranks; drop the ones that are too old."""
-    from pretrain import checkpoint
+    """Begin to write a checkpoint of the engine's state with all ranks (checkpoint/saver.py)."""
+    from pretrain import replay
 
     known = {key: value for key, value in state.record.items() if key != "valid_loss"}
     record = known | progress | engine.progress()
@@ -232,11 +237,9 @@ def _save(
         "processes": job.mesh.world,
     }
     path = checkpoint_path(job, progress["stage"], progress["step"])
-    checkpoint.save(path, engine.entries(), engine.pieces(), record, job.corpora.tokenizer_folder)
-    if job.mesh.rank == 0:
-        run = job.config.run
-        checkpoint.rotate(job.run, run.keep_checkpoints, run.keep_every_steps, run.keep_best)
-    return path
+    proof = None if kinds["ephemeral"] else replay.recorded(engine, job.corpora, job.mesh)
+    words = job.corpora.tokenizer_folder
+    return job.saver.save(path, engine.entries(), engine.pieces(), record, words, proof)
 
 
 def _validate(job: Job, engine: "Engine", step: int) -> float:

@@ -138,13 +138,13 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
         else:
             step, ends = found.record["step"], accumulate(stage.steps for stage in stages(config))
             stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)
-            found = State(found.entries, found.record | {"stage": stage})
+            found = State(found.entries, found.record | {"stage": stage}, found.verify)
         _check(config, found, source, corpora, resumes=False)
         out.say(f"starting from {source} ({config.init.what})")
     else:
         first = fresh(stage_model(config, 0), config.run.seed)
         found = State(first.entries, begin | first.record)
-    found = State(found.entries, with_skips(found.record, config.data.skips))
+    found = State(found.entries, with_skips(found.record, config.data.skips), found.verify)
     if checkpoint.first_rank():
         (run / "config.yaml").write_text(dump(config), "utf-8")
     return found

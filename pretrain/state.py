@@ -8,9 +8,9 @@ checkpoint maps it from a file, growth computes it from a smaller one. Whoever c
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import torch
 
@@ -18,6 +18,48 @@ from configs.load import to_dict
 from configs.model import ModelConfig, Tensor, init_std, shape, tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Record(TypedDict, total=False):
+    """What state.json says: all of a run's progress that is no tensor. Plain JSON; a state that is
+    no run's (drawn, converted) has the model alone."""
+
+    model: dict[str, Any]
+    """The architecture and its sizes, as of the stage."""
+    stage: int
+    step: int
+    """Steps done, over all stages."""
+    samples: int
+    """Samples trained on: the only state of the data."""
+    tokens: int
+    updates: int
+    """Updates made; steps that were skipped count for none."""
+    born: dict[str, int]
+    """Updates before a tensor came into being, by name."""
+    scales: dict[str, dict[str, float]]
+    """Factors on lr, decay and eps, by name; growth sets them."""
+    scaler: dict[str, Any] | None
+    """The memory of fp16's dynamic loss scaler."""
+    growth: list[dict[str, Any]]
+    """Every change of the model's size."""
+    seed: int
+    data: list[dict[str, Any]]
+    """The corpora, their fingerprints and what is made of them."""
+    skips: list[list[int]]
+    """Ranges of the sample stream that are passed over."""
+    rewinds: list[dict[str, Any]]
+    """Why: the step and what was seen."""
+    tokenizer: str
+    """Its fingerprint."""
+    config: dict[str, Any]
+    """The page of the run that wrote this."""
+    processes: int
+    border: bool
+    """At a stage's border: it stays."""
+    ephemeral: bool
+    """Stays only while nothing is newer."""
+    valid_loss: float
+    """Where a validation was made."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +81,10 @@ class State:
     entries: dict[str, Entry]
     """Key -> entry."""
     record: dict[str, Any]
-    """state.json: the model's config, step, samples, seeds, fingerprints ... plain JSON."""
+    """state.json: what Record names."""
+    verify: Mapping[str, Any] = field(default_factory=dict)
+    """What an engine that loaded this is compared with: {"sums": of each tensor, "replay": the loss
+    of a recorded micro-batch}; empty for a state that no engine has held."""
 
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor."""
@@ -52,7 +97,7 @@ class State:
     def weights_only(self) -> "State":
         """The same without optimizer moments."""
         kept = {k: e for k, e in self.entries.items() if not k.startswith("optim/")}
-        return State(kept, self.record)
+        return State(kept, self.record, self.verify)
 
 
 def fresh(config: ModelConfig, seed: int) -> State:

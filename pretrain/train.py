@@ -27,8 +27,8 @@ from dataclasses import replace  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from configs.load import ConfigError, load  # noqa: E402
-from configs.model import tensors  # noqa: E402
+from configs.load import ConfigError, dump, load  # noqa: E402
+from configs.model import parameter_count, tensors  # noqa: E402
 from configs.run import (  # noqa: E402
     RunConfig,
     at_stage,
@@ -61,7 +61,7 @@ def train(
     """
     import torch
 
-    from pretrain import checkpoint, faults, parallel, plan, start
+    from pretrain import checkpoint, faults, flight, parallel, plan, replay, start
     from pretrain.corpora import Reading, open_stages
     from pretrain.monitor import Monitor, Terminal, speed
     from pretrain.state import State
@@ -85,7 +85,15 @@ def train(
         out.say(sentence)
     summary: dict[str, Any] = {}
     watch = Watch(run, mesh.rank, mesh.world, config.faults.stall_s, out.complain)
-    with start.held(run), watch():
+    kept = (run, config.run.keep_checkpoints, config.run.keep_every_steps, config.run.keep_best)
+    with (
+        start.held(run),
+        watch(),
+        checkpoint.Saver.open(lambda: checkpoint.rotate(*kept)) as saver,
+    ):
+        largest = max(parameter_count(page.model) for page in pages)
+        for sentence in flight.check(run, 12 * largest, dump(config), mesh.device):
+            out.say(sentence)
         monitor = Monitor(
             run,
             out,
@@ -110,6 +118,7 @@ def train(
                     monitor,
                     spikes,
                     watch,
+                    saver,
                     interrupted,
                 )
             state = _enter_stage(job, state)
@@ -121,15 +130,18 @@ def train(
                 watch.beat(int(state.record["step"]))
                 engine.load(state)
                 watch.beat(int(state.record["step"]))
+                if state.verify:
+                    told = replay.check(engine, state, job.corpora, mesh)
+                    out.say(f"resuming: {told} (校验通过)")
                 # Only the record from here on: a mapped file keeps its disk when rotated away.
                 state = State({}, state.record)
                 summary = run_stage(job, engine, state)
             finally:
                 engine.destroy()
             if begin := summary["fault"] is not None:
-                kept = passed_over(job, state.record, summary["fault"])
+                passed = passed_over(job, state.record, summary["fault"])
                 state = start.state(config, run, readers[0], out)
-                state = State(state.entries, state.record | kept)
+                state = State(state.entries, state.record | passed, state.verify)
             elif summary["stopped"] is None:
                 state = checkpoint.read(summary["checkpoint"])
         monitor.close()
@@ -147,7 +159,7 @@ def _enter_stage(job: Job, state: "State") -> "State":
 
     target = stage_model(job.config, number + 1)
     if target == model_config(state):
-        return State(state.entries, state.record | {"stage": number + 1})
+        return State(state.entries, state.record | {"stage": number + 1}, state.verify)
     if (how := stages(job.config)[number + 1].extend) is not None:
         return _extend(job, state, number + 1, how)
     return _grow(job, state, number + 1)

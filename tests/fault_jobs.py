@@ -1,5 +1,6 @@
 """Jobs of the fault tests: runs in which something is made to go wrong, on purpose."""
 
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from configs.load import from_dict
 from configs.run import RunConfig
 from pretrain.corpora import open_corpora
+from pretrain.engine import Engine
+from pretrain.monitor import Terminal
 from pretrain.objectives.causal import Causal
+from pretrain.state import State
 from pretrain.train import train
 from pretrain.watch import enlist
 
@@ -62,3 +66,36 @@ def go_stalling(config: dict[str, Any], rank: int, step: int, seconds: float) ->
 
     with mock.patch.object(Causal, "loss", loss):
         return train(page)
+
+
+def go_tampered(config: dict[str, Any], what: str) -> dict[str, Any]:
+    """Train, but every load loses something: a master, a moment, or the forward pass's weights."""
+    honest = Engine.load
+
+    def load(self: Engine, state: State) -> None:
+        honest(self, state)
+        if what == "forward":
+            with torch.no_grad():
+                for values in _forward_weights(self):
+                    values.mul_(1.5)
+            return
+        kind = {"master": "weights", "moment": "optim/exp_avg"}[what]
+        for key, values, _ in self.pieces():
+            if key.startswith(f"{kind}/decoder") and values.numel():
+                values[0] += 0.25
+                return
+
+    with mock.patch.object(Engine, "load", load):
+        return train(from_dict(RunConfig, config))
+
+
+def _forward_weights(engine: Engine) -> list[torch.Tensor]:
+    partitioned = [p.ds_tensor for p in engine.model.parameters() if hasattr(p, "ds_tensor")]
+    return partitioned or [p.data for p in engine.model.parameters()]
+
+
+def go_listening(config: dict[str, Any]) -> list[str]:
+    """Train; returns what was said."""
+    heard = io.StringIO()
+    train(from_dict(RunConfig, config), Terminal(heard))
+    return heard.getvalue().splitlines()

@@ -83,7 +83,7 @@ def test_the_safetensors_library_reads_the_files(folder: Path) -> None:
 
 
 def test_files_stay_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint.places, "FILE_BYTES", 20_000)
     state = trained()
     checkpoint.write_state(folder, state)
     files = list(folder.glob("weights-*.safetensors"))

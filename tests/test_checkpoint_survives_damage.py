@@ -147,7 +147,7 @@ def test_a_manifest_cannot_point_outside(run: Path) -> None:
     folder = checkpoint.found_in(run)[0]
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../words/tokenizer.json"] = {"bytes": 1, "xxh3_128": "0"}
-    manifest["xxh3_128"] = checkpoint._own_hash(manifest)
+    manifest["xxh3_128"] = checkpoint.own_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "outside" in checkpoint.damage(folder)[0]
 

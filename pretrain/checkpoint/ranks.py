@@ -1,0 +1,90 @@
+"""Steps that all ranks take together: if it fails on one, it failed on all, with one sentence."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain.checkpoint.places import CheckpointError, whole_name
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of the job, as a group of their own or all that there are."""
+
+    group: Any = None
+
+    @property
+    def rank(self) -> int:
+        """Which one this is."""
+        return dist.get_rank() if _started() else 0
+
+    @property
+    def world(self) -> int:
+        """How many there are."""
+        return dist.get_world_size() if _started() else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank hands in, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, act: Callable[[], Any], aside: Path) -> list[Any]:
+        """Do a step on every rank; if it fails on one, all clean up and raise its sentence."""
+        error, value, bug = None, None, None
+        try:
+            value = act()
+        except CheckpointError as wrong:
+            error = str(wrong)
+        except OSError as wrong:
+            error = (
+                f"{whole_name(aside)}: cannot be written: {wrong.strerror}; the older checkpoints "
+                "are untouched (检查点写入失败，旧检查点完好)"
+            )
+        except Exception as wrong:  # ours; the other ranks must not wait for this one for ever
+            error, bug = f"rank {self.rank}: {type(wrong).__name__}: {wrong}", wrong
+        outcomes = self.gather((error, value))
+        errors = [e for e, _ in outcomes if e]
+        if errors:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(errors[0]) from bug
+        return [v for _, v in outcomes]
+
+
+EVERYONE = Ranks()
+"""All ranks, by the group that the training uses: never beside it, in a thread."""
+
+
+@contextlib.contextmanager
+def own_group() -> Iterator[Ranks]:
+    """All ranks by a group of their own over gloo, for a thread; every rank calls this."""
+    if not _started() or dist.get_world_size() == 1:
+        yield EVERYONE
+        return
+    group = dist.new_group(backend="gloo")
+    try:
+        yield Ranks(group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that acts for all."""
+    return EVERYONE.rank == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank hands in, on every rank."""
+    return EVERYONE.gather(value)
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()

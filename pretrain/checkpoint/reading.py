@@ -1,0 +1,164 @@
+"""Reading checkpoints: what is damaged, the newest good one, a state mapped from its files."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from pretrain.averaged import Averaged, averaged, unmarked
+from pretrain.checkpoint.places import DTYPES, FORMAT, NAME, CheckpointError
+from pretrain.checkpoint.ranks import EVERYONE
+from pretrain.state import Entry, State
+
+
+def describe(path: Path, sync: bool = False) -> dict[str, Any]:
+    """Size and hash of a file, read in pieces; `sync`: and safe on the disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "xxh3_128": digest.hexdigest()}
+
+
+def own_hash(manifest: dict[str, Any]) -> str:
+    """The hash of a manifest without the hash in it."""
+    body = {key: value for key, value in manifest.items() if key != "xxh3_128"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint: one sentence for each missing, cut or changed file.
+
+    `part` of `parts` checks its share of the files, so that the ranks of a job share the reading.
+    """
+    try:
+        manifest = _manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    found = []
+    for name, entry in list(manifest["files"].items())[part::parts]:
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path}: is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            found.append(
+                f"{path}: has {path.stat().st_size} bytes, was written with {entry['bytes']}"
+            )
+        elif describe(path)["xxh3_128"] != entry["xxh3_128"]:
+            found.append(f"{path}: its content differs from its hash (文件已损坏)")
+    return found
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: cannot be read, it is damaged (文件已损坏)") from None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not of the format {FORMAT}")
+    if manifest.get("xxh3_128") != own_hash(manifest):
+        raise CheckpointError(f"{path}: its content differs from its hash (文件已损坏)")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise CheckpointError(f"{path}: names a file outside of the checkpoint")
+    return manifest
+
+
+def read(folder: str | Path) -> State:
+    """A checkpoint as a state; tensors are mapped from their files when they are read.
+
+    Raises CheckpointError for a folder that is none, or whose headers do not fit its manifest. The
+    content is checked by damage() / newest(). An Averaged folder: its averaged weights.
+    """
+    if isinstance(folder, Averaged):
+        return averaged(read(Path(folder)))
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    entries: dict[str, Entry] = {}
+    for name in manifest["files"]:
+        if not name.endswith(".safetensors"):
+            continue
+        kind = name.rsplit("-", 1)[0]
+        prefix = kind if kind in ("weights", "buffers") else f"optim/{kind}"
+        try:
+            handle = safe_open(str(folder / name), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder / name}: cannot be read: {error} (文件已损坏)"
+            ) from None
+        for key in handle.offset_keys():
+            part = handle.get_slice(key)
+            dtype = {code: dtype for dtype, (code, _) in DTYPES.items()}[part.get_dtype()]
+            read_it = _reader(handle, key)
+            entries[f"{prefix}/{key}"] = Entry(tuple(part.get_shape()), dtype, read_it)
+    try:
+        record = json.loads((folder / "state.json").read_text("utf-8"))
+        record["model"]["family"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / 'state.json'}: cannot be read (文件已损坏)") from None
+    return State(entries, record, _verify(folder, manifest))
+
+
+def _verify(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a load is compared with; a checkpoint of an earlier format has nothing."""
+    if "verify.json" not in manifest["files"]:
+        return {}
+    try:
+        return dict(json.loads((folder / "verify.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder / 'verify.json'}: cannot be read (文件已损坏)") from None
+
+
+def _reader(handle: Any, key: str) -> Callable[[], torch.Tensor]:
+    return lambda: handle.get_tensor(key)
+
+
+def found_in(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest (stage, step) first; unverified."""
+    folder = run / "checkpoints"
+    named = [(NAME.match(p.name), p) for p in folder.iterdir()] if folder.is_dir() else []
+    ordered = sorted(((int(m[1]), int(m[2]), p) for m, p in named if m), reverse=True)
+    return [path for _, _, path in ordered]
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that verifies, and the damage found in newer ones.
+
+    All ranks of a job call this together and share the reading.
+    """
+    rank, world = EVERYONE.rank, EVERYONE.world
+    complaints: list[str] = []
+    for path in EVERYONE.gather(found_in(run))[0]:
+        wrong = [s for part in EVERYONE.gather(damage(path, rank, world)) for s in part]
+        if not wrong:
+            return path, complaints
+        complaints += sorted(set(wrong))
+    return None, complaints
+
+
+def resolve(path: str | Path) -> Path:
+    """A verified checkpoint folder from what a user names: a checkpoint, or a run (its newest)."""
+    path, average = unmarked(path)  # RUN@ema
+    if average:
+        return Averaged(resolve(path))
+    if (path / "manifest.json").exists():
+        wrong = damage(path)
+        if wrong:
+            raise CheckpointError("\n".join(wrong))
+        return path
+    good, wrong = newest(path)
+    if good is None:
+        what = "\n".join(wrong) or f"{path}: holds no checkpoint (没有检查点)"
+        raise CheckpointError(what)
+    return good
