@@ -8,7 +8,10 @@ chosen rule does not read is refused, so that no page says something that does n
 """
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Literal
+
+from configs.model import ModelConfig, Tensor, local_shape, shape, tensors
 
 Rule = Literal["adamw", "lamb", "rms_adamw", "adafactor", "muon"]
 ADAMS = ("adamw", "lamb", "rms_adamw", "muon")
@@ -139,3 +142,65 @@ class Schedule:
         if self.name == "piecewise" and self.warmup_steps:
             found.append("warmup_steps: piecewise says its warm-up in points; leave it out")
         return found
+
+
+def moments(section: Optimizer) -> frozenset[str]:
+    """What the rule remembers, by name; two rules with the same may follow one another."""
+    if section.name == "adafactor":
+        return frozenset(("factors", *(["exp_avg"] if section.beta1 else [])))
+    adam = {"exp_avg", "exp_avg_sq"}
+    return frozenset(adam | {"momentum"} if section.name == "muon" else adam)
+
+
+def moment_bytes(section: Optimizer, model: ModelConfig, tensor: int = 1) -> tuple[int, int]:
+    """(bytes that lie like the weights, bytes that every device has) of all that is remembered.
+
+    The former are divided by ZeRO; `tensor` devices share each matrix.
+    """
+    spread = whole = 0
+    beside = (section.ema > 0) + (section.lookahead_every > 0)
+    for t in tensors(model):
+        values, size = prod(local_shape(model, t, tensor)), shape(model, t)
+        each = 2
+        if section.name == "adafactor":
+            each = int(section.beta1 > 0)
+            whole += 4 * (sum(size) if len(size) == 2 else size[0])
+        elif section.name == "muon" and orthogonalised(t):
+            each = 1
+        spread += 4 * values * (each + beside)
+    return spread, whole
+
+
+def orthogonalised(tensor: Tensor) -> bool:
+    """Whether muon's momentum is for it: a matrix of a layer."""
+    return tensor.op == "linear" and tensor.layer is not None
+
+
+def problems_with_model(
+    section: Optimizer, model: ModelConfig, tensor: int, grows: bool
+) -> list[str]:
+    """What the rule cannot do for a model, on `tensor` devices a matrix, or where a stage grows."""
+    found = []
+    if section.name == "muon" and tensor > 1:
+        found.append(
+            f"name: is muon, which needs whole matrices, and parallel.tensor is {tensor}; set it "
+            "to 1 or take another rule (muon 不支持张量并行)"
+        )
+    tied = [t.name for t in tensors(model) if t.op == "lookup" and t.tied_to is not None]
+    if section.lazy_rows and tied:
+        found.append(
+            f"lazy_rows: {tied[0]} of {model.family} is tied to the head, whose gradient reaches "
+            "every row; leave it out (词表与输出层共享，没有未用到的行)"
+        )
+    if grows and section.name in ("adafactor", "muon"):
+        found.append(
+            f"name: is {section.name}, growth carries the moments of adamw, lamb and rms_adamw; "
+            "take one of them, or grow by `launch grow` and begin anew (生长不支持该优化器)"
+        )
+    for key in ("ema", "lookahead_every"):
+        if grows and getattr(section, key):
+            found.append(
+                f"{key}: is {getattr(section, key)}, growth carries no averages of the weights; "
+                "set it to 0 in the stages up to the last that grows (生长不支持权重平均)"
+            )
+    return found

@@ -18,7 +18,7 @@ from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, split_problems, tensors
 from configs.objectives import Causal, Objective, data_problems, head_problems
-from configs.optimizers import Optimizer, Schedule
+from configs.optimizers import Optimizer, Schedule, moments, problems_with_model
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,7 @@ class RunConfig:
                 page = at_stage(self, number)
                 found += page._problems_of_stage(number)
                 found += page._problems_of_model(number, stage_model(self, number))
+                found += self._problems_of_rule(number, page.optimizer)
             except ConfigError as error:
                 found.append(str(error))
         return list(dict.fromkeys(found))
@@ -276,6 +277,18 @@ class RunConfig:
         return found + data_problems(
             self.objective, self.data.packing, self.data.seq_len, self.data.target_len
         )
+
+    def _problems_of_rule(self, number: int, rule: Optimizer) -> list[str]:
+        """What the update rule of a stage cannot do there."""
+        grows, model = bool(stages(self)[number].model), stage_model(self, number)
+        found = problems_with_model(rule, model, self.parallel.tensor, grows)
+        before = at_stage(self, max(0, number - 1)).optimizer
+        if moments(before) != moments(rule):
+            found.append(
+                f"name: cannot go from {before.name} to {rule.name}, which remembers something "
+                "else; begin a new run with init.what: weights (阶段之间不能换成动量不同的优化器)"
+            )
+        return [f"{self._key(number, 'optimizer')}.{s}" for s in found]
 
     def _problems_of_model(self, number: int, model: ModelConfig) -> list[str]:
         """The same of the model as it is in a stage."""

@@ -27,6 +27,7 @@ from configs.load import load, to_dict
 from configs.model import ModelConfig, T5PegasusConfig, local_shape, parameter_count
 from configs.model import tensors as table_of
 from configs.objectives import Masked
+from configs.optimizers import moment_bytes
 from configs.run import (
     RunConfig,
     at_stage,
@@ -126,6 +127,7 @@ def memory(
         zero = 1  # as the engine runs it
     sizes = [prod(local_shape(model, t, tensor)) for t in table_of(model)]
     values, width, row = sum(sizes), WIDTH[precision], row_of(config)
+    spread, whole = moment_bytes(config.optimizer, model, tensor)
     tokens = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
     logits = min(micro * tokens * row.predicted * model.vocab / tensor, LOGITS_AT_ONCE)
     masked = config.objective.document_boundaries
@@ -134,7 +136,7 @@ def memory(
         "weights": width * (values / data + max(sizes) if zero == 3 else values),
         "gradients (fp32)": 4 * values / (data if zero >= 2 else 1),
         "masters (fp32)": 4 * values / data if zero else 0.0,
-        "moments (fp32)": 8 * values / (data if zero else 1),
+        "moments (fp32)": spread / (data if zero else 1) + whole,
         "activations": activation_bytes(model, row, micro, precision, recompute, tensor, masked),
         "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
         "messages": 4.0 * min(BUCKET_VALUES, values),
@@ -165,7 +167,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     zero = config.parallel.zero
     most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
     kept = config.run.keep_checkpoints + len(models) - 1  # those at stage borders stay
-    checkpoint = 12 * parameter_count(last)
+    checkpoint = 4 * parameter_count(last) + sum(moment_bytes(config.optimizer, last))
     return {
         "model": to_dict(last),
         "parameters": {"total": parameter_count(last), **parameters_by_part(last)},

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from configs.load import ConfigError, from_dict
-from configs.model import tensors
-from configs.optimizers import Optimizer, Schedule
+from configs.model import parameter_count, shape, tensors
+from configs.optimizers import Optimizer, Schedule, moment_bytes
+from configs.run import RunConfig
 from pretrain import optimizer
 from pretrain.schedules import schedule
 from tests import zero_jobs as jobs
@@ -143,3 +144,55 @@ def test_decay_is_the_tables_or_everybodys() -> None:
     table = optimizer.groups(jobs.TINY, section=jobs.optimizer_of())
     decayed = {name for group in table if group.key.decay for name in group.names}
     assert decayed == {t.name for t in tensors(jobs.TINY) if t.decay}
+
+
+def page(family: str = "cpm", **changes: Any) -> dict[str, Any]:
+    """A run's page as plain data."""
+    sizes = {"vocab": 8, "hidden": 4, "layers": 1, "heads": 2, "head_dim": 2, "ffn": 4}
+    base: dict[str, Any] = {
+        "model": {"family": family, **sizes},
+        "data": {"train": [{"corpus": "none"}], "seq_len": 4},
+        "batch": {"samples": 2, "micro": 1},
+        "optimizer": {"lr": 0.1},
+        "run": {"out": "none", "steps": 8},
+    }
+    return base | changes
+
+
+GROWS = {"stages": [{"steps": 4}, {"steps": 4, "model": {"layers": 2}}], "run": {"out": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"optimizer": {"lr": 0.1, "name": "muon"}, "parallel": {"tensor": 2}}, "whole matrices"),
+        ({"optimizer": {"lr": 0.1, "lazy_rows": True}}, "embed.tokens.weight of cpm is tied"),
+        ({"optimizer": {"lr": 0.1, "name": "muon"}} | GROWS, "optimizer.name: is muon, growth"),
+        ({"optimizer": {"lr": 0.1, "ema": 0.9}} | GROWS, "ema: is 0.9, growth carries no averages"),
+        (
+            {"stages": [{"steps": 4}, {"steps": 4, "optimizer": {"name": "muon"}}],
+             "run": {"out": "none"}},
+            "stages.1.optimizer.name: cannot go from adamw to muon",
+        ),
+    ],
+)  # fmt: skip
+def test_check_refuses_what_a_rule_cannot_do_there(changes: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_dict(RunConfig, page(**changes))
+    assert sentence in str(refused.value) and str(refused.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ({}, (2.0, 0)),
+        ({"name": "lamb", "ema": 0.9, "lookahead_every": 5}, (4.0, 0)),
+        ({"name": "adafactor", "beta1": 0.0}, (0.0, 1)),
+    ],
+)
+def test_what_a_rule_remembers_is_counted(section: Any, values: tuple[float, int]) -> None:
+    spread, whole = moment_bytes(Optimizer(lr=0.1, **section), jobs.TINY)
+    assert spread == values[0] * 4 * parameter_count(jobs.TINY)
+    sizes = [shape(jobs.TINY, t) for t in tensors(jobs.TINY)]
+    sides = sum(sum(size) if len(size) == 2 else size[0] for size in sizes)
+    assert whole == values[1] * 4 * sides

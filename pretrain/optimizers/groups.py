@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.model import ModelConfig, Tensor, tensors
+from configs.optimizers import orthogonalised
 
 
 @dataclass(frozen=True, order=True)
@@ -100,7 +101,7 @@ def _height(config: ModelConfig, tensor: Tensor) -> int:
 
 
 def _part(tensor: Tensor, section: Any) -> str:
-    if section.name == "muon" and tensor.op == "linear" and tensor.layer is not None:
+    if section.name == "muon" and orthogonalised(tensor):
         return "matrix"
     if section.lazy_rows and tensor.op == "lookup" and tensor.tied_to is None:
         return "rows"
