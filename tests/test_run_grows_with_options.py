@@ -1,0 +1,103 @@
+"""A stage's `grow:`: noise, copies, the rate warmed up again, and methods that do not preserve.
+
+Equalities are of the same arithmetic and hold to the last bit; the loss behind a border that keeps
+the function is the small model's, to fp32 rounding (1e-5).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.load import ConfigError, from_dict
+from configs.run import RunConfig
+from pretrain import checkpoint
+from pretrain.growth.moments import rewarm, settled
+from pretrain.optimizer import GroupKey
+from tests.run_jobs import digests, losses, page
+from tests.worlds import World
+
+GO = "tests.run_jobs:go"
+BORDER, WIDER = 10, {"hidden": 64, "ffn": 128}
+COMMON = {"run__steps": None, "run__save_every_steps": 5, "run__keep_checkpoints": 9}
+
+
+def staged(run: Path, corpus: Path, grow: dict[str, Any], **more: Any) -> dict[str, Any]:
+    stages = [{"steps": BORDER}, {"steps": 15, "model": more.pop("model", WIDER), "grow": grow}]
+    return page(run, corpus, stages=stages, **COMMON, **more)
+
+
+def proof_of(run: Path) -> dict[str, Any]:
+    path = run / f"checkpoints/stage-01-step-{BORDER:08d}/proof.json"
+    return dict(json.loads(path.read_text("utf-8")))
+
+
+def test_width_grows_with_noise_and_is_warmed_up_again(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    grow = {"added": "copied", "noise": 0.02, "split": 0.55, "rewarm_steps": 8}
+    world2.run(GO, config=staged(tmp_path / "whole", tiny_corpus, grow))
+    proof = proof_of(tmp_path / "whole")
+    assert proof["kept"] and proof["batch"]["of"] == "validation rows"
+    before, after = (proof["batch"]["float64"][at] for at in ("before", "after"))
+    assert after == pytest.approx(before, abs=1e-6) and len(proof["batch"]["tokens_sha256"]) == 64
+    world2.run(GO, config=page(tmp_path / "small", tiny_corpus, run__steps=BORDER + 1))
+    # the schedule of the short run decays, but no step of it has been made
+    assert losses(tmp_path / "whole")[0] == losses(tmp_path / "small")[0]
+    record = checkpoint.read(
+        tmp_path / "whole" / "checkpoints" / f"stage-01-step-{BORDER:08d}"
+    ).record
+    assert record["rewarm"] == {"step": BORDER, "steps": 8}
+    assert record["scales"]["decoder.layers.0.self.q.weight"]["lr"] == 0.5
+    # killed in the middle of the way back, it goes on to the last bit
+    stop = staged(tmp_path / "broken", tiny_corpus, grow, run__stop_at_step=13)
+    world2.run(GO, config=stop)
+    world2.run(GO, config=staged(tmp_path / "broken", tiny_corpus, grow))
+    last = "checkpoints/stage-01-step-00000025"
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert digests(tmp_path / "broken" / last) == digests(tmp_path / "whole" / last)
+    # control: without the way back it is another run, from the second step after the border on
+    plain = staged(tmp_path / "plain", tiny_corpus, {**grow, "rewarm_steps": 0})
+    world2.run(GO, config=plain)
+    one, other = losses(tmp_path / "whole"), losses(tmp_path / "plain")
+    assert one[: BORDER + 1] == other[: BORDER + 1] and one[-1] != other[-1]
+
+
+def test_stacking_in_a_run_is_allowed_and_named(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    world2.run(
+        GO,
+        config=staged(tmp_path / "run", tiny_corpus, {"method": "stack"}, model={"layers": 4}),
+    )
+    proof = proof_of(tmp_path / "run")
+    assert not proof["kept"] and not proof["means_to_keep"] and proof["moved"] > 0
+    assert proof["batch"]["float64"]["after"] != proof["batch"]["float64"]["before"]
+    assert len(losses(tmp_path / "run")) == BORDER + 15
+
+
+def test_a_scale_goes_back_to_one_over_the_steps() -> None:
+    keys = [GroupKey(True, lr_scale=0.5, wd_scale=2.0), GroupKey(True)]
+    groups = [{"lr_scale": 0.5, "weight_decay": 0.2}, {"lr_scale": 1.0, "weight_decay": 0.1}]
+    found = []
+    for step in (9, 10, 12, 14, 99):
+        rewarm(groups, keys, {"step": 10, "steps": 4}, step)
+        found.append((groups[0]["lr_scale"], groups[0]["weight_decay"]))
+        assert groups[1]["lr_scale"] == 1.0 and groups[1]["weight_decay"] == 0.1
+    expected = [(0.5, 0.2), (0.5, 0.2), (0.75, 0.15), (1.0, 0.1), (1.0, 0.1)]
+    assert found == [pytest.approx(pair) for pair in expected]
+
+
+def test_a_second_growth_starts_from_where_the_scales_are() -> None:
+    scale = {"lr": 0.5, "wd": 2.0, "eps": 4.0, "clip": 0.25}
+    record = {"step": 12, "scales": {"a": scale}, "rewarm": {"step": 10, "steps": 4}}
+    half = settled(record)
+    assert half["scales"] == {"a": {"lr": 0.75, "wd": 1.5, "eps": 4.0, "clip": 0.25}}
+    assert "rewarm" not in half and settled(half) is half
+    assert settled(record | {"step": 40})["scales"]["a"]["lr"] == 1.0
+
+
+def test_the_page_says_what_is_wrong(tmp_path: Path, tiny_corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages.1.grow.split: is 0.2, must lie in \[0.5, 1\)"):
+        from_dict(RunConfig, staged(tmp_path / "run", tiny_corpus, {"split": 0.2}))
