@@ -205,11 +205,7 @@ def _report(
         ),
         ("  the model on the same text", f"{bits['model']:.3f}  {_word(learnt)}"),
         ("resume after kill -9", f"{len(twice)} steps ran twice, losses equal: {_word(same)}"),
-        (
-            "growth",
-            f"max logit difference {proof['float64']['max_difference']:.1e} in float64, kept: "
-            + _word(proof["kept"]),
-        ),
+        *_grown(proof),
         ("corpus", str(demo.corpus)),
         ("checkpoints", str(demo.run / "checkpoints")),
         ("time", f"{elapsed / 60:.1f} minutes"),
@@ -218,6 +214,24 @@ def _report(
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     print(f"\nlook at it:  tensorboard --logdir {shlex.quote(str(demo.run / 'tensorboard'))}")
     return learnt and same and bool(twice) and bool(proof["kept"])
+
+
+def _grown(proof: dict[str, Any]) -> list[tuple[str, str]]:
+    """What growth did, and its proof."""
+    sizes = ("layers", "hidden", "ffn")
+    changed = ", ".join(f"{key} {proof['from'][key]} -> {proof['to'][key]}" for key in sizes)
+    loss, far = proof["batch"]["float64"], proof["float64"]
+
+    def apart(part: dict[str, Any]) -> str:
+        return f"{part['max_difference']:.1e} (allowed {part['tolerance']:.1e})"
+
+    return [
+        ("growth, copies with noise", changed),
+        ("  logits apart, float64", f"{apart(far)}, of deviation {far['std']:.2f}"),
+        ("  logits apart, float32", apart(proof["float32"])),
+        ("  loss of a batch of data", f"{loss['before']:.9f} -> {loss['after']:.9f}"),
+        ("  the function is kept", f"{_word(proof['kept'])}  (proof.json)"),
+    ]
 
 
 def _word(good: bool) -> str:

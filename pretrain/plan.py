@@ -36,6 +36,7 @@ from configs.run import (
     step_samples,
     world_problems,
 )
+from pretrain import staged
 from pretrain.costs import WIDTH, Row, activation_bytes, flops_per_token, parameters_by_part
 
 MFU = 0.40
@@ -160,6 +161,10 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         _stage(model, stage.steps, page, gpus * peak * mfu)
         for stage, model, page in zip(stages(config), models, pages, strict=True)
     ]
+    rate = gpus * peak * mfu
+    large = [
+        _stage(last, stage["steps"], p, rate)["flops"] for stage, p in zip(each, pages, strict=True)
+    ]
     needs = [
         [memory(page, model, zero, data) for zero in range(4)]
         for page, model in zip(pages, models, strict=True)
@@ -199,6 +204,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
             "days": sum(s["days"] for s in each),
             "flops": sum(s["flops"] for s in each),
         },
+        "growth": staged.beside_scratch(each, models, pages[-1].schedule, large),
         "disk": {
             "checkpoint_bytes": checkpoint,
             "checkpoints_kept": kept,
@@ -282,7 +288,10 @@ def main(argv: list[str]) -> int:
 def text(found: dict[str, Any]) -> str:
     """The plan for people: plain text, aligned, at most 110 columns."""
     blocks = [_model_rows, _batch_rows, _memory_rows, _time_rows, _data_rows]
-    return "\n\n".join(table(*block(found)) for block in blocks)
+    parts = [block(found) for block in blocks]
+    if found["growth"]:
+        parts.insert(-1, staged.rows(found["growth"]))
+    return "\n\n".join(table(*part) for part in parts)
 
 
 def table(title: str, rows: list[list[str]]) -> str:

@@ -1,0 +1,86 @@
+"""What a run that grows costs beside the large model from scratch, and when to grow. No torch.
+
+    stages --FLOPs of each--> the staged run | the last model on the same tokens | its ratio
+    first model, last model --FLOPs of growing at 30 ... 80 % of the tokens--> table, suggestion
+
+What it costs is counted; when to grow is a rule of thumb out of what was published and measured
+(docs/growth.md): late growth out of few layers saves most, up to 70 % of the run under a schedule
+with a constant stretch (wsd), half of it under a cosine, which leaves what is new too little rate
+(zero/one-layer expansion, arXiv 2511.04981; SPARKLING grew its width at half); and before the decay
+there must be room for what is new to settle.
+"""
+
+from typing import Any
+
+from configs.model import ModelConfig, parameter_count
+from configs.optimizers import Schedule
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+LATEST = {"wsd": 0.7, "constant": 0.7}
+"""The largest share of a run that the small model should take; half under any other schedule."""
+SETTLING = 0.1
+"""Share of the run between a growth and the beginning of the decay."""
+
+
+def beside_scratch(
+    each: list[dict[str, Any]], models: list[ModelConfig], schedule: Schedule, large: list[float]
+) -> dict[str, Any] | None:
+    """The comparison as plain data, or None for a run that does not grow.
+
+    Args:
+        each: the stages as pretrain.plan counts them (steps, tokens, flops, days).
+        models: the model of each stage.
+        schedule: of the last stage.
+        large: FLOPs that each stage would take with the last stage's model.
+    """
+    if parameter_count(models[0]) == parameter_count(models[-1]):
+        return None
+    total, flops = sum(large), sum(stage["flops"] for stage in each)
+    days = sum(s["days"] * f / s["flops"] for s, f in zip(each, large, strict=True))
+    steps = sum(stage["steps"] for stage in each)
+    ratio = each[0]["flops"] / large[0]
+    first = next(n for n, m in enumerate(models) if m != models[0])
+    grown_at = sum(stage["steps"] for stage in each[:first]) / steps
+    decaying = schedule.decay_steps / steps if schedule.name == "wsd" else 0.0
+    latest = min(LATEST.get(schedule.name, 0.5), 1 - decaying - SETTLING)
+    grid = [
+        {"share": share, "flops": total * (share * ratio + 1 - share), "advised": share <= latest}
+        for share in SHARES
+    ]
+    advised = [row["share"] for row in grid if row["advised"]]
+    return {
+        "scratch": {"flops": total, "days": days},
+        "staged": {"flops": flops, "days": sum(stage["days"] for stage in each)},
+        "share": flops / total,
+        "first_model_costs": ratio,
+        "grows_at": grown_at,
+        "scratch_steps_for_the_same": round(steps * flops / total),
+        "when": grid,
+        "suggestion": max(advised) if advised else None,
+        "suggested_step": round(steps * max(advised)) if advised else None,
+    }
+
+
+def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and table for people."""
+    lines = [["", "FLOP", "of scratch", "days"]]
+    for name, key in (("the large model from scratch", "scratch"), ("this run", "staged")):
+        part = found[key]
+        share = part["flops"] / found["scratch"]["flops"]
+        lines.append([name, f"{part['flops']:.2e}", f"{share:.1%}", f"{part['days']:.3g}"])
+    for row in found["when"]:
+        share = row["flops"] / found["scratch"]["flops"]
+        mark = " *" if row["share"] == found["suggestion"] else ""
+        days = found["scratch"]["days"] * share
+        name = f"grown once, at {row['share']:.0%} of the steps{mark}"
+        lines.append([name, f"{row['flops']:.2e}", f"{share:.1%}", f"{days:.3g}"])
+    if found["suggestion"] is None:
+        lines.append(["when to grow: the decay begins too early for any; shorten it (衰减过早)"])
+    else:
+        step = f"{found['suggested_step']:,}"
+        lines.append([f"when to grow: about step {step} (*), a rule of thumb (生长时机)"])
+    same = f"this run, grown at {found['grows_at']:.0%}, costs as much as "
+    lines.append(
+        [same + f"{found['scratch_steps_for_the_same']:,} steps from scratch (同等计算量)"]
+    )
+    return "growth beside the large model from scratch (生长与从头训练)", lines
