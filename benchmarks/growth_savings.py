@@ -159,7 +159,9 @@ class Results:
         self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
 
     def add(self, **row: Any) -> None:
-        """Keep one, print it."""
+        """Keep one (measured again, the newer), print it."""
+        key = (row["arm"], row["seed"], row["budget"])
+        self.rows = [r for r in self.rows if (r["arm"], r["seed"], r["budget"]) != key]
         self.rows.append(row | {"elapsed_s": round(time.monotonic() - self.began)})
         self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
         print(json.dumps(self.rows[-1]), flush=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.load import to_dict
-from pretrain.growth import grow
+from pretrain.growth import GrowthError, grow
 from pretrain.state import State
 from tests.growing import TINY, UPDATES, trained
 
@@ -148,3 +148,28 @@ def test_a_first_update_of_a_new_tensor_is_no_kick(pair: tuple[State, State]) ->
     assert grown.record["born"][name] == grown.record["updates"]
     assert first(0) == pytest.approx(1.0, rel=1e-3)
     assert first(updates) > 3
+
+
+def test_averages_grow_as_the_weights_and_momentum_as_the_gradient() -> None:
+    before, entries = trained(), {}
+    for name in before.names():
+        entries[f"optim/ema/{name}"] = before.entries[f"weights/{name}"]
+        if name.endswith("q.weight"):
+            entries[f"optim/momentum/{name}"] = before.entries[f"optim/exp_avg/{name}"]
+    state = State({**before.entries, **entries}, before.record)
+    grown = grow(state, dataclasses.replace(TINY, hidden=64, layers=5, ffn=96), seed=5)
+    for name in grown.names():
+        assert torch.equal(grown.read(f"optim/ema/{name}"), grown.read(f"weights/{name}"))
+    momentum = grown.names("optim/momentum")
+    assert len(momentum) == 5
+    for name in momentum:
+        moment = grown.read(f"optim/exp_avg/{name}")
+        assert torch.equal(grown.read(f"optim/momentum/{name}"), moment)
+
+
+def test_a_state_that_growth_does_not_carry_is_named() -> None:
+    before = trained()
+    key = "optim/factors/embed.tokens.weight"
+    odd = State({**before.entries, key: before.entries["weights/embed.tokens.weight"]}, {})
+    with pytest.raises(GrowthError, match=r"optim/factors: is of an optimizer .* start with"):
+        grow(State(odd.entries, before.record), BOTH, seed=5)

@@ -25,7 +25,7 @@ from configs.load import from_dict, to_dict
 from configs.model import ModelConfig, RoFormerConfig, tensors
 from pretrain.growth import width
 from pretrain.growth.depth import deeper
-from pretrain.growth.moments import settled, slots
+from pretrain.growth.moments import settled, slots, unknown
 from pretrain.state import Entry, State
 
 Operator = Callable[[State, ModelConfig, ModelConfig, int, Growing], State]
@@ -80,6 +80,11 @@ def grow(
     refused = refusal(now, to, how)
     if refused:
         raise GrowthError(refused)
+    if left := unknown(state):
+        raise GrowthError(
+            f"optim/{min(left)}: is of an optimizer whose state growth does not carry; grow the "
+            "weights alone and start with `init: {what: weights}` (该优化器的状态不能随模型生长)"
+        )
     to = completed(now, to, how)
     names, grown, at = [], State(state.entries, settled(state.record)), now
     for size, operator in OPERATORS.items():
@@ -108,7 +113,7 @@ def grow(
     # in the table's order, so that the files' bytes do not depend on the way that led here
     keys = [f"{kind}/{t.name}" for kind in ("weights", *slots(grown)) for t in tensors(to)]
     keys += [key for key in grown.entries if key.startswith("buffers/")]
-    entries = {key: grown.entries[key] for key in keys}
+    entries = {key: grown.entries[key] for key in keys if key in grown.entries}
     if rounded:
         entries = {key: _rounded(entry) for key, entry in entries.items()}
     return State(entries, record)

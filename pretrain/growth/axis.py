@@ -23,7 +23,7 @@ import torch
 
 from configs.model import ModelConfig, Tensor, axis_size, shape, tensors
 from pretrain.growth.copies import Copies, zero_sum
-from pretrain.growth.moments import rescaled, slots
+from pretrain.growth.moments import power, rescaled, slots
 from pretrain.state import Entry, State, draw
 
 How = Literal["zero", "random", "mean", "constant", "copies"]
@@ -118,12 +118,11 @@ def longer(
             key, size = f"{kind}/{tensor.name}", shape(now, tensor)
             if key not in entries:
                 continue
-            power = {"weights": 0, "exp_avg": 1, "exp_avg_sq": 2}[kind.rpartition("/")[2]]
             for dim, fill in zip(dims, fills, strict=True):
                 label = f"{tensor.name}.growth.{axis}.{dim}.{old}-{new}"
                 cut = _cut(now, to, tensor, dim, axis, size, at, label, seed)
                 above = state.entries.get(f"{kind}/{_above(tensor)}") if fill.above else None
-                used = fill.of_gradient(power) if power else fill
+                used = fill.of_gradient(power(kind)) if power(kind) else fill
                 entries[key] = _grown(entries[key], cut, used, above)
                 size = cut.size
     scales = rescaled(state.record.get("scales", {}), changes)

@@ -30,7 +30,7 @@ import torch
 
 from configs.grown import Growing
 from configs.model import ModelConfig, RoFormerConfig, Tensor, shape, tensors
-from pretrain.growth.moments import slots, zeros
+from pretrain.growth.moments import power, slots, zeros
 from pretrain.state import Entry, State, draw, fresh
 
 STACKED = ("stack", "bert2bert", "bert2bert_aki")
@@ -59,7 +59,9 @@ def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Grow
         for tensor in tensors(to):
             origin, is_new = _origin(tensor, now, to, how)
             key, source_key = f"{prefix}/{tensor.name}", f"{prefix}/{origin}"
-            if is_new and prefix != "weights":
+            if source_key not in state.entries:  # not every rule keeps it for every tensor
+                continue
+            if is_new and power(prefix):
                 entries[key] = zeros(shape(to, tensor))
             elif is_new and how.method not in STACKED:
                 random = how.method == "random" or _shifts(to, tensor)

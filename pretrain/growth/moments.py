@@ -1,4 +1,4 @@
-"""How Adam's moments go on in a grown model: the exact rule, and a beginning for what is new.
+"""How an optimizer's state goes on in a grown model: the exact rule, a beginning for what is new.
 
     p' = a x p, in n copies:   the loss as a function is the same, so the gradient of each copy is
                                1 / (a n) of the old one. Hence  exp_avg     x 1 / (a n)
@@ -7,6 +7,8 @@
     and the global gradient norm, if a tensor's squared norm weighs a^2 n in it (GROWTH of record
     4.1; derived for this project). Those four are kept in the record's `scales` by tensor name. lr
 and decay may return to 1 over some steps (`rewarm`): the rate that the larger model trains with.
+
+Averages of weights (EMA, Lookahead) grow as the weights do, Muon's momentum as exp_avg.
 
 A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first updates are up to
 6.6 times the learning rate. Hence
@@ -21,18 +23,32 @@ from typing import Any
 
 import torch
 
-from pretrain.state import MOMENTS, Entry, State
+from pretrain.state import Entry, State
 
 Scales = dict[str, dict[str, float]]
 """By tensor name: lr, wd, eps, clip; what is not named has 1 for each."""
 
 
+POWERS = {"weights": 0, "ema": 0, "slow": 0, "exp_avg": 1, "momentum": 1, "exp_avg_sq": 2}
+"""The power of the gradient that each goes with; 0: it follows the weight itself."""
+
+
+def power(kind: str) -> int:
+    """Of a key prefix such as `optim/exp_avg`."""
+    return POWERS[kind.rpartition("/")[2]]
+
+
 def slots(state: State) -> list[str]:
-    """The moments that a state holds, as key prefixes; empty for a state of weights alone."""
-    found = {key.rsplit("/", 1)[0] for key in state.entries if key.startswith("optim/")}
-    known = [f"optim/{name}" for name in MOMENTS]
-    assert found <= set(known), f"growth knows {known}, the state holds {sorted(found)}"
-    return [slot for slot in known if slot in found]
+    """What an optimizer keeps in a state, as key prefixes; empty for a state of weights alone."""
+    found = {key.split("/")[1] for key in state.entries if key.startswith("optim/")}
+    assert found <= set(POWERS), f"growth knows {sorted(POWERS)}, the state has {sorted(found)}"
+    return [f"optim/{name}" for name in POWERS if name in found]
+
+
+def unknown(state: State) -> set[str]:
+    """What an optimizer keeps that growth does not know how to carry (Adafactor's factors)."""
+    found = {key.split("/")[1] for key in state.entries if key.startswith("optim/")}
+    return found - set(POWERS)
 
 
 def zeros(size: tuple[int, ...]) -> Entry:
