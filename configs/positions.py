@@ -10,8 +10,9 @@ kexue.fm/archives/7947 (hierarchical decomposition), 9675 (NTK and what is mixed
 NTK-by-parts); Peng et al. 2023 (YaRN).
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class PositionTable:
     def ratio(self) -> float:
         """r = alpha / (1 - alpha), the weight of the block in a position."""
         return self.alpha / (1 - self.alpha)
+
+    def written_out(self, table_ND: Any, positions: int) -> Any:
+        """The first `positions` rows of a table (any kind of array) decomposed."""
+        inner = [at % self.rows for at in range(positions)]
+        block = [at // self.rows for at in range(positions)]
+        return table_ND[inner] + self.ratio * (table_ND[block] - table_ND[0])
 
 
 RopeMethod = Literal[
@@ -85,6 +92,36 @@ class Rope:
     def exact(self) -> bool:
         """Whether rows of at most `known` tokens are computed as before."""
         return self.window >= self.known if self.windowed else self.dynamic or self.factor == 1.0
+
+    def pairs(self, head_dim: int, base: float) -> list[tuple[float, float, float]]:
+        """(radians a token, e, share that stays) of each pair; with s it turns by
+        radians x (share + (1 - share) s ** -e)."""
+        half, found = head_dim // 2, []
+        for pair in range(half):
+            exponent, kept = 1.0, 0.0
+            if self.windowed:
+                kept = 1.0
+            elif self.method == "ntk":
+                exponent = 2 * pair / max(head_dim - 2, 1)
+            elif self.method in ("ntk_fixed", "ntk_mixed"):
+                bend = 1.0 if self.method == "ntk_fixed" else 0.625
+                exponent = ((pair + 1) / half) ** bend
+            elif self.method in ("by_parts", "yarn"):
+                kept = self._kept(pair, head_dim, base)
+            found.append((base ** (-2 * pair / head_dim), exponent, kept))
+        return found
+
+    def _kept(self, pair: int, head_dim: int, base: float) -> float:
+        """1 for a pair that turns often within `known`, 0 for one that hardly does, as YaRN."""
+
+        def turning(times: float) -> float:
+            wide = self.known / (times * 2 * math.pi)
+            return head_dim * math.log(wide) / (2 * math.log(base))
+
+        low = max(math.floor(turning(self.beta_fast)), 0)
+        high = float(min(math.ceil(turning(self.beta_slow)), head_dim - 1))
+        high = high if high != low else low + 0.001
+        return 1 - min(max((pair - low) / (high - low), 0.0), 1.0)
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""

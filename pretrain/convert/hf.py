@@ -15,6 +15,7 @@ transformers is imported by `reference` only, for the proof.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
 from pretrain.convert import files
-from pretrain.convert.hf_config import ROFORMER_POSITIONS
+from pretrain.convert.hf_config import sines
 from pretrain.convert.rules import (
     ConversionError,
     Foreign,
@@ -42,18 +43,19 @@ TOKENIZER = "bajie_tokenizer"
 # ---- rules
 
 
-def rules(config: ModelConfig, positions: int = ROFORMER_POSITIONS) -> list[Rule]:
-    """Native tensors <-> those of the Hugging Face model of the family."""
+def rules(config: ModelConfig, positions: int | None = None) -> list[Rule]:
+    """Native tensors <-> those of the Hugging Face model of the family; positions: rows of the
+    table of sines, where a file has another number than would be written."""
     if isinstance(config, CPMConfig):
         return list(_gpt2(config))
     if isinstance(config, T5PegasusConfig):
         return list(_mt5(config))
-    return list(_roformer(config, positions))
+    return list(_roformer(config, positions or sines(config)))
 
 
 def _gpt2(config: CPMConfig) -> Iterator[Rule]:
     yield same("embed.tokens.weight", "transformer.wte.weight")
-    yield same("embed.positions.weight", "transformer.wpe.weight")
+    yield _table(config, "transformer.wpe.weight")
     for i in range(config.layers):
         ours, theirs = f"decoder.layers.{i}", f"transformer.h.{i}"
         for end in ("weight", "bias"):
@@ -104,7 +106,7 @@ def _roformer(config: RoFormerConfig, positions: int) -> Iterator[Rule]:
     if config.positions is None:
         yield derived(f"{top}.encoder.embed_positions.weight", lambda: _sines(config, positions))
     else:
-        yield same("embed.positions.weight", f"{top}.embeddings.position_embeddings.weight")
+        yield _table(config, f"{top}.embeddings.position_embeddings.weight")
     for end in ("weight", "bias"):
         yield same(f"embed.norm.{end}", f"{top}.embeddings.LayerNorm.{end}")
     parts = {
@@ -140,8 +142,39 @@ def _sines(config: RoFormerConfig, positions: int) -> torch.Tensor:
     """The table that transformers saves: sines in the first half, cosines in the second, fp32."""
     half = config.head_dim // 2
     frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+    scale, rope = 1.0, config.rope
+    if rope is not None:  # static: one table serves all lengths
+        pairs = rope.pairs(config.head_dim, config.rope_base)
+        turns = [p * (kept + (1 - kept) * rope.factor**-e) for p, e, kept in pairs]
+        frequency = torch.tensor(turns, dtype=torch.float64)
+        scale = 0.1 * math.log(rope.factor) + 1 if rope.method == "yarn" else 1.0
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+    return (torch.cat([angle.sin(), angle.cos()], dim=1) * scale).float()
+
+
+def _table(config: CPMConfig | RoFormerConfig, foreign: str) -> Rule:
+    """Learned positions: a row for each, those of a decomposition written out."""
+    native, how = "embed.positions.weight", config.position_table
+    if how is None:
+        return same(native, foreign)
+    reach = int(config.positions or 0)
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = how.written_out(x.double(), reach)
+        return rows.to(x.dtype)
+
+    def back(x: list[torch.Tensor]) -> list[torch.Tensor]:
+        first = x[0][: how.rows]
+        if x[0].is_meta:
+            return [first]
+        if not torch.allclose(written(first.float()), x[0].float(), 0.02, 0.02):
+            raise ConversionError(
+                f"{foreign}: is not the decomposition that config.json tells of; if it was trained "
+                "on there, take bajie_position_table out of config.json (位置表已改变)"
+            )
+        return [first]
+
+    return Rule((native,), (foreign,), lambda x: [written(x[0])], back)
 
 
 # ---- folders

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.load import from_dict, override, to_dict
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
+from configs.positions import PositionTable, Rope
 from pretrain.convert.rules import ConversionError
 
 ROFORMER_POSITIONS = 1536
@@ -27,10 +28,32 @@ def theirs(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
         )
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("eod", "pad", "bos")}
     if isinstance(config, CPMConfig):
-        return _as_gpt2(config, ids)
+        return _as_gpt2(config, ids) | _extended(config)
     if isinstance(config, T5PegasusConfig):
         return _as_mt5(config, ids)
-    return _as_roformer(config, ids)
+    return _as_roformer(config, ids) | _extended(config)
+
+
+def sines(config: RoFormerConfig) -> int:
+    """Rows of the table of sines that is written for a RoFormer."""
+    reach = config.rope.known * config.rope.factor if config.rope is not None else 0
+    return max(ROFORMER_POSITIONS, round(reach))
+
+
+def _extended(config: ModelConfig) -> dict[str, Any]:
+    """What config.json tells us, and nobody else, of tables that were written out."""
+    found = {f"bajie_{key}": getattr(config, key, None) for key in ("position_table", "rope")}
+    return {key: to_dict(section) for key, section in found.items() if section is not None}
+
+
+def _sections(page: dict[str, Any]) -> dict[str, Any]:
+    """The sections of _extended() that a config.json has."""
+    kinds: dict[str, Any] = {"position_table": PositionTable, "rope": Rope}
+    return {
+        key: from_dict(kind, page[f"bajie_{key}"], f"bajie_{key}")
+        for key, kind in kinds.items()
+        if f"bajie_{key}" in page
+    }
 
 
 Ids = dict[str, int | None]
@@ -99,7 +122,7 @@ def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
         "initializer_range": config.init_std,
-        "max_position_embeddings": ROFORMER_POSITIONS,
+        "max_position_embeddings": sines(config),
         "type_vocab_size": config.segments,
         "layer_norm_eps": config.norm_eps,
         "rotary_value": False,
@@ -121,6 +144,15 @@ def _unsayable(config: ModelConfig) -> list[str]:
     found = []
     if config.log_n:
         found.append(f"model.log_n is {config.log_n}")
+    table, rope = getattr(config, "position_table", None), getattr(config, "rope", None)
+    if table is not None and table.method != "hierarchical":
+        found.append(f"model.position_table.method is {table.method}, which follows the length")
+    if rope is not None and rope.windowed:
+        found.append(f"model.rope.method is {rope.method}, which changes distances")
+    if rope is not None and rope.dynamic:
+        found.append("model.rope.dynamic is true, it has one table of sines for all lengths")
+    if getattr(config, "bucket_spans", 1) > 1:
+        found.append(f"model.bucket_spans is {config.bucket_spans}, must be 1")  # type: ignore[union-attr]
     usual = 1.0 if isinstance(config, T5PegasusConfig) else config.head_dim**-0.5
     if config.softmax_scale not in (None, usual):
         found.append(f"model.softmax_scale is {config.softmax_scale}, must be {usual:g}")
@@ -188,6 +220,7 @@ def _from_gpt2(page: dict[str, Any]) -> CPMConfig:
         dropout=page.get("resid_pdrop", 0.1),
         attention_dropout=page.get("attn_pdrop", 0.1),
         init_std=page.get("initializer_range", 0.02),
+        **_sections(page),
     )
 
 
@@ -242,6 +275,7 @@ def _from_roformer(page: dict[str, Any], learned: bool) -> RoFormerConfig:
         dropout=page.get("hidden_dropout_prob", 0.1),
         attention_dropout=page.get("attention_probs_dropout_prob", 0.1),
         init_std=page.get("initializer_range", 0.02),
+        **_sections(page),
     )
 
 

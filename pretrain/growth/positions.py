@@ -127,10 +127,8 @@ def _table_maker(
 
 def decomposed(table_ND: torch.Tensor, how: PositionTable, positions: int) -> torch.Tensor:
     """Rows [positions, D], float64, of a table of n rows by hierarchical decomposition."""
-    rows = len(table_ND)
-    at = torch.arange(positions)
-    p_ND = table_ND.double()
-    return p_ND[at % rows] + how.ratio * (p_ND[at // rows] - p_ND[0])
+    written_ND: torch.Tensor = how.written_out(table_ND.double(), positions)
+    return written_ND
 
 
 def _bucket_maker(

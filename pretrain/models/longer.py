@@ -14,7 +14,6 @@ Chen et al. 2023 (position interpolation), bloc97 2023 (NTK-aware, NTK-by-parts)
 Legend: B rows, T tokens, D hidden, P pairs of a head, N heads, S keys.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.positions import PositionTable, Rope
-
-MIXED = {"ntk_fixed": 1.0, "ntk_mixed": 0.625}
-"""b of exp(-a m ** b) (kexue.fm/archives/9706)."""
 
 
 def document_lengths(positions_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
@@ -105,34 +101,13 @@ def frequencies(
 ) -> Tensor:
     """Radians a token by which each pair turns, float64 [..., P], for growths s [..., 1]."""
     device = growth.device if growth is not None else None
-    pair_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
-    plain_P = base ** (-pair_P / head_dim)
-    if rope is None or rope.windowed:
-        return plain_P
+    if rope is None:
+        pair_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
+        return base ** (-pair_P / head_dim)
     s = growth if growth is not None else growth_of(rope, None)
-    if rope.method == "linear":
-        return plain_P / s
-    if rope.method == "ntk":
-        return plain_P * s ** (-pair_P / max(head_dim - 2, 1))
-    if rope.method in MIXED:
-        bend = MIXED[rope.method]
-        number_P = pair_P / 2 + 1
-        return plain_P * torch.exp(-s.log() * (number_P / (head_dim / 2)) ** bend)
-    kept_P = _kept(rope, head_dim, base).to(plain_P.device)
-    return plain_P * kept_P + plain_P / s * (1 - kept_P)
-
-
-def _kept(rope: Rope, head_dim: int, base: float) -> Tensor:
-    """Share of each pair's own frequency that stays: 1 for those that turn often within `known`."""
-
-    def pair(turns: float) -> float:
-        return head_dim * math.log(rope.known / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(pair(rope.beta_fast)), 0)
-    high = float(min(math.ceil(pair(rope.beta_slow)), head_dim - 1))
-    high = high if high != low else low + 0.001
-    number_P = torch.arange(head_dim // 2, dtype=torch.float64)
-    return 1 - ((number_P - low) / (high - low)).clamp(0, 1)
+    numbers = torch.tensor(rope.pairs(head_dim, base), dtype=torch.float64, device=device)
+    plain_P, exponent_P, kept_P = numbers.unbind(1)
+    return plain_P * (kept_P + (1 - kept_P) * s ** (-exponent_P))
 
 
 def amplitude(rope: Rope | None, growth: Tensor) -> Tensor | None:
