@@ -109,7 +109,10 @@ def _disk(run: Path, checkpoint_bytes: int) -> tuple[list[str], list[str]]:
             f"{run}: {free / 1e6:,.1f} MB are free, a new checkpoint and the one before it take "
             f"{2 * checkpoint_bytes / 1e6:,.1f} MB (磁盘空间紧张)"
         )
-    rate = _rate(run)
+    try:
+        rate = _rate(run)
+    except OSError as error:  # a save will say it, with the older checkpoints good
+        return [], [*said, f"{run}: cannot be written at length: {error.strerror} (磁盘写入异常)"]
     if checkpoint_bytes / rate > 60:
         said.append(
             f"{run}: the disk takes {rate / 1e6:,.0f} MB/s, a checkpoint of "
