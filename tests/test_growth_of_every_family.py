@@ -246,3 +246,19 @@ def test_nothing_new_is_dead(family: str) -> None:
             assert float((rows > 0).double().mean()) >= share, tensor.name
         if tensor.in_:
             assert float((gradient.amax(0) > 0).double().mean()) >= share, tensor.name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiling_by_two_in_bf16_is_the_small_models_rounding(family: str) -> None:
+    """Doubling adds the same numbers in another order: most logits are equal to the last bit, the
+    largest difference is far below what bf16 costs the small model; by three it is like that."""
+    before = small(family)
+
+    def precision(hidden: int) -> dict[str, Any]:
+        grown = grow(before, larger(family, hidden=hidden), 1)
+        return dict(proof.prove(before, grown, PROBES, precision="bf16")["precision"])
+
+    doubled, tripled = precision(64), precision(96)
+    assert doubled["name"] == "bf16" and doubled["median_difference"] == 0
+    assert doubled["max_difference"] <= doubled["own_rounding"] / 4
+    assert tripled["median_difference"] > 0  # the control: a third is rounded
