@@ -421,4 +421,5 @@ def _verdict(difference: float, tolerance: float, std: float) -> dict[str, Any]:
 
 def _loss(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> float:
     predicted = logits_BTV[:, :-1].flatten(0, 1)
-    return float(nn.functional.cross_entropy(predicted, tokens_BT[:, 1:].flatten()))
+    targets = tokens_BT[:, 1:].flatten() % predicted.shape[-1]  # of labels any will do
+    return float(nn.functional.cross_entropy(predicted, targets))

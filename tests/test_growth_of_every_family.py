@@ -262,3 +262,12 @@ def test_tiling_by_two_in_bf16_is_the_small_models_rounding(family: str) -> None
     assert doubled["name"] == "bf16" and doubled["median_difference"] == 0
     assert doubled["max_difference"] <= doubled["own_rounding"] / 4
     assert tripled["median_difference"] > 0  # the control: a third is rounded
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_a_head_over_labels_grows_too(family: str) -> None:
+    config = larger(family, labels=3)
+    before = trained(config)
+    wider = dataclasses.replace(config, hidden=64, ffn=100, layers=3, heads=6)
+    found = proof.prove(before, grow(before, wider, 1), PROBES)
+    assert found["kept"] and found["to"]["labels"] == 3
