@@ -54,6 +54,7 @@ VERBS = {
     "grow": Verb("launch.grow:main", "a larger model of the same function, proven", "模型增长"),
     "extend": Verb("launch.extend:main", "a checkpoint that reads longer rows, proven", "加长文本"),
     "convert": Verb("launch.convert:main", "checkpoints of other formats, in and out", "格式转换"),
+    "export": Verb("launch.export:main", "weights to give away: bf16, the mean of N", "导出权重"),
     "revocab": Verb("launch.revocab:main", "a checkpoint taken to another vocabulary", "更换词表"),
     "inspect": Verb("launch.inspect:main", "what a corpus or a checkpoint holds", "查看"),
 }

@@ -15,7 +15,7 @@ from pretrain.corpora import open_corpora
 from pretrain.engine import Engine
 from pretrain.monitor import Terminal
 from pretrain.objectives.causal import Causal
-from pretrain.state import State
+from pretrain.state import State, fresh
 from pretrain.train import train
 from pretrain.watch import enlist
 
@@ -99,3 +99,14 @@ def go_listening(config: dict[str, Any]) -> list[str]:
     heard = io.StringIO()
     train(from_dict(RunConfig, config), Terminal(heard))
     return heard.getvalue().splitlines()
+
+
+def saved_by_deepspeed(folder: str, zero: int) -> list[tuple[str, Any, Any]]:
+    """Three steps, DeepSpeed's own save_checkpoint; returns our pieces."""
+    from tests import zero_jobs
+
+    engine = zero_jobs.make(zero=zero)
+    engine.load(fresh(engine.config, 3))
+    zero_jobs.run_steps(engine, 0, 3)
+    engine._deepspeed.save_checkpoint(folder)
+    return zero_jobs.pieces_of(engine)
