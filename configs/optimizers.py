@@ -192,15 +192,14 @@ def problems_with_model(
             f"lazy_rows: {tied[0]} of {model.family} is tied to the head, whose gradient reaches "
             "every row; leave it out (词表与输出层共享，没有未用到的行)"
         )
-    if grows and section.name in ("adafactor", "muon"):
+    if grows and section.name == "adafactor":
         found.append(
-            f"name: is {section.name}, growth carries the moments of adamw, lamb and rms_adamw; "
-            "take one of them, or grow by `launch grow` and begin anew (生长不支持该优化器)"
+            "name: is adafactor, growth does not carry its moments by row and column; take adamw, "
+            "lamb, rms_adamw or muon, or grow by `launch grow` and begin anew (生长不支持该优化器)"
         )
-    for key in ("ema", "lookahead_every"):
-        if grows and getattr(section, key):
-            found.append(
-                f"{key}: is {getattr(section, key)}, growth carries no averages of the weights; "
-                "set it to 0 in the stages up to the last that grows (生长不支持权重平均)"
-            )
+    if grows and section.name == "muon" and section.muon_scale != "spectral":
+        found.append(
+            f"muon_scale: is {section.muon_scale}, a grown matrix goes on as the small one only "
+            "with spectral; set that from the first stage on (生长须用 spectral)"
+        )
     return found

@@ -10,6 +10,9 @@ and their part of O back: two all-to-alls of fp32 values. Under ZeRO 1 and 2 onl
 border of the partitions cuts travel, ranks - 1 at most in a group; under ZeRO 3 (ranks - 1) / ranks
 of all values, each way; under ZeRO 0 nothing, every rank computes all. Newton-Schulz costs about
 10 x rows x columns x min(rows, columns) x 2 FLOPs a matrix, shared by the owners.
+
+A matrix tiled in n copies has the same O in n copies / sqrt(n); with the spectral length the grown
+run then goes on as the small one at the same lr, whichever side was tiled (GROWTH of record 4.1).
 """
 
 import math
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.optimizers.adam import lr_of
 from pretrain.optimizers.update import Update
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,7 +80,7 @@ class Muon:
             values.copy_(piece)
         for f in self.mine.values():
             group = update.group_of[f.flat]
-            step = group["lr"] * self._length(update.logical.shapes[f.name])
+            step = lr_of(group) * self._length(update.logical.shapes[f.name])
             f.view(f.flat).mul_(1 - group["lr"] * group["weight_decay"]).sub_(
                 f.view(grads[f.flat]), alpha=step
             )
