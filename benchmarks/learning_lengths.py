@@ -7,7 +7,7 @@ log_n: models trained at 64, measured at 64 to 512 on the same hidden words of t
 difference of two arms is paired by row: its standard error is that of a ratio (sum of differences
 over sum of positions), over the rows, and for all seeds together over (seed, row).
 curriculum: the checkpoint at the border of each stage, at its own length and at every other one,
-on the same text; what `launch evaluate --task mlm` says, a column a length.
+on as many tokens; what `launch evaluate --task mlm` says, a column a length.
 """
 
 import argparse
