@@ -30,6 +30,10 @@ from pretrain import plan
 MARK = "\x1eBAJIE "
 """Opens a line for the user when `launch train` reads our output; all else goes to its log."""
 
+SKIPPED_IN_ROW = 64
+"""fp16 skips a step when its loss scale was too large and halves it; so many halvings are no search
+any more."""
+
 
 class NotFinite(ValueError):
     """A loss or a gradient is NaN or infinite."""
@@ -163,6 +167,7 @@ class Monitor:
         self._pending: list[tuple[dict[str, Any], Any]] = []
         self._notes: dict[int, dict[str, Any]] = {}
         self._clock, self._rate = time.monotonic(), 0.0
+        self._skipped_in_row = 0
         self._board: Any = None
 
     def watch(self, config: ModelConfig, row: plan.Row) -> None:
@@ -240,6 +245,12 @@ class Monitor:
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
         for line in lines:
+            self._skipped_in_row = self._skipped_in_row + 1 if line.get("skipped") else 0
+            if self._skipped_in_row >= SKIPPED_IN_ROW:
+                what = (
+                    f"the last {SKIPPED_IN_ROW} updates were skipped, no loss scale is small enough"
+                )
+                raise NotFinite(line["step"], what, line["samples"])
             lost = not math.isfinite(line.get("loss", 0.0))
             if lost or (line.get("skipped") and not self.may_skip):
                 number = line["loss" if lost else "grad_norm"]

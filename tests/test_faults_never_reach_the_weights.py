@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pretrain import checkpoint
+from pretrain.monitor import SKIPPED_IN_ROW, Monitor, NotFinite, Speed, Terminal
 from tests.run_jobs import digests, losses, metrics, page
 from tests.worlds import World
 
@@ -139,3 +141,16 @@ def test_skips_of_what_was_trained_on_are_refused(
     config = page(tmp_path, tiny_corpus, data__skips=[[8, 16]])
     with pytest.raises(ValueError, match=r"data\.skips: .* trained on already"):
         world1.run(GO, config=config)
+
+
+def test_a_loss_scale_that_finds_no_end_is_a_sentence(tmp_path: Path) -> None:
+    speed = Speed(1.0, "a test")
+    monitor = Monitor(tmp_path, Terminal(enabled=False), writes=False, total_steps=99, speed=speed)
+    skipped: Any = SimpleNamespace(loss_sum=1.0, count=1, grad_norm=math.inf, skipped=True)
+    step = {"lr": 1.0, "tokens": 1, "samples": 1, "stage": 0, "step_tokens": 1}
+    for number in range(1, SKIPPED_IN_ROW):
+        monitor.record(step | {"step": number}, skipped)
+    monitor.flush()
+    monitor.record(step | {"step": SKIPPED_IN_ROW}, skipped)
+    with pytest.raises(NotFinite, match="the last 64 updates were skipped, no loss scale"):
+        monitor.flush()
