@@ -10,15 +10,15 @@ direction marks and U+FFFD are removed and counted. Ideographic indentation and 
 three and more line breaks become two. Applied twice it changes nothing more.
 
 It is fast because every character is looked up once, in a table that says all that the steps want
-to know: its kind, and whether they may have work with it (TRAITS). A compiled pass counts them, and
-only the steps that a page gives work to look at it again.
+to know: its kind, and whether they may have work with it (TRAITS). A compiled pass over many texts
+at a time counts them, and only the steps that a page gives work to look at it again.
 """
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +27,34 @@ import xxhash
 from configs.cleaning import Cleaning
 from data_pipeline import hanzi, leftovers, mojibake, private
 from data_pipeline.kernels import compiled
+from data_pipeline.kinds import (
+    ADDRESSED,
+    ALL_KINDS,
+    BLANK,
+    CLASSICAL,
+    COMPOSES,
+    CONTROL,
+    DIGIT,
+    HAN,
+    INVISIBLE,
+    KINDS,
+    LEAD,
+    LOST,
+    MODERN,
+    ODD_HAN,
+    PRIVATE,
+    RAGGED,
+    SIMPLER,
+    SPOILT,
+    SYMBOL,
+    WIDE,
+    tables,
+    traits,
+)
 
-MODULES = ("clean", "hanzi", "kernels", "leftovers", "mojibake", "private")
+MODULES = ("clean", "hanzi", "kernels", "kinds", "leftovers", "mojibake", "private")
 """What a page depends on."""
 
-# Kinds of characters. Up to DIGIT they make words; from WIDE on normalisation has work to do.
-HAN, LETTER, DIGIT, PUNCTUATION, SYMBOL, BLANK, WIDE, RETURN, LOST, PRIVATE, CONTROL, INVISIBLE = (
-    range(12)
-)
-KINDS = 12
 REMOVED = {
     LOST: "lost",
     PRIVATE: "private_use",
@@ -43,40 +62,6 @@ REMOVED = {
     INVISIBLE: "zero_width",
 }
 
-# Traits of characters, above their kind in one number: what gives a later step work.
-_ALL_KINDS = 15
-COMPOSES = 1 << 4  # Unicode may move it, compose it, or replace it
-ADDRESSED = 1 << 5  # addresses or their labels have it: private.py
-SPOILT = 1 << 6  # a wrong decoding makes it: mojibake.py
-ODD_HAN = 1 << 7  # Han here and not in mojibake.py or hanzi.py, or the other way round
-SIMPLER = 1 << 8  # OpenCC changes it: hanzi.py
-LEAD = 1 << 9  # Han that could begin a wrong decoding: mojibake.py
-RAGGED = 1 << 10  # of a text, not of a character: blanks end a line, or three line breaks follow
-
-_HAN = (
-    (0x2E80, 0x2FDF),  # radicals
-    (0x3005, 0x3007),  # 々〆〇
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),  # compatibility ideographs; NFC replaces most of them
-    (0x20000, 0x3FFFF),
-)
-_WIDE_ASCII = ((0xFF10, 0xFF19), (0xFF21, 0xFF3A), (0xFF41, 0xFF5A))
-_WIDE_BLANKS = (0x00A0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)
-_LINE_ENDS = (0x000B, 0x000C, 0x0085, 0x2028, 0x2029)
-_PRIVATE = ((0xE000, 0xF8FF), (0xF0000, 0x10FFFF))
-_INVISIBLE = (
-    (0x00AD, 0x00AD),  # soft hyphen
-    (0x061C, 0x061C),
-    (0x180E, 0x180E),
-    (0x200B, 0x200F),  # zero-width space and joiners, direction marks
-    (0x202A, 0x202E),
-    (0x2060, 0x206F),
-    (0xFEFF, 0xFEFF),  # byte order mark
-    (0xFFF9, 0xFFFB),
-    (0xE0000, 0xE007F),  # tags
-)
-_CONTROL = ((0x00, 0x08), (0x0E, 0x1F), (0x7F, 0x84), (0x86, 0x9F), (0xD800, 0xDFFF))
 _INDENTATION = re.compile(r"^[ \t\u00a0]*\u3000[ \t\u00a0\u3000]*", re.MULTILINE)
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _GAPS = re.compile(r"\n{3,}")
@@ -106,106 +91,75 @@ class Page(NamedTuple):
     """Characters that OpenCC changes."""
     leads: int
     """Han that could begin a wrong decoding."""
+    modern: int
+    """Function words of modern Chinese (hanzi.MODERN)."""
+    classical: int
+    """Those of classical Chinese."""
 
 
-@cache
-def _tables() -> "tuple[np.ndarray, np.ndarray]":
-    """The kind of every code point, and what each becomes."""
-    kinds = np.full(0x110000, SYMBOL, dtype=np.uint8)
-    becomes = np.arange(0x110000, dtype=np.uint32)
-    named = {"L": LETTER, "M": LETTER, "N": DIGIT, "P": PUNCTUATION, "S": SYMBOL}
-    for code in range(0x20000):
-        kinds[code] = named.get(unicodedata.category(chr(code))[0], SYMBOL)
-    kinds[0xE0100:0xE01F0] = LETTER  # variation selectors of ideographs
-    for kind, ranges in (
-        (HAN, _HAN),
-        (PRIVATE, _PRIVATE),
-        (INVISIBLE, _INVISIBLE),
-        (CONTROL, _CONTROL),
-        (WIDE, _WIDE_ASCII),
-    ):
-        for first, last in ranges:
-            kinds[first : last + 1] = kind
-    kinds[0xFDD0:0xFDF0] = CONTROL  # no characters, by definition
-    kinds[0xFFFE::0x10000] = kinds[0xFFFF::0x10000] = CONTROL
-    for first, last in _WIDE_ASCII:
-        becomes[first : last + 1] -= 0xFEE0
-    for codes, plain in ((_WIDE_BLANKS, " "), (_LINE_ENDS, "\n")):
-        kinds[list(codes)] = WIDE
-        becomes[list(codes)] = ord(plain)
-    kinds[[ord(" "), ord("\t"), ord("\n")]] = BLANK
-    kinds[ord("\r")] = RETURN
-    kinds[0xFFFD] = LOST
-    return kinds, becomes
-
-
-@cache
-def _traits() -> "tuple[np.ndarray, np.ndarray]":
-    """The kind and the traits of every code point, uint16; and where _survey counts, int64."""
-    kinds = _tables()[0]
-    traits, han = kinds.astype(np.uint16), kinds == HAN
-    traits[_composing()] |= COMPOSES
-    traits[[ord(char) for char in private.ADDRESSES]] |= ADDRESSED
-    spoilt, lead, counted = mojibake.characters()
-    traits[spoilt] |= SPOILT
-    traits[lead] |= LEAD
-    simpler, told = hanzi.characters()
-    traits[simpler] |= SIMPLER
-    traits[(counted != han) | (told != han)] |= ODD_HAN
-    return traits, np.zeros(KINDS + 3, dtype=np.int64)
-
-
-def _composing() -> list[int]:
-    """Code points without which a text is NFC: what moves or composes, and what NFC replaces (the
-    quick check of Unicode's annex 15)."""
-    found = {*range(0x1100, 0x1200)}  # Hangul's parts
-    for code in range(0x110000):
-        parts = unicodedata.decomposition(char := chr(code)).split()
-        if len(parts) == 2 and parts[0][0] != "<":
-            found.add(int(parts[1], 16))
-        if unicodedata.combining(char) or (
-            parts and parts[0][0] != "<" and not unicodedata.is_normalized("NFC", char)
-        ):
-            found.add(code)
-    return sorted(found)
+COUNTED = KINDS + 5
+"""What is counted of a text: each kind; then the traits of any character, how many are SIMPLER,
+LEAD, MODERN, CLASSICAL."""
 
 
 def _look(text: str) -> "tuple[np.ndarray, np.ndarray, list[int]]":
-    """Code points, their kinds, and what _survey counts."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    """Code points, their kinds, and what is counted of them."""
+    return _look_at([text])[0]
+
+
+def _look_at(texts: Sequence[str]) -> "list[tuple[np.ndarray, np.ndarray, list[int]]]":
+    """The same of each text; all are looked up as one, a call for each would cost more."""
+    whole = texts[0] if len(texts) == 1 else "".join(texts)
+    codes = np.frombuffer(whole.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     kinds = np.empty(len(codes), np.uint8)
-    table, counted = _traits()
-    _survey(codes, table, kinds, counted)
-    return codes, kinds, counted.tolist()
+    ends = list(accumulate(map(len, texts)))
+    counted = np.empty((len(texts), COUNTED), np.int64)
+    _survey(codes, np.array(ends, np.int64), traits(), kinds, counted)
+    found, start = [], 0
+    for end, row in zip(ends, counted.tolist(), strict=True):
+        found.append((codes[start:end], kinds[start:end], row))
+        start = end
+    return found
 
 
 @compiled
-def _survey(codes, table, kinds, counted):  # type: ignore[no-untyped-def]
-    """The kind of each code point; how many there are of each kind, the traits of any, how many are
-    SIMPLER, how many LEAD."""
-    found, simpler, leads, ragged = 0, 0, 0, False
-    rows = np.zeros((2, _ALL_KINDS + 1), np.int64)
-    for k in range(len(codes)):
-        traits = table[codes[k]]
-        kind = traits & _ALL_KINDS
-        kinds[k] = kind
-        rows[k & 1, kind] += 1  # two rows: neighbours seldom wait for each other
-        found |= traits
-        simpler += (traits & SIMPLER) != 0
-        leads += (traits & LEAD) != 0
-    for k in range(1, len(codes)):
-        ragged |= (codes[k] == 10) & ((codes[k - 1] == 32) | (codes[k - 1] == 9))
-    for k in range(2, len(codes)):
-        ragged |= (codes[k] == 10) & (codes[k - 1] == 10) & (codes[k - 2] == 10)
-    for kind in range(KINDS):
-        counted[kind] = rows[0, kind] + rows[1, kind]
-    counted[KINDS] = (found & ~_ALL_KINDS) | (RAGGED if ragged else 0)
-    counted[KINDS + 1], counted[KINDS + 2] = simpler, leads
+def _survey(codes, ends, table, kinds, counted):  # type: ignore[no-untyped-def]
+    """The kind of each code point; of each text what COUNTED says."""
+    rows = np.zeros((2, ALL_KINDS + 1), np.int64)
+    start = 0
+    for d in range(len(ends)):
+        end = ends[d]
+        found, simpler, leads, modern, classical, ragged = 0, 0, 0, 0, 0, False
+        rows[:] = 0
+        for k in range(start, end):
+            traits = table[codes[k]]
+            kind = traits & ALL_KINDS
+            kinds[k] = kind
+            rows[k & 1, kind] += 1  # two rows: neighbours seldom wait for each other
+            found |= traits
+            simpler += (traits & SIMPLER) != 0
+            leads += (traits & LEAD) != 0
+            modern += (traits & MODERN) != 0
+            classical += (traits & CLASSICAL) != 0
+        for k in range(start + 1, end):
+            ragged |= (codes[k] == 10) & ((codes[k - 1] == 32) | (codes[k - 1] == 9))
+        for k in range(start + 2, end):
+            ragged |= (codes[k] == 10) & (codes[k - 1] == 10) & (codes[k - 2] == 10)
+        for kind in range(KINDS):
+            counted[d, kind] = rows[0, kind] + rows[1, kind]
+        counted[d, KINDS] = (found & ~ALL_KINDS) | (RAGGED if ragged else 0)
+        counted[d, KINDS + 1], counted[d, KINDS + 2] = simpler, leads
+        counted[d, KINDS + 3], counted[d, KINDS + 4] = modern, classical
+        start = end
 
 
 def normalise(text: str) -> Page:
     """Even out a document; see the head of this file for what that means and what it leaves."""
-    codes, kinds, counted = _look(text)
+    return _normal(text, *_look(text))
+
+
+def _normal(text: str, codes: "np.ndarray", kinds: "np.ndarray", counted: list[int]) -> Page:
+    """The same for a text that was looked at."""
     changed: Counter[str] = Counter()
     if any(counted[WIDE:KINDS]):
         for kind, name in REMOVED.items():
@@ -223,9 +177,8 @@ def normalise(text: str) -> Page:
     text = text.strip(" \t\n")
     if text is not even and text != even:
         codes, kinds, counted = _look(text)
-    *counts, traits, simpler, leads = counted
-    solid = len(text) - counts[BLANK]
-    return Page(text, kinds, counts, changed, solid, codes, traits, simpler, leads)
+    counts, (traits, *numbers) = counted[:KINDS], counted[KINDS:]
+    return Page(text, kinds, counts, changed, len(text) - counts[BLANK], codes, traits, *numbers)
 
 
 def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]) -> str:
@@ -240,7 +193,7 @@ def _even(text: str, codes: "np.ndarray", kinds: "np.ndarray", counts: list[int]
 def _plain(text: str) -> str:
     """Line ends and wide characters in their plain form."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _text(_tables()[1][np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)])
+    return _text(tables()[1][np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)])
 
 
 def folded(text: str) -> str:
@@ -261,9 +214,10 @@ def _text(codes: "np.ndarray") -> str:
 def simplify(page: Page) -> tuple[Page, str]:
     """A page in traditional characters in simplified ones; also its script (hanzi.script): of
     "classical" and "simplified" nothing is changed."""
-    if not page.traits & ODD_HAN and hanzi.few(page.simpler, page.counts[HAN]):
-        return page, "simplified"
-    script = hanzi.script(page.text, page.codes)
+    if page.traits & ODD_HAN:
+        script = hanzi.script(page.text, page.codes)
+    else:
+        script = hanzi.told(page.counts[HAN], page.simpler, page.modern, page.classical)
     if script != "traditional":
         return page, script
     text, number = hanzi.simplified(page.text)
@@ -274,10 +228,20 @@ def simplify(page: Page) -> tuple[Page, str]:
 def prepared(text: str, rules: Cleaning) -> Page:
     """A text normalised, and changed as the rules ask for: markup, script, private data. What was
     done is in `changed`, its script (hanzi.script) too, as `script/NAME`."""
-    found: Counter[str] | None = None
-    if rules.strip_markup:
-        text, found = leftovers.strip(text)
-    page = normalise(text)
+    return prepared_all([text], rules)[0]
+
+
+def prepared_all(texts: Sequence[str], rules: Cleaning) -> list[Page]:
+    """`prepared` of each; for short texts much faster than one after the other."""
+    found: Sequence[Counter[str] | None] = [None] * len(texts)
+    if rules.strip_markup and texts:
+        texts, found = zip(*map(leftovers.strip, texts), strict=True)
+    looked = zip(texts, _look_at(texts), found, strict=True)
+    return [_prepared(_normal(text, *look), rules, left) for text, look, left in looked]
+
+
+def _prepared(page: Page, rules: Cleaning, found: Counter[str] | None) -> Page:
+    """What is asked for beyond normalising; `found`: markup that was taken out before."""
     if rules.simplify:
         page, script = simplify(page)
         page.changed[f"script/{script}"] += 1
@@ -300,18 +264,42 @@ def digest(page: Page) -> bytes:
     """16 bytes that are equal for documents with the same letters and digits, whatever stands
     between them, in traditional or simplified characters: xxh3-128 of their code points; without
     any, of all its characters."""
-    words = _words(page.codes, page.kinds, hanzi.forms())
-    return xxhash.xxh3_128_digest((words if len(words) else page.codes).data)
+    return digests([page])[0]
+
+
+def digests(pages: Sequence[Page]) -> list[bytes]:
+    """`digest` of each."""
+    codes, kinds, ends = together(pages)
+    words, last = _words(codes, kinds, ends, hanzi.forms())
+    found, start = [], 0
+    for page, end in zip(pages, last.tolist(), strict=True):
+        some = words[start:end] if end > start else page.codes
+        found.append(xxhash.xxh3_128_digest(some.data))
+        start = end
+    return found
+
+
+def together(pages: Sequence[Page]) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+    """Code points and kinds of some pages as one, and where each page ends: a kernel's call has a
+    price of its own."""
+    ends = np.array(list(accumulate(len(page.codes) for page in pages)), np.int64)
+    if len(pages) == 1:
+        return pages[0].codes, pages[0].kinds, ends
+    codes = np.concatenate([page.codes for page in pages] or [np.empty(0, np.uint32)])
+    return codes, np.concatenate([page.kinds for page in pages] or [np.empty(0, np.uint8)]), ends
 
 
 @compiled
-def _words(codes, kinds, forms):  # type: ignore[no-untyped-def]
-    """Letters and digits alone, both scripts made one."""
-    words, number = np.empty(len(codes), np.uint32), 0
-    for k in range(len(codes)):
-        words[number] = forms[codes[k]]
-        number += kinds[k] <= DIGIT
-    return words[:number]
+def _words(codes, kinds, ends, forms):  # type: ignore[no-untyped-def]
+    """Letters and digits alone, both scripts made one; where those of each page end."""
+    words, last, number = np.empty(len(codes) + 1, np.uint32), np.empty(len(ends), np.int64), 0
+    start = 0
+    for d in range(len(ends)):
+        for k in range(start, ends[d]):
+            words[number] = forms[codes[k]]
+            number += kinds[k] <= DIGIT
+        start, last[d] = ends[d], number
+    return words[:number], last
 
 
 # ---- filters: each answers True or (False, reason)

@@ -24,10 +24,11 @@ from configs.corpus import CorpusConfig
 from configs.dedup import Evaluation
 from data_pipeline import minhash
 from data_pipeline.blocks import Block, Documents
-from data_pipeline.clean import HAN, folded
+from data_pipeline.clean import folded
 from data_pipeline.dedup import U64
 from data_pipeline.ingest import first_place
 from data_pipeline.kernels import compiled
+from data_pipeline.kinds import HAN
 from data_pipeline.shards import CorpusError, records, save, shard
 
 HITS_SHOWN = 10  # items named for one document; all are counted
@@ -226,7 +227,7 @@ class FindContaminated(Block):
     """Which of a shard's documents hold text of an evaluation set, and which item."""
 
     name = "contaminated"
-    modules: ClassVar = ("decontaminate", "minhash", "hanzi", "clean", "ingest")
+    modules: ClassVar = ("decontaminate", "minhash", "hanzi", "clean", "ingest", "kinds")
 
     def __init__(
         self,

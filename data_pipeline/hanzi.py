@@ -90,9 +90,12 @@ def folded(codes: np.ndarray) -> np.ndarray:
     return forms()[codes]
 
 
-def characters() -> tuple[np.ndarray, np.ndarray]:
-    """Which code points (bool) OpenCC changes, and which are counted as Han."""
-    return (_kinds() & _CHANGES) != 0, (_kinds() & _IS_HAN) != 0
+def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which code points (bool) OpenCC changes, which are counted as Han, as MODERN, as
+    CLASSICAL."""
+    some = (_CHANGES, _IS_HAN, _IS_MODERN, _IS_CLASSICAL)
+    changes, han, modern, classical = ((_kinds() & kind) != 0 for kind in some)
+    return changes, han, modern, classical
 
 
 def few(changing: int, han: int) -> bool:
@@ -105,7 +108,11 @@ def script(text: str, codes: np.ndarray | None = None) -> str:
     `codes`: its code points, if they are at hand."""
     if codes is None:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    han, changing, modern, classical = _tally(codes, _kinds())
+    return told(*_tally(codes, _kinds()))
+
+
+def told(han: int, changing: int, modern: int, classical: int) -> str:
+    """`script` by how many characters of a text are Han, change, are MODERN, are CLASSICAL."""
     if few(changing, han):
         return "simplified"
     spoken = modern >= LEAST_MODERN * han and modern >= LEAST_MODERN_BY_CLASSICAL * classical

@@ -1,7 +1,7 @@
 """From sources to kept documents: read -> clean -> store; the refused go to rejects/REASON/."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,9 @@ from data_pipeline import clean, fields, hanzi, ingest, names, repeated_ids, sco
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
+BATCH_CHARACTERS = 100_000
+LEAST_SIZE = 100
+"""What a document counts as beside its characters: a million empty ones are no single batch."""
 COLUMNS = "columns of scores"
 """What Clean hands to Store in a document's fields: a name that no field of a source has."""
 
@@ -59,6 +62,20 @@ def _where(part: ingest.Part) -> list[Any]:
     return [part.source, part.name, part.number, part.of]
 
 
+def _batches(documents: Documents) -> Iterator[list[Document]]:
+    """Some documents at a time, a long one alone."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        if batch and size + len(document.text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document.text) + LEAST_SIZE
+    if batch:
+        yield batch
+
+
 class Clean(Block):
     """Normalised documents that pass the filters; the others go to rejects/REASON/."""
 
@@ -72,39 +89,53 @@ class Clean(Block):
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield what is kept."""
         with Rejects(self.folder / "data" / "rejects", rank) as rejects:
-            for document in data:
-                if len(document.text) > 2 * self.rules.max_characters:
-                    # Normalising takes 15 times a text's bytes: no worker should die of a dump.
-                    self._refuse("too_long", document, rejects)
-                    continue
-                page, spans = self._normalised(document)
-                if page is None:
-                    self._refuse("empty_field", document, rejects)
-                    continue
-                for what, number in page.changed.items():
-                    self.counts[what if "/" in what else f"changed/{what}"] += number
-                verdict = clean.judge(page, self.rules)
-                if isinstance(verdict, tuple):
-                    self._refuse(verdict[1], document, rejects)
-                else:
-                    document.text = page.text
-                    if spans:
-                        document.metadata["spans"] = spans
-                    document.metadata["digest"] = clean.digest(page)
-                    row = document.metadata[COLUMNS] = scores.scores(page)
-                    if self.rules.scores_in_records:
-                        document.metadata["scores"] = scores.as_fields(row)
-                    yield document
+            for batch in _batches(data):
+                yield from self._kept(batch, rejects)
 
-    def _normalised(self, document: Document) -> "tuple[clean.Page | None, fields.Spans]":
-        """The document, or each of its fields on its own; None if nothing is left of one."""
-        spans = document.metadata.get("spans", [])
-        if not spans:
-            return self._page(document.text), spans
-        return fields.joined(spans, [self._page(document.text[a:b]) for _, a, b in spans])
+    def _kept(self, batch: list[Document], rejects: "Rejects") -> Documents:
+        """What is kept of some documents; all that kernels do is done for them as one."""
+        kept: list[tuple[Document, clean.Page]] = []
+        for document, prepared in self._prepared(batch):
+            if isinstance(prepared, str):
+                self._refuse(prepared, document, rejects)
+                continue
+            page, spans = prepared
+            for what, number in page.changed.items():
+                self.counts[what if "/" in what else f"changed/{what}"] += number
+            verdict = clean.judge(page, self.rules)
+            if isinstance(verdict, tuple):
+                self._refuse(verdict[1], document, rejects)
+                continue
+            document.text = page.text
+            if spans:
+                document.metadata["spans"] = spans
+            kept.append((document, page))
+        pages = [page for _, page in kept]
+        rows, digests = scores.table(pages), clean.digests(pages)
+        for (document, _), row, digest in zip(kept, rows, digests, strict=True):
+            document.metadata["digest"] = digest
+            document.metadata[COLUMNS] = row
+            if self.rules.scores_in_records:
+                document.metadata["scores"] = scores.as_fields(row)
+            yield document
 
-    def _page(self, text: str) -> clean.Page:
-        return clean.prepared(text, self.rules)
+    def _prepared(
+        self, batch: list[Document]
+    ) -> Iterator[tuple[Document, str | tuple[clean.Page, fields.Spans]]]:
+        """Each document with its page and spans, or the reason why it has none."""
+        # Normalising takes 15 times a text's bytes: no worker should die of a dump.
+        most = 2 * self.rules.max_characters
+        plain = [d for d in batch if len(d.text) <= most and not d.metadata.get("spans")]
+        pages = iter(clean.prepared_all([document.text for document in plain], self.rules))
+        for document in batch:
+            if len(document.text) > most:
+                yield document, "too_long"
+            elif spans := document.metadata.get("spans"):
+                texts = [document.text[start:stop] for _, start, stop in spans]
+                page, spans = fields.joined(spans, clean.prepared_all(texts, self.rules))
+                yield document, "empty_field" if page is None else (page, spans)
+            else:
+                yield document, (next(pages), [])
 
     def _refuse(self, reason: str, document: Document, rejects: "Rejects") -> None:
         self.counts[f"rejected/{reason}"] += 1

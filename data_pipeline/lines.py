@@ -59,7 +59,7 @@ def _lines(codes, kinds, forms, least):  # type: ignore[no-untyped-def]
     for at in range(len(codes) + 1):
         if at < len(codes) and codes[at] != 10:
             code = codes[at]
-            if kinds[code] <= 2:  # clean.DIGIT
+            if kinds[code] <= 2:  # kinds.DIGIT
                 letters += 1
                 rolling = rolling * np.uint64(0x9E3779B97F4A7C15) + np.uint64(forms[code] + 1)
             continue
@@ -95,7 +95,7 @@ class CountLines(Block):
     """The lines of a shard, and in how many of its documents each stands."""
 
     name = "lines"
-    modules: ClassVar = ("lines", "minhash", "clean", "hanzi")
+    modules: ClassVar = ("lines", "minhash", "clean", "hanzi", "kinds")
 
     def __init__(self, cleaned: Path, least: int) -> None:
         super().__init__(least=least)
@@ -149,7 +149,7 @@ class Trim(Block):
     """A shard's documents without the common lines; what is not enough then is refused."""
 
     name = "trim"
-    modules: ClassVar = ("lines", "minhash", "scores", "clean", "hanzi")
+    modules: ClassVar = ("lines", "minhash", "scores", "clean", "hanzi", "kinds")
 
     def __init__(
         self,

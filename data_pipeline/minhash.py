@@ -17,9 +17,9 @@ from functools import cache
 
 import numpy as np
 
-from data_pipeline import clean, hanzi
-from data_pipeline.clean import DIGIT
+from data_pipeline import hanzi
 from data_pipeline.kernels import compiled
+from data_pipeline.kinds import DIGIT, tables
 
 PIECE = 1 << 18  # characters at a time: 1 MB of code points, 2 MB of hashes
 BLOCK = 512  # hashes of n-grams that stay in the first cache while all functions see them
@@ -31,8 +31,8 @@ NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def kinds() -> np.ndarray:
-    """The kind (clean.py) of every code point, uint8."""
-    return clean._tables()[0]
+    """The kind (kinds.py) of every code point, uint8."""
+    return tables()[0]
 
 
 def letters(text: str) -> np.ndarray:

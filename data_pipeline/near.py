@@ -145,7 +145,7 @@ class Sign(Block):
     """The keys of a shard's documents: bands/RANK.npy, [bands, documents], sorted in each band."""
 
     name = "signatures"
-    modules: ClassVar = ("minhash", "hanzi", "near", "clean")
+    modules: ClassVar = ("minhash", "hanzi", "near", "clean", "kinds")
 
     def __init__(self, cleaned: Path, rules: Near) -> None:
         super().__init__(ngram=rules.ngram, bands=rules.bands, rows=rules.rows)
@@ -207,7 +207,7 @@ class GatherLetters(Block):
     """The letters of a shard's candidates, one after the other, and where each ends."""
 
     name = "letters"
-    modules: ClassVar = ("near", "minhash", "hanzi", "dedup", "clean")
+    modules: ClassVar = ("near", "minhash", "hanzi", "dedup", "clean", "kinds")
 
     def __init__(self, cleaned: Path, sizes: list[int], members: list[Path]) -> None:
         super().__init__()

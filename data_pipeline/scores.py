@@ -13,15 +13,16 @@ In a window a run can only repeat where the two shorter runs in it do: runs of t
 each longer size looks at the few places that are left.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from configs.quality import SCORES
-from data_pipeline.clean import BLANK, DIGIT, HAN, LETTER, SYMBOL, Page
+from data_pipeline.clean import Page, together
 from data_pipeline.kernels import compiled
+from data_pipeline.kinds import BLANK, DIGIT, HAN, LETTER, SYMBOL
 from data_pipeline.shards import save
 
 WINDOW = 2000  # characters
@@ -73,10 +74,16 @@ def _work() -> tuple[np.ndarray, ...]:
 
 def scores(page: Page) -> np.ndarray:
     """All scores of a document, float32 [SCORES] in the order of configs.quality.SCORES."""
-    out = np.zeros(len(SCORES), dtype=np.float32)
-    if len(page.codes):
-        han, *others = page.counts[HAN : SYMBOL + 1]
-        _score(page.codes, page.kinds, han, *others, *_work(), out)
+    return table([page])[0]
+
+
+def table(pages: Sequence[Page]) -> np.ndarray:
+    """`scores` of each, float32 [documents, SCORES]."""
+    out = np.zeros((len(pages), len(SCORES)), dtype=np.float32)
+    codes, kinds, ends = together(pages)
+    counts = np.array([page.counts[HAN : SYMBOL + 1] for page in pages], np.int64)
+    if len(codes):
+        _score_all(codes, kinds, ends, counts, *_work(), out)
     return out
 
 
@@ -126,6 +133,29 @@ MEAN_SENTENCE, MEAN_WORD, STOPS, BRACKET_RATIO, ELLIPSIS_RATIO, HASH_RATIO, LONG
 TOP_2, DUP_5, ENTROPY, UNIQUE_RATIO = (
     _AT[name] for name in ("top_2grams", "dup_5grams", "entropy", "unique_ratio")
 )
+
+
+@compiled
+def _score_all(codes, kinds, ends, counts, marks, products, singles, out):  # type: ignore[no-untyped-def]
+    """Scores of each document into its row of `out`; `counts`: of HAN to SYMBOL in each."""
+    start = 0
+    for d in range(len(ends)):
+        here = slice(start, ends[d])
+        if ends[d] > start:
+            _score(
+                codes[here],
+                kinds[here],
+                counts[d, 0],
+                counts[d, 1],
+                counts[d, 2],
+                counts[d, 3],
+                counts[d, 4],
+                marks,
+                products,
+                singles,
+                out[d],
+            )
+        start = ends[d]
 
 
 @compiled

@@ -243,8 +243,8 @@ def test_a_dump_is_refused_before_it_is_looked_at(
 ) -> None:
     """Normalising takes many times a text's bytes: one file of a gigabyte would kill a worker."""
     looked: list[int] = []
-    look = clean.normalise
-    monkeypatch.setattr(clean, "normalise", lambda text: looked.append(len(text)) or look(text))
+    look = clean._look_at
+    monkeypatch.setattr(clean, "_look_at", lambda some: looked.extend(map(len, some)) or look(some))
     text = write_source(tmp_path / "text.jsonl")
     with text.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"text": "长" * 100_001}) + "\n")

@@ -13,7 +13,8 @@ import pytest
 from configs.load import ConfigError, from_dict
 from configs.quality import SCORES, Quality
 from data_pipeline import build, quality
-from data_pipeline.clean import DIGIT, HAN, LETTER, PUNCTUATION, SYMBOL, Page, normalise
+from data_pipeline.clean import Page, normalise
+from data_pipeline.kinds import DIGIT, HAN, LETTER, PUNCTUATION, SYMBOL
 from data_pipeline.scores import COLUMNS, STOP_WORDS, WINDOW, as_fields, scores, stored
 from data_pipeline.shards import records
 from tests.test_corpus_build import SAMPLE, contents, kept, page, write_source
