@@ -108,7 +108,10 @@ def test_the_comparison_sees_norms_of_parts(world2: World) -> None:
     assert max(abs(a / b - 1) for a, b in zip(ranks[0]["losses"], losses, strict=True)) > 1e-4
 
 
-def test_an_update_sends_two_messages_and_waits_for_nothing(world2: World) -> None:
-    """The gradient's norms, then both norms of the trust ratio; no value is asked for."""
-    for messages, waits in world2.run(jobs.messages_of_an_update, zero=2, **SECTIONS["lamb"]):
-        assert (messages, waits) == (2, 0)
+@pytest.mark.parametrize(("which", "most"), [("lamb", 2), ("adafactor", 3)])
+def test_an_update_sends_few_messages_and_waits_for_nothing(
+    world2: World, which: str, most: int
+) -> None:
+    """Gradient norms, sums by row and column, both norms of a ratio; no value is asked for."""
+    for messages, waits in world2.run(jobs.messages_of_an_update, zero=2, **SECTIONS[which]):
+        assert (messages, waits) == (most, 0)

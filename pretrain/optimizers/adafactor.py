@@ -78,7 +78,7 @@ class Adafactor:
         """Factors, directions, the change."""
         logical = update.logical
         sums = torch.zeros_like(self.factors)
-        for f, part in zip(logical.fragments, logical.part.tolist(), strict=True):
+        for f, part in zip(logical.fragments, logical.parts, strict=True):
             rows, columns = self._local(update, sums, f)
             square = _padded(f.view(grads[f.flat]).square(), f.start, len(rows), columns)
             rows.add_(square.sum(1).to(rows.device), alpha=part)

@@ -66,8 +66,9 @@ class Logical:
         ]
         self.alone = all(many == mesh.world for many in holders)
         """Every rank holds all: nothing has to travel."""
-        parts = [1.0 if self.alone else 1.0 / many for many in holders]
-        self.part = torch.tensor(parts, dtype=torch.float64, device=self.device)
+        self.parts = [1.0 if self.alone else 1.0 / many for many in holders]
+        """How much of each fragment counts here."""
+        self.part = torch.tensor(self.parts, dtype=torch.float64, device=self.device)
         at = [self.number[f.name] for f in self.fragments]
         self.at = torch.tensor(at, device=self.device)
         sizes = [float(torch.Size(self.shapes[name]).numel()) for name in self.names]
