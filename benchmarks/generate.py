@@ -1,6 +1,7 @@
 """Tokens per second of our generation beside `transformers.generate`, same weights, in one run.
 
     python benchmarks/generate.py [--layers 8] [--hidden 512] [--threads 2] [--device cpu] ...
+    python benchmarks/generate.py --family t5_pegasus ...     mT5's form, which transformers has
 
 Greedy, no end token, so that both write exactly the asked number of tokens; the two take turns, the
 best of `--repeats` counts (the machine may be shared). The tokens written are compared as well.
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 import transformers
 
-from configs.model import CPMConfig
+from configs.model import CPMConfig, T5PegasusConfig
+from pretrain.answer import answer
 from pretrain.generate import Decoding, load_model, write
 from pretrain.state import fresh
 from tests.test_cpm_equals_gpt2 import gpt2_of
+from tests.test_t5_pegasus_equals_mt5 import mt5_of
 
 
 def best(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -36,6 +39,7 @@ def best(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 def main() -> None:
     """Print one JSON line a batch size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", default="cpm", choices=["cpm", "t5_pegasus"])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=30000)
@@ -51,9 +55,13 @@ def main() -> None:
     torch.set_num_threads(words.threads)
     transformers.logging.set_verbosity_error()
     hidden = words.hidden
-    config = CPMConfig("cpm", words.vocab, hidden, words.layers, hidden // 64, 64, 4 * hidden, 1024)
+    sizes = (words.vocab, hidden, words.layers, hidden // 64, 64)
+    config: CPMConfig | T5PegasusConfig = CPMConfig("cpm", *sizes, 4 * hidden, 1024)
+    if words.family == "t5_pegasus":
+        deviations = {"cross_position_bias": False, "logit_scale": 1.0}
+        config = T5PegasusConfig("t5_pegasus", *sizes, 4 * hidden, **deviations)
     ours = load_model(fresh(config, 0), words.device, getattr(torch, words.dtype))
-    theirs = gpt2_of(ours, attention="sdpa")
+    theirs = gpt2_of(ours, attention="sdpa") if words.family == "cpm" else mt5_of(ours)
     for batch in words.batches:
         print(json.dumps(compare(ours, theirs, batch, words)), flush=True)
 
@@ -67,8 +75,12 @@ def compare(ours: Any, theirs: Any, batch: int, words: argparse.Namespace) -> di
     prompts = [row[pad:] for row, pad in zip(ids.tolist(), pads, strict=True)]
     ids, mask = ids.to(words.device), mask.to(words.device)
 
+    decoding, writes = Decoding(new, new, True), words.family == "t5_pegasus"
+
     def mine() -> list[list[int]]:
-        return [w.ids for w in write(ours, prompts, Decoding(new, new, True), never, 0)]
+        if writes:
+            return [w.ids for w in answer(ours, prompts, decoding, 0, never, 0)]
+        return [w.ids for w in write(ours, prompts, decoding, never, 0)]
 
     def their() -> list[list[int]]:
         with torch.no_grad():
@@ -80,8 +92,9 @@ def compare(ours: Any, theirs: Any, batch: int, words: argparse.Namespace) -> di
                 do_sample=False,
                 eos_token_id=never,
                 pad_token_id=0,
+                **({"decoder_start_token_id": 0} if writes else {}),
             )
-        return out[:, length:].tolist()
+        return out[:, 1 if writes else length :].tolist()
 
     same = sum(
         a == b for p, q in zip(mine(), their(), strict=True) for a, b in zip(p, q, strict=True)
@@ -93,8 +106,8 @@ def compare(ours: Any, theirs: Any, batch: int, words: argparse.Namespace) -> di
         "tokens_per_s": {name: round(batch * new / s, 1) for name, s in seconds.items()},
         "ratio": round(seconds["transformers"] / seconds["ours"], 2),
         "same_tokens": f"{same} of {batch * new}",
-        "setting": f"{words.layers} x {words.hidden}, {words.dtype}, {words.device}, "
-        f"{words.threads} threads" + (", ragged" if words.ragged else ""),
+        "setting": f"{words.family} {words.layers} x {words.hidden}, {words.dtype}, "
+        f"{words.device}, {words.threads} threads" + (", ragged" if words.ragged else ""),
     }
 
 
