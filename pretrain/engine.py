@@ -179,7 +179,8 @@ class Engine:
             rewarm_groups(self._partitions.base.param_groups, self._keys, self._rewarm, step)
         optimizers.set_lr(self._partitions.base, lr)
         norm, skipped = self._update()
-        self._tried, self._skipped = self._tried + 1, self._skipped + skipped
+        self._tried += 1
+        self._skipped = self._skipped + skipped
         return StepResult(loss_sum, count, norm, skipped)
 
     def _progress(self, step: int) -> None:
@@ -213,8 +214,9 @@ class Engine:
         return self._tried - int(self._skipped)
 
     def _count_updates(self, updates: int) -> None:
-        self._tried, self._skipped = updates, torch.zeros((), device=self.mesh.device)
-        self._sick = torch.zeros((), device=self.mesh.device)
+        self._tried: int = updates
+        self._skipped: Tensor = torch.zeros((), device=self.mesh.device)
+        self._sick: Tensor = torch.zeros((), device=self.mesh.device)
 
     def _update(self) -> tuple[Tensor | float, Tensor | bool]:
         if self._partitions.kind != "torch":
