@@ -180,7 +180,7 @@ class Engine:
         optimizers.set_lr(self._partitions.base, lr)
         norm, skipped = self._update()
         self._tried += 1
-        self._skipped = self._skipped + skipped
+        self._skipped += skipped
         return StepResult(loss_sum, count, norm, skipped)
 
     def _progress(self, step: int) -> None:
