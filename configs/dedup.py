@@ -80,6 +80,11 @@ class Evaluation:
     characters: int = 13
     """Letters or digits in a row (punctuation and blanks left out), more than half of them Han,
     that a document must not share with an item."""
+    max_documents: int | None = 10
+    """So many letters in a row that stand in more documents than this are no leak but a common
+    phrase, such as a formula of the law: a document that shares nothing else with the set stays,
+    and is listed. Copies, and documents that hold half of an item, are not counted, and the latter
+    always go. 10 is GPT-3's (Brown et al. 2020, appendix C); null: every hit is a leak (套语)."""
 
     def problems(self) -> list[str]:
         """A name that is no folder's, no file, fields that are missing or no columns."""
@@ -100,4 +105,6 @@ class Evaluation:
             )
         if not 5 <= self.characters <= 1000:
             found.append(f"characters: is {self.characters}, must lie in [5, 1000]")
+        if self.max_documents is not None and self.max_documents < 1:
+            found.append(f"max_documents: is {self.max_documents}, must be at least 1, or null")
         return found

@@ -91,6 +91,7 @@ def build(config: CorpusConfig) -> dict[str, Any]:
     """
     out = Path(os.path.expandvars(config.data.out)).expanduser()
     try:
+        no_file(config, out)
         out.mkdir(parents=True, exist_ok=True)
         with only_builder(out), executors.crew(config.data) as crew:
             return _build(config, out, crew)
@@ -206,6 +207,16 @@ def only_builder(out: Path) -> Iterator[None]:
                 "(另一个进程正在建此语料)"
             ) from None
         yield
+
+
+def no_file(config: CorpusConfig, out: Path) -> None:
+    """Refuse a place where a file stands."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise CorpusError(
+                f"data.out is '{config.data.out}', but {path} is a file; the corpus needs a folder:"
+                " change data.out, or move the file away (输出位置是一个文件)"
+            )
 
 
 def not_within_a_source(config: CorpusConfig, out: Path) -> None:

@@ -8,6 +8,10 @@ for Chinese, characters without punctuation and blanks. At least 7 of them must 
 letters in a row may be one English word, and 13 digits a telephone number. An item with fewer than
 13 letters cannot be found; how many there are is counted. What was hit is written down: the item,
 the document, the letters they share.
+
+    document by document --> what each shares --> matches/
+    all of them --how many documents share it--> a leak: it goes --> numbers/
+                                             +-> a common phrase: it stays, and is listed
 """
 
 import json
@@ -23,14 +27,15 @@ import numpy as np
 from configs.corpus import CorpusConfig
 from configs.dedup import Evaluation
 from data_pipeline import minhash
-from data_pipeline.blocks import Block, Documents
+from data_pipeline.blocks import Block, Documents, Stage
 from data_pipeline.clean import folded
-from data_pipeline.dedup import U64
+from data_pipeline.dedup import U64, numbers_in
 from data_pipeline.ingest import first_place
 from data_pipeline.kernels import compiled
 from data_pipeline.kinds import HAN
 from data_pipeline.shards import CorpusError, records, save, shard
 
+SAID = ("items", "short_items", "hit_documents")
 HITS_SHOWN = 10  # items named for one document; all are counted
 FILTER_BITS = 25  # 4 MB: most n-grams of a document meet a zero there
 
@@ -59,13 +64,11 @@ def refuse(config: CorpusConfig) -> None:
 
 def said(sets: tuple[Evaluation, ...], counts: "Counter[str]") -> dict[str, dict[str, int]]:
     """For the manifest: items, those too short to be found, documents that hold some."""
-    return {
-        part.name: {
-            what: counts[f"{what}/{part.name}"]
-            for what in ("items", "short_items", "hit_documents")
-        }
-        for part in sets
-    }
+    found = {}
+    for part in sets:
+        numbers = {what: counts[f"{what}/{part.name}"] for what in (*SAID, "spared_documents")}
+        found[part.name] = {what: n for what, n in numbers.items() if n or what in SAID}
+    return found
 
 
 def items(part: Evaluation) -> Iterator[tuple[str, list[str]]]:
@@ -148,19 +151,21 @@ class Grams:
     """Sorted, each once, uint64."""
     item: np.ndarray
     """The first item that has it, int64."""
+    of_item: np.ndarray
+    """How many of them each item is the first to have, int64 [items]."""
     names: list[str]
     """The items' ids."""
     short: int
     """Items of fewer than n letters, or without enough Han in a row: they cannot be found."""
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of a text's hashes are the set's, and the item of each."""
+        """Which of a text's hashes are the set's, and the number of each in it."""
         if not len(self.hashes):
             return np.empty(0, np.int64), np.empty(0, np.int64)
         place = np.searchsorted(self.hashes, hashes)
         place[place == len(self.hashes)] = 0
         right = self.hashes[place] == hashes
-        return np.flatnonzero(right), self.item[place[right]]
+        return np.flatnonzero(right), place[right]
 
 
 class Filter:
@@ -211,7 +216,8 @@ def grams(part: Evaluation, contents: str = "") -> Grams:
                 owners.append(np.full(len(hashes[-1]), number))
         short += not any(map(len, hashes[before:]))
     every, first = np.unique(np.concatenate(hashes), return_index=True)
-    return Grams(n, every, np.concatenate(owners)[first], names, short)
+    item = np.concatenate(owners)[first]
+    return Grams(n, every, item, np.bincount(item, minlength=len(names)), names, short)
 
 
 def _has_han(codes: np.ndarray, n: int) -> np.ndarray:
@@ -223,10 +229,10 @@ def _has_han(codes: np.ndarray, n: int) -> np.ndarray:
 # ---- block
 
 
-class FindContaminated(Block):
+class FindMatches(Block):
     """Which of a shard's documents hold text of an evaluation set, and which item."""
 
-    name = "contaminated"
+    name = "matches"
     modules: ClassVar = ("decontaminate", "minhash", "hanzi", "clean", "ingest", "kinds")
 
     def __init__(
@@ -240,24 +246,19 @@ class FindContaminated(Block):
         self.cleaned, self.sizes, self.sets, self.contents = cleaned, sizes, sets, contents
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
-        """Yield nothing; write NAME/ (numbers of documents) and hits/."""
+        """Yield nothing; write matches/, in which `number` is the document's, `grams` are the
+        numbers in Grams of what it shares."""
         first, done = sum(self.sizes[:rank]), 0
         indexes = list(map(grams, self.sets, self.contents))
         lengths = sorted({index.n for index in indexes})
         filters = [Filter([index for index in indexes if index.n == n]) for n in lengths]
-        found: dict[str, list[int]] = {part.name: [] for part in self.sets}
-        with shard(self.folder / "data" / "hits" / f"{rank:05d}.jsonl.zst") as add:
+        with shard(self.folder / "data" / "matches" / f"{rank:05d}.jsonl.zst") as add:
             for row, record in enumerate(records(self.cleaned / f"{rank:05d}.jsonl.zst")):
                 codes = minhash.letters(record["text"])
                 for name, hit in self._hits(codes, filters, indexes):
-                    found[name].append(first + row)
-                    add({"set": name, "document": record["id"], **hit})
-                    self.counts[f"hit_documents/{name}"] += 1
+                    add({"set": name, "document": record["id"], "number": first + row, **hit})
                 done += len(record["text"].encode())
                 self.tick(done, rank)
-        for name, numbers in found.items():
-            path = self.folder / "data" / "numbers" / name / f"{rank:05d}.npy"
-            save(path, np.array(numbers, dtype=U64))
         if rank == 0:
             for part, index in zip(self.sets, indexes, strict=True):
                 self.counts[f"items/{part.name}"] += len(index.names)
@@ -276,18 +277,84 @@ class FindContaminated(Block):
                 continue
             for part, index in zip(self.sets, indexes, strict=True):
                 if index.n == lens.n:
-                    right, owners = index.find(hashes)
+                    right, found = index.find(hashes)
                     if len(right):
-                        yield part.name, _hit(index, codes, places[right], owners)
+                        yield part.name, _hit(index, codes, places[right], found)
 
 
-def _hit(index: Grams, codes: np.ndarray, places: np.ndarray, owners: np.ndarray) -> dict[str, Any]:
+def _hit(index: Grams, codes: np.ndarray, places: np.ndarray, found: np.ndarray) -> dict[str, Any]:
     """What a document shares with one set."""
-    distinct = dict.fromkeys(owners.tolist())
+    distinct = dict.fromkeys(index.item[found].tolist())
     shared = codes[places[0] : places[0] + index.n].astype("<u4").tobytes().decode("utf-32-le")
     return {
         "items": [index.names[number] for number in list(distinct)[:HITS_SHOWN]],
         "items_hit": len(distinct),
         "n_grams_hit": len(places),
         "shared": shared,
+        "grams": np.unique(found).tolist(),
     }
+
+
+class SpareCommon(Block):
+    """Of the documents that FindMatches found those that go; which share but common phrases stay.
+    One task: only of the sets' n-grams something is held in memory."""
+
+    name = "contaminated"
+    modules: ClassVar = FindMatches.modules
+
+    def __init__(
+        self, matched: Stage, sets: tuple[Evaluation, ...], contents: list[str], copies: list[Path]
+    ) -> None:
+        super().__init__(most=[[part.name, part.max_documents] for part in sets])
+        self.matched, self.sets, self.contents, self.copies = matched, sets, contents, copies
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yield nothing; write numbers/NAME/ (of documents) and hits/, where what stays is
+        `common`."""
+        sets = {part.name: part for part in self.sets}
+        indexes = dict(zip(sets, map(grams, self.sets, self.contents), strict=True))
+        often = self._documents_of(indexes)
+        for task in range(self.matched.tasks):
+            found: dict[str, list[int]] = {name: [] for name in sets}
+            with shard(self.folder / "data" / "hits" / f"{task:05d}.jsonl.zst") as add:
+                for hit in self._matches(task):
+                    name, number, shared = hit["set"], hit.pop("number"), hit.pop("grams")
+                    most = sets[name].max_documents
+                    common = most is not None and int(often[name][shared].min()) > most
+                    if common and not _half(indexes[name], shared):
+                        self.counts[f"spared_documents/{name}"] += 1
+                        add({**hit, "common": True})
+                        continue
+                    found[name].append(number)
+                    add(hit)
+                    self.counts[f"hit_documents/{name}"] += 1
+            for name, numbers in found.items():
+                path = self.folder / "data" / "numbers" / name / f"{task:05d}.npy"
+                save(path, np.array(numbers, dtype=U64))
+        for what, number in self.matched.counts.items():
+            if what.partition("/")[0] in SAID:
+                self.counts[what] += number
+        yield from ()
+
+    def _documents_of(self, indexes: dict[str, Grams]) -> dict[str, np.ndarray]:
+        """How many documents have each n-gram of each set; of equal documents one counts, and none
+        that holds half of an item: what is copied with its item is no common phrase."""
+        often = {name: np.zeros(len(index.hashes), np.int64) for name, index in indexes.items()}
+        copies = numbers_in(self.copies)
+        for task in range(self.matched.tasks):
+            for hit in self._matches(task):
+                name, shared = hit["set"], hit["grams"]
+                place = np.searchsorted(copies, U64(hit["number"]))
+                copy = place < len(copies) and copies[place] == hit["number"]
+                if not copy and not _half(indexes[name], shared):
+                    often[name][shared] += 1
+        return often
+
+    def _matches(self, task: int) -> Iterator[dict[str, Any]]:
+        return records(self.matched.data / "matches" / f"{task:05d}.jsonl.zst")
+
+
+def _half(index: Grams, shared: list[int]) -> bool:
+    """Whether half of an item is among what a document shares."""
+    items, times = np.unique(index.item[shared], return_counts=True)
+    return bool((2 * times >= index.of_item[items]).any())

@@ -37,6 +37,7 @@ from data_pipeline.sidefile import NO_LABEL, FieldWriter, MarkWriter
 
 TEXT_PER_SAMPLE = 50  # so many times the sample is looked through for it, not a whole web
 LARGEST_UINT16_VOCABULARY = 65_500
+MISSING = {"model": "分词模型", "base_vocab": "基础词表", "user_dictionary": "用户词典"}
 TOKENIZERS = (
     "alphabet",
     "frozen",
@@ -75,7 +76,10 @@ def model_files(config: Tokenizing) -> list[Path]:
 def _place(key: str, named: str) -> Path:
     path = first_place(named)
     if path is None:
-        raise CorpusError(f"tokenizer.{key}: there is no file or folder '{named}' (找不到分词模型)")
+        raise CorpusError(
+            f"tokenizer.{key}: there is no file or folder '{named}'; correct the path"
+            f" (找不到{MISSING[key]})"
+        )
     return path
 
 

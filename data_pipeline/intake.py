@@ -100,9 +100,12 @@ class Clean(Block):
                 self._refuse(prepared, document, rejects)
                 continue
             page, spans = prepared
-            for what, number in page.changed.items():
-                self.counts[what if "/" in what else f"changed/{what}"] += number
             verdict = clean.judge(page, self.rules)
+            for what, number in page.changed.items():
+                if "/" not in what:
+                    self.counts[f"changed/{what}"] += number
+                elif verdict is True:  # script/NAME
+                    self.counts[what] += number
             if isinstance(verdict, tuple):
                 self._refuse(verdict[1], document, rejects)
                 continue

@@ -53,16 +53,18 @@ def what_goes(
         losses.gone["duplicate"] = sorted((found.data / "duplicates").glob("*.npy"))
         losses.why += _pairs(found.data, losses.gone["duplicate"])
     if config.decontaminate:
-        look = decontaminate.FindContaminated(
+        look = decontaminate.FindMatches(
             cleaned.data / "documents", sizes, config.decontaminate, exams
         )
-        hit = stage(
-            "contaminated", [look], len(sizes), [cleaned.key, exams], cleaned.counts["bytes"]
-        )
+        size = cleaned.counts["bytes"]
+        matched = stage("matches", [look], len(sizes), [cleaned.key, exams], size)
+        copies = losses.gone.get("duplicate", [])
+        spare = decontaminate.SpareCommon(matched, config.decontaminate, exams, copies)
+        hit = stage("contaminated", [spare], 1, [matched.key, found.key], 0)
         for part in config.decontaminate:
             numbers = hit.data / "numbers" / part.name
             losses.gone[f"contaminated:{part.name}"] = sorted(numbers.glob("*.npy"))
-        losses.stages.append(hit)
+        losses.stages += [matched, hit]
     if rules := config.quality.rules():
         look = quality.FindPoor(cleaned.data, sizes, config.quality)
         losses.stages.append(stage("quality", [look], len(sizes), [cleaned.key], 0))

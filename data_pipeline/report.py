@@ -158,7 +158,7 @@ def _flow(facts: Facts) -> Iterator[str]:
         rows = [(name, n) for name, n in manifest["changed"].items()]
         yield page.table(("", "times 次"), rows)
     if scripts := manifest.get("scripts"):
-        yield page.heading("Scripts of the texts (each named field is one)", "简繁", 3)
+        yield page.heading("Scripts of the cleaned texts (each named field is one)", "简繁", 3)
         yield page.table(("", "texts 文本"), list(scripts.items()))
     met = [
         (f"{source['name']}: {what}", n)
@@ -350,8 +350,23 @@ def _contamination(facts: Facts) -> Iterator[str]:
     if not sets:
         return
     yield page.heading("Text of evaluation sets", "评测集泄漏")
-    rows = [(n, s["items"], s["short_items"], s["hit_documents"]) for n, s in sets.items()]
-    yield page.table(("", "items 条目", "too short to be found", "documents hit 命中"), rows)
+    columns = {
+        "items": "items 条目",
+        "short_items": "too short to be found",
+        "hit_documents": "documents hit 命中",
+        "spared_documents": "that share a common phrase alone, and stay 常见套语",
+    }
+    rows = [(name, *(said.get(what, 0) for what in columns)) for name, said in sets.items()]
+    yield page.table(("", *columns.values()), rows)
+    phrases = Counter(
+        hit["shared"]
+        for path in sorted((facts.folder / "contamination").glob("*.zst"))[:SHARDS_SEARCHED]
+        for hit in islice(records(path), DOCUMENTS_LOOKED_AT)
+        if "common" in hit
+    )
+    if phrases:
+        yield page.heading("Common phrases that made no document go", "常见套语", 3)
+        yield page.table(("", "documents 文档"), phrases.most_common(ROWS))
 
 
 def _kept(facts: Facts) -> Iterator[str]:

@@ -16,6 +16,7 @@ from data_pipeline.shards import CorpusError, records
 from tests.test_corpus_build import SAMPLE, contents, kept, page
 
 QUESTION = "小明家里有三只猫和两条狗，请问一共有几条腿？"
+WORDS = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
 SHORT = "床前明月光，疑是地上霜。"
 
 
@@ -126,6 +127,34 @@ def test_found_n_grams_equal_a_search_of_strings(tmp_path: Path) -> None:
         hits += bool(found)
     assert 20 < hits < 400
     assert len(lens.passing(np.empty(0, np.uint32))[0]) == 0
+
+
+def test_a_common_phrase_is_no_leak_but_half_an_item_is(tmp_path: Path) -> None:
+    phrase = "本法自公布之日起施行原条例同时废止"
+    item = f"下列说法正确的是哪一项：{phrase}。甲说从明年开始，乙说从公布那天开始，丙说不知道。"
+    (tmp_path / "e.txt").write_text(item, "utf-8")
+    laws = [
+        {"id": f"law{n}", "text": f"第{n}号令：{phrase}。共计{n}条，{n * 7}款。"} for n in range(12)
+    ]
+    leaks = [{"id": f"leak{n}", "text": f"{n}年真题{n}：{item}答案{n}"} for n in range(15)]
+    one = [{"id": "one", "text": "许多人都在说：乙说从公布那天开始，丙说不知道。也许吧。"}]
+    others = [{"id": f"o{n}", "text": f"{WORDS}{n}，{n + 1}。"} for n in range(30)]
+    for limit, spared in ((10, 12), (30, 0), (None, 0)):
+        source = tmp_path / "text.jsonl"
+        source.write_text(
+            "\n".join(json.dumps(r, ensure_ascii=False) for r in [*laws, *leaks, *one, *others])
+        )
+        sets = [{"name": "e", "path": str(tmp_path / "e.txt"), "max_documents": limit}]
+        config = page(tmp_path / "c", source, decontaminate=sets, data={"workers": 1})
+        said = build.build(config)["contamination"]["e"]
+        assert said.get("spared_documents", 0) == spared
+        assert said["hit_documents"] == 12 + 15 + 1 - spared
+    build.build(page(tmp_path / "d", source, decontaminate=[sets[0] | {"max_documents": 10}]))
+    gone = [r["id"] for p in (tmp_path / "d/rejects/contaminated:e").iterdir() for r in records(p)]
+    assert sorted(gone) == sorted([r["id"] for r in leaks] + ["one"])
+    hits = [r for p in (tmp_path / "d" / "contamination").iterdir() for r in records(p)]
+    assert {r["document"] for r in hits if "common" in r} == {r["id"] for r in laws}
+    assert phrase[:13] in (tmp_path / "d" / "report.html").read_text("utf-8")
 
 
 def test_fields_are_found_at_any_depth(tmp_path: Path) -> None:

@@ -72,3 +72,15 @@ def test_a_corpus_within_its_own_source(path: str, tmp_path: Path) -> None:
         assert "lies within" not in refused(tmp_path, data=inside, tokenizer=NOT_THERE)
         source |= {"path": str(tmp_path / "text"), "kind": "parquet"}
         assert "no file at" in refused(tmp_path, data=inside)
+
+
+def test_a_place_where_a_file_stands(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for out in ("taken", "taken/corpus"):
+        said = refused(tmp_path, data={"out": str(tmp_path / out)})
+        assert f"{tmp_path / 'taken'} is a file" in said and "data.out" in said
+
+
+def test_what_is_not_there_is_called_by_its_name(tmp_path: Path) -> None:
+    said = refused(tmp_path, tokenizer={"kind": "cpm", "user_dictionary": "nowhere.txt"})
+    assert "tokenizer.user_dictionary: there is no file" in said and "用户词典" in said
