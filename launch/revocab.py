@@ -6,10 +6,12 @@
 
 Tokens that both vocabularies have keep their rows, new ones begin as means of what the old one
 makes of their text; the optimizer's moments are dropped. `--recipe t5-pegasus` goes from mT5 to a
-Chinese vocab.txt as T5 PEGASUS was begun, and puts the tokens in its order.
+Chinese vocab.txt as T5 PEGASUS was begun, and puts the tokens in its order. `--vocab` adds spare
+rows, which are the mean of all: for sentinels, or so that tensor parallelism divides them.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -41,6 +43,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--from-pieces", help="the old one as a model of sentencepiece (mT5's)")
     parser.add_argument(
         "--rows", help="JSON list: the source's row of each piece of a pruned --from-pieces"
+    )
+    parser.add_argument(
+        "--vocab", type=int, help="rows of the new table; those beyond its tokens are spare"
     )
     parser.add_argument("--recipe", choices=["plain", "t5-pegasus"], default="plain")
     parser.add_argument(
@@ -83,6 +88,7 @@ def revocab(given: argparse.Namespace) -> dict[str, Any]:
         made = vocabulary.through(made, _rows(given.rows, len(old.tokens)))
     try:
         state = vocabulary.applied(source.state, config, made)
+        state = _with_spare_rows(state, given.vocab)
         written = convert.convert(
             convert.Source("revocab", state, folder), out, "native", torch.float32, None
         )
@@ -105,6 +111,19 @@ def revocab(given: argparse.Namespace) -> dict[str, Any]:
     }
     proof.write_proof(out, found)
     return found
+
+
+def _with_spare_rows(state: State, rows: int | None) -> State:
+    """Rows of no token yet, each the mean of all: sentinels, a number that ranks divide."""
+    config = _config(state)
+    if rows is None or rows == config.vocab:
+        return state
+    if rows < config.vocab:
+        raise ValueError(
+            f"--vocab: is {rows}, the new tokenizer has {config.vocab} tokens; it must be at least "
+            "that (行数不足)"
+        )
+    return growth.grow(state, dataclasses.replace(config, vocab=rows), 0)
 
 
 def of(tokenizer: Any) -> Vocabulary:

@@ -128,6 +128,17 @@ def test_the_command_proves_what_it_keeps(
     proof = json.loads((tmp_path / "out" / "proof.json").read_text())
     assert proof["kept"] and proof["logits_of_kept_tokens"]["probe_tokens"] > 10
     assert cli.main([*line, "--out", str(tmp_path / "out")]) == 2
+    # Spare rows are the mean of all, and change nothing of what is said of the tokens.
+    assert cli.main([*line, "--out", str(tmp_path / "spare"), "--vocab", "64"]) == 0
+    spare = checkpoint.read(tmp_path / "spare")
+    assert spare.record["model"]["vocab"] == 64
+    table = spare.read("weights/embed.tokens.weight")
+    number = after.record["model"]["vocab"]
+    assert torch.equal(table[:number], after.read("weights/embed.tokens.weight"))
+    expected = table[:number].double().mean(0).expand(64 - number, -1)
+    assert torch.allclose(table[number:].double(), expected, atol=1e-7)
+    assert cli.main([*line, "--out", str(tmp_path / "few"), "--vocab", "3"]) == 2
+    capsys.readouterr()
     # A row in another's place is seen.
     right = vocabulary.plan
 

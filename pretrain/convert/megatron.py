@@ -120,7 +120,7 @@ def _config(path: Path, given: object) -> CPMConfig:
             f"{path}: its args lack {', '.join(missing)}; the size of the model follows from them "
             "(缺少模型参数)"
         )
-    sizes = {ours: int(values[theirs]) for ours, theirs in keys.items()}
+    sizes: dict[str, Any] = {ours: int(values[theirs]) for ours, theirs in keys.items()}
     if values.get("untie_embeddings_and_output_weights") or values.get("swiglu"):
         raise ConversionError(f"{path}: is no GPT-2: an untied head or SwiGLU (不是 GPT-2 结构)")
     return CPMConfig("cpm", norm_eps=float(values.get("norm_epsilon", 1e-5)), **sizes)
