@@ -11,6 +11,7 @@ multiple of 128 x ranks, which must not join the softmax. Names are those of the
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
