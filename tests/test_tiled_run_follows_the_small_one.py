@@ -22,6 +22,7 @@ COMMON = {"model__dropout": 0.0, "model__attention_dropout": 0.0, "optimizer__cl
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "lamb": {"optimizer__name": "lamb", "optimizer__lr": 1e-2},
+    "muon": {"optimizer__name": "muon", "optimizer__muon_scale": "spectral"},
 }
 
 
