@@ -299,35 +299,6 @@ def test_a_run_that_grows_is_planned_stage_by_stage() -> None:
     assert found["parameters"]["total"] == second["parameters"]
     assert found["disk"]["checkpoint_bytes"] == 12 * second["parameters"]
     assert found["time"]["days"] == first["days"] + second["days"]
-    beside = found["growth"]
-    tokens, per_token = first["tokens"] + second["tokens"], second["flops_per_token"]["full"]
-    assert beside["scratch"]["flops"] == pytest.approx(tokens * per_token)
-    assert beside["share"] == pytest.approx(found["time"]["flops"] / (tokens * per_token))
-    assert beside["grows_at"] == 0.75 and beside["scratch"]["days"] > found["time"]["days"]
-    assert "this run, grown at 75%" in plan.text(found)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "share"),
-    [
-        ("{name: wsd, decay_steps: 2000}", 0.7),
-        ("{name: wsd, decay_steps: 9000}", 0.4),
-        ("{name: wsd, decay_steps: 15000}", None),
-        ("{name: cosine}", 0.5),
-    ],
-)
-def test_when_to_grow_leaves_room_before_the_decay(schedule: str, share: float | None) -> None:
-    stages = "stages=[{steps: 15000}, {steps: 5000, model: {layers: 24}}]"
-    words = ["run.steps=null", stages, f"schedule={schedule}", "schedule.warmup_steps=0"]
-    found = plan.plan(page(SMALL, *words), 1, "h200")["growth"]
-    assert found["suggestion"] == share
-    cheaper = [row["flops"] for row in found["when"]]
-    assert cheaper == sorted(cheaper, reverse=True)  # the later, the cheaper
-
-
-def test_a_run_that_does_not_grow_is_beside_nothing() -> None:
-    found = plan.plan(page(SMALL), 1, "h200")
-    assert found["growth"] is None and "from scratch" not in plan.text(found)
 
 
 # ---- cards ---------------------------------------------------------------------------------------
