@@ -1,9 +1,11 @@
 """RoFormers at other lengths: log n against the plain scale, and a run through a curriculum.
 
     python -m benchmarks.learning_lengths log_n --plain RUN RUN --log-n RUN RUN
+    python -m benchmarks.learning_lengths log_n --plain RUN --at-test 64
     python -m benchmarks.learning_lengths curriculum RUN
 
-log_n: models trained at 64, measured at 64 to 512 on the same hidden words of the same rows. The
+log_n: models trained at 64, measured at 64 to 512 on the same hidden words of the same rows; with
+--at-test the other arm is the same weights, their scores stretched by log n / log 64. The
 difference of two arms is paired by row: its standard error is that of a ratio (sum of differences
 over sum of positions), over the rows, and for all seeds together over (seed, row).
 curriculum: the checkpoint at the border of each stage, at its own length and at every other one,
@@ -26,6 +28,7 @@ from configs.run import RunConfig
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import open_corpora
 from pretrain.generate import load_model
+from pretrain.state import State
 
 Floats = NDArray[np.float64]
 LENGTHS = (64, 128, 256, 512)
@@ -33,12 +36,21 @@ MICRO = 8
 
 
 @torch.no_grad()
-def hits(run: Path, length: int, tokens: int, checkpoint: Path | None = None) -> tuple[Floats, ...]:
-    """(hidden positions guessed right, hidden positions, nats) of each measured row [R]."""
+def hits(
+    run: Path, length: int, tokens: int, checkpoint: Path | None = None, log_n: int | None = None
+) -> tuple[Floats, ...]:
+    """(hidden positions guessed right, hidden positions, nats) of each measured row [R].
+
+    log_n: replaces the option that the model was trained with.
+    """
     config = load(run / "config.yaml", RunConfig)
     data = replace(config.data, seq_len=length)
     corpora = open_corpora(data, config.objective, 0, config.model.vocab)
-    model: Any = load_model(read(resolve(checkpoint or run)))
+    state = read(resolve(checkpoint or run))
+    if log_n is not None:
+        changed = state.record | {"model": state.record["model"] | {"log_n": log_n}}
+        state = State(state.entries, changed)
+    model: Any = load_model(state)
     found: list[tuple[Floats, ...]] = []
     for batch in corpora.validation(max(tokens // length, 1), 0, 1, MICRO):
         hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.document_ids_BT)
@@ -62,14 +74,17 @@ def ratio(sums_R: Floats, counts_R: Floats) -> tuple[float, float]:
     return float(value), float(spread / counts_R.sum())
 
 
-def log_n(plain: Sequence[Path], stretched: Sequence[Path], tokens: int) -> list[dict[str, Any]]:
+def log_n(
+    plain: Sequence[Path], stretched: Sequence[Path], tokens: int, at_test: int | None
+) -> list[dict[str, Any]]:
     """A line a length and pair of runs, and one for all of them together."""
     found = []
     print(f"{'length':>6} {'pair':>5} {'plain %':>9} {'log n %':>9} {'difference':>12} {'s.e.':>7}")
     for length in LENGTHS:
         pairs = []
         for number, arms in enumerate(zip(plain, stretched, strict=True), 1):
-            (one, count, _), (other, _, _) = (hits(run, length, tokens) for run in arms)
+            one, count, _ = hits(arms[0], length, tokens)
+            other, _, _ = hits(arms[1], length, tokens, log_n=at_test)
             pairs.append((one, other, count))
             found.append(line(length, str(number), *pairs[-1]))
         if len(pairs) > 1:
@@ -118,13 +133,15 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     paired = verbs.add_parser("log_n")
     paired.add_argument("--plain", type=Path, nargs="+", required=True, help="a run a seed")
-    paired.add_argument("--log-n", type=Path, nargs="+", required=True, help="the same seeds")
+    other = paired.add_mutually_exclusive_group(required=True)
+    other.add_argument("--log-n", type=Path, nargs="+", help="runs of the same seeds")
+    other.add_argument("--at-test", type=int, metavar="N", help="model.log_n of the same weights")
     staged = verbs.add_parser("curriculum")
     staged.add_argument("run", type=Path)
     staged.add_argument("--lengths", default="16,32,64,192")
     words = parser.parse_args()
     if words.verb == "log_n":
-        found = log_n(words.plain, words.log_n, words.tokens)
+        found = log_n(words.plain, words.log_n or words.plain, words.tokens, words.at_test)
     else:
         lengths = [int(length) for length in words.lengths.split(",")]
         found = curriculum(words.run, lengths, words.tokens)
