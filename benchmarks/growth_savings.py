@@ -221,7 +221,7 @@ def figure(rows: list[dict[str, Any]], title: str) -> str:
     y0, y1 = min(losses) - 0.02, max(losses) + 0.02
 
     def x(cost: float) -> float:
-        return left + (log(cost) - x0) / (x1 - x0) * (width - left - 16)
+        return left + (log(cost) - x0) / (x1 - x0) * (width - left - 40)
 
     def y(loss: float) -> float:
         return top + (y1 - loss) / (y1 - y0) * (height - top - bottom)
@@ -233,7 +233,7 @@ def figure(rows: list[dict[str, Any]], title: str) -> str:
         ),
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{left}" y="20" font-size="14">{title}</text>',
-        f'<path d="M{left} {top}V{height - bottom}H{width - 16}" fill="none" stroke="#888"/>',
+        f'<path d="M{left} {top}V{height - bottom}H{width - 40}" fill="none" stroke="#888"/>',
         (
             f'<text x="{(width + left) / 2}" y="{height - 8}" text-anchor="middle">'
             "training FLOPs, the small model's included (计算量)</text>"
