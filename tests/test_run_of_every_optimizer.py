@@ -1,7 +1,8 @@
 """Every update rule trains a run, and what it remembers survives a resume on another layout.
 
 Through train(), as the launcher calls it: 12 steps unbroken, against 6 steps under one layout that
-stop and save, and the rest under another. Losses of about 5.7 agree to 1e-6: sums in another order (5e-8 measured).
+stop and save, and the rest under another. Losses of about 5.7 agree to 1e-6: sums in another order
+(5e-8 measured).
 """
 
 from pathlib import Path
