@@ -101,8 +101,8 @@ class T5PegasusConfig:
     """On embeddings, sub-layer outputs and the gated activation."""
     attention_dropout: float = 0.1
     """On the attention probabilities."""
-    init_std: float = 0.02
-    """Standard deviation of a fresh matrix."""
+    init_std: float | None = None
+    """Standard deviation of a fresh matrix; null: T5's own, by the width that each one reads."""
     activation: Literal["gelu_erf", "gelu_tanh"] = "gelu_erf"
     """Deviation 1: bert4keras trained with erf, mT5 with tanh."""
     cross_position_bias: bool = True
@@ -401,7 +401,7 @@ def init_std(config: ModelConfig, tensor: Tensor) -> float:
     """Standard deviation of a fresh `normal` or `output` tensor.
 
     GPT-2's rule for CPM (outputs / sqrt(2 layers)); RoFormer v2's 1 / sqrt(fan x layers), fan the
-    input width (kexue.fm/archives/8998); the plain value for the rest.
+    input width (kexue.fm/archives/8998); T5's own; the plain value for the rest.
     """
     if isinstance(config, RoFormerConfig) and config.version == 2:
         rows, columns = shape(config, tensor)
@@ -409,7 +409,19 @@ def init_std(config: ModelConfig, tensor: Tensor) -> float:
         return float((fan * config.layers) ** -0.5)
     if isinstance(config, CPMConfig) and tensor.init == "output":
         return float(config.init_std * (2 * config.layers) ** -0.5)
-    return config.init_std
+    return _t5_std(config, tensor) if config.init_std is None else config.init_std
+
+
+def _t5_std(config: ModelConfig, tensor: Tensor) -> float:
+    """As mesh-tensorflow draws a T5: embeddings 1, matrices 1 / sqrt(fan-in), queries less by
+    sqrt(head_dim) where the scores are not scaled (Raffel et al. 2020; kexue.fm/archives/8620)."""
+    if tensor.op == "lookup":
+        return 1.0
+    if tensor.op == "table":
+        return float(config.hidden**-0.5)
+    unscaled = ".q." in tensor.name and config.softmax_scale == 1.0
+    fan = shape(config, tensor)[-1] * (config.head_dim if unscaled else 1)
+    return float(fan**-0.5)
 
 
 def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
@@ -424,6 +436,6 @@ def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
     if config.log_n < 0 or config.log_n == 1:
         found.append(f"log_n: is {config.log_n}, must be 0 (off) or a number of keys from 2 on")
     for name in ("norm_eps", "init_std"):
-        if getattr(config, name) <= 0:
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
             found.append(f"{name}: is {getattr(config, name)}, must be above 0")
     return found

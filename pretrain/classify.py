@@ -106,12 +106,12 @@ def _of_file(
             )
     sides = [tokenizer.encode_batch([row[at] for row in lines]) for at in range(len(lines[0]) - 1)]
     rows = []
-    for at, line in enumerate(lines):
-        texts = [[int(i) for i in side[at]] for side in sides[: len(line) - 1]]
+    for number, fields in enumerate(lines):
+        texts = [[int(i) for i in side[number]] for side in sides[: len(fields) - 1]]
         sizes = np.array([[len(text) for text in [*texts, []][:2]]])
         fit(sizes, seq_len - 1 - len(texts))
         cut = [text[:size] for text, size in zip(texts, sizes[0].tolist(), strict=False)]
-        rows.append((cut, number_of[line[-1]]))
+        rows.append((cut, number_of[fields[-1]]))
     rows.sort(key=lambda row: sum(map(len, row[0])))
     for start in range(0, len(rows), 16):
         yield _batch(rows[start : start + 16], tokenizer)

@@ -1,5 +1,6 @@
 """The table of tensors: published counts, split shapes and growth's axes come from it alone."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -171,3 +172,22 @@ def test_outputs_are_drawn_smaller() -> None:
     table = {t.name: t for t in tensors(SMALL)}
     assert init_std(SMALL, table["decoder.layers.0.self.q.weight"]) == 0.02
     assert init_std(SMALL, table["decoder.layers.0.ffn.down.weight"]) == 0.02 / 24**0.5
+
+
+def test_t5_is_drawn_as_mesh_tensorflow_draws_it() -> None:
+    """transformers states the same rule: MT5PreTrainedModel._init_weights, its head apart, which it
+    ties; scores are not scaled, so queries are drawn smaller by sqrt(head_dim)."""
+    table = {t.name: t for t in tensors(T5_SMALL)}
+
+    def std(name: str) -> float:
+        return init_std(T5_SMALL, table[name])
+
+    assert T5_SMALL.init_std is None
+    assert std("embed.tokens.weight") == 1.0
+    assert std("encoder.layers.0.self.q.weight") == (512 * 64) ** -0.5
+    assert std("decoder.layers.0.cross.k.weight") == 512**-0.5
+    assert std("decoder.layers.0.self.o.weight") == (6 * 64) ** -0.5
+    assert std("encoder.layers.0.ffn.down.weight") == 1024**-0.5
+    scaled = replace(T5_SMALL, softmax_scale=None)
+    assert init_std(scaled, table["encoder.layers.0.self.q.weight"]) == 512**-0.5
+    assert init_std(replace(T5_SMALL, init_std=0.02), table["head.weight"]) == 0.02
