@@ -265,14 +265,15 @@ def _validate(job: Job, engine: "Engine", step: int) -> float:
     return loss
 
 
-def _validate_labels(job: Job, engine: "Engine", step: int, rows: "list[Batch]") -> float:
+def _validate_labels(job: Job, engine: "Engine", step: int, rows: list[Any]) -> float:
     """Loss and the share of documents that get their own label; returns the loss."""
     from pretrain.checkpoint import gather
     from pretrain.objectives.labels import right
 
     loss_sum, count = engine.evaluate(rows)
     loss, number = float(loss_sum) / max(int(count), 1), max(int(count), 1)
-    with engine.inference() as model:
+    with engine.inference() as module:
+        model: Any = module
         mine = sum(right(model, batch) for batch in rows)
     share = sum(gather(mine)) / job.mesh.tensor / number
     job.monitor.note(step, valid_loss=loss, valid_accuracy=round(share, 6))

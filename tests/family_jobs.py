@@ -16,7 +16,7 @@ from pretrain import models, parallel, recompute
 from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
 from pretrain.state import Entry, State, fresh
-from tests.zero_jobs import Section
+from tests.zero_jobs import optimizer_of
 
 OFF = {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.1}
 FAMILIES: dict[str, ModelConfig] = {
@@ -84,7 +84,7 @@ def make(
     recompute.apply(model, recomputed)
     parallel.shard(model, config, mesh)
     return Engine(
-        model, config, mesh, objective=Predict(), optimizer=Section(), zero=zero,
+        model, config, mesh, objective=Predict(), optimizer=optimizer_of(), zero=zero,
         precision=precision, micro_rows=micro, seed=5,
     )  # fmt: skip
 

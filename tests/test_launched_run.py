@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.train import free_port
+from launch.machines import free_port
 from pretrain import checkpoint
 from tests.run_jobs import digests, losses, metrics, page, write
 from tests.worlds import World

@@ -88,6 +88,9 @@ def test_a_scale_goes_back_to_one_over_the_steps() -> None:
         assert groups[1]["lr_scale"] == 1.0 and groups[1]["weight_decay"] == 0.1
     expected = [(0.5, 0.2), (0.5, 0.2), (0.75, 0.15), (1.0, 0.1), (1.0, 0.1)]
     assert found == [pytest.approx(pair) for pair in expected]
+    frozen = [{"lr_scale": 0.0, "weight_decay": 0.0}]
+    rewarm(frozen, [GroupKey(True, lr_scale=0.0, wd_scale=0.0)], {"step": 10, "steps": 4}, 12)
+    assert frozen == [{"lr_scale": 0.0, "weight_decay": 0.0}]
 
 
 def test_a_second_growth_starts_from_where_the_scales_are() -> None:

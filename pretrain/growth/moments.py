@@ -84,6 +84,8 @@ def rewarm(
     """
     back = min(1.0, max(0.0, (step - plan["step"]) / plan["steps"]))
     for group, key in zip(groups, keys, strict=True):
+        if not key.lr_scale:
+            continue  # the stage keeps it frozen
         lr, decay = group.setdefault("as_grown", (group["lr_scale"], group["weight_decay"]))
         group["lr_scale"] = lr / key.lr_scale * rewarmed(key.lr_scale, back)
         group["weight_decay"] = decay / key.wd_scale * rewarmed(key.wd_scale, back)
