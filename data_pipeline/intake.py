@@ -11,7 +11,7 @@ from data_pipeline import clean, fields, hanzi, ingest, names, repeated_ids, sco
 from data_pipeline.blocks import Block, Document, Documents
 from data_pipeline.shards import PASSING_LEVEL, Record, save_table, shard
 
-BATCH_CHARACTERS = 100_000
+BATCH_CHARACTERS = 10_000
 LEAST_SIZE = 100
 """What a document counts as beside its characters: a million empty ones are no single batch."""
 COLUMNS = "columns of scores"
