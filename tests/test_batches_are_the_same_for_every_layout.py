@@ -69,7 +69,7 @@ def a_run(make: Make, folder: Path) -> Corpora:
         Dataset(len(rows), w, k) for k, (rows, w) in enumerate(zip(train, (3, 1), strict=True))
     ]
     order = Order(7, [(0, shares)], skips=[(20, 25)])
-    return Corpora(tuple(train), tuple(train), order, SimpleNamespace(), folder, [])
+    return Corpora(tuple(train), tuple(train), order, SimpleNamespace(), folder, [], [])
 
 
 def of_step(run: Corpora, first: int, count: int, ranks: int, micro: int) -> list[tuple]:
@@ -110,7 +110,7 @@ def test_an_epoch_holds_every_row_once(name: str, tmp_path: Path) -> None:
         at = np.arange(epoch * len(rows), (epoch + 1) * len(rows))
         assert np.array_equal(np.sort(order.locate(at)[2]), np.arange(len(rows)))
     # Masks and spans of a second epoch are others; what they hide is the same text.
-    alone = Corpora((rows,), (rows,), order, SimpleNamespace(), tmp_path, [])
+    alone = Corpora((rows,), (rows,), order, SimpleNamespace(), tmp_path, [], [])
     twice = [alone.step(k * len(rows), len(rows), 0, 1, len(rows))[0][0] for k in (0, 1)]
     rows_of = [order.locate(np.arange(k * len(rows), (k + 1) * len(rows)))[2] for k in (0, 1)]
     sides = [

@@ -86,7 +86,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     sentence = said(tmp_path, data={"out": str(tmp_path / "file" / "c")})
-    assert "reading or writing failed" in sentence
+    assert "file is a file; the corpus needs a folder" in sentence
     assert "data.out" in sentence
 
 

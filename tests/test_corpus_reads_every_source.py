@@ -213,7 +213,7 @@ def test_a_saved_dataset(saved: Path) -> None:
     source = Source("datasets", str(saved), "s")
     documents = read_all(source)
     assert [d.text for d in documents] == [row["text"] for row in ROWS]
-    assert documents[1] == Document("1", ROWS[1]["text"], {"kind": 1, "source": "s"})
+    assert documents[1] == Document("1", ROWS[1]["text"], {"kind": 1, "source": "s"}, own_id=True)
     assert read_all(source, parts=3) == documents
 
 

@@ -38,7 +38,7 @@ def test_row_groups_are_parts(tmp_path: Path) -> None:
     source = written(tmp_path)
     documents, faults, _ = read_all(source)
     assert [document.text for document in documents] == [row["text"] for row in ROWS]
-    assert documents[1] == Document("1", ROWS[1]["text"], {"n": 1, "source": "s"})
+    assert documents[1] == Document("1", ROWS[1]["text"], {"n": 1, "source": "s"}, own_id=True)
     assert not faults
     for parts in (3, 8, 20):  # more parts than groups: some are empty
         assert read_all(source, parts)[0] == documents
