@@ -15,8 +15,8 @@ from tests.run_jobs import metrics, page
 
 STALL_S = 6.0
 BOUND_S = STALL_S + 2.0 + 3.0 + 15.0
-"""faults.stall_s, a second for each rank to look, three for the ranks' accounts; and fifteen in which
-a machine busy with other tests may let a process wait. Without the watch it would be for ever."""
+"""faults.stall_s, a second for each rank to look, three for the ranks' accounts; and fifteen in
+which a machine busy with other tests may let a process wait. Without the watch: for ever."""
 CHANGES: dict[str, Any] = {"faults__stall_s": STALL_S, "run__log_every_steps": 1}
 SLOW: dict[str, Any] = {"run__steps": 4000, "schedule__decay_steps": 0}
 
