@@ -392,6 +392,7 @@ def test_near_duplicates_do_not_depend_on_workers(
     assert contents(tmp_path / "c") == contents(built)
 
 
+@pytest.mark.slow
 def test_a_build_killed_among_near_duplicates_makes_the_same_bytes(
     built: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,13 @@ DROPOUT: dict[str, Any] = {"model__dropout": 0.1, "model__attention_dropout": 0.
 
 
 @pytest.mark.parametrize(
-    ("precision", "zero"), [("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 3)]
+    ("precision", "zero"),
+    [
+        ("fp32", 1),
+        ("fp32", 3),
+        pytest.param("bf16", 1, marks=pytest.mark.slow),
+        pytest.param("bf16", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_bit_for_bit_with_dropout(
     tmp_path: Path, tiny_corpus: Path, world2: World, precision: str, zero: int

@@ -11,7 +11,7 @@ from tests.worlds import World
 STEPS = 30
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_tensor_two_by_data_two_equals_one_process(world1: World, world4: World, zero: int) -> None:
     """Losses within 1e-5 over 30 steps, gradient norms within 1e-4: sums in another order."""
     alone = world1.run(jobs.train, zero=1, steps=STEPS)[0]
