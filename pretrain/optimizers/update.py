@@ -12,7 +12,7 @@ can only work when all gradients are there; so that is when everything happens, 
 every layout. The gradients of all groups live until then: 4 bytes a value of this rank.
 
 Clipping weighs tensors: global norm = sqrt(sum of clip_weight x |gradient of the tensor|^2). A
-tensor that growth made of copies counts as the one that it was (GROWTH of record 4.1).
+tensor that growth made of copies counts as the one that it was.
 """
 
 from collections.abc import Callable, Mapping, Sequence
