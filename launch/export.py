@@ -49,8 +49,9 @@ def main(argv: list[str]) -> int:
     state = exported([checkpoint.read(path) for path in paths], args.dtype)
     words = paths[0] / "tokenizer"
     checkpoint.write_state(out, state, words if words.is_dir() else None)
-    steps = ", ".join(str(s) for s in state.record["averaged"])
-    print(f"{out}: {len(state.entries)} tensors, the mean of steps {steps} ({args.dtype}, 已导出)")
+    steps = [str(step) for step in state.record["averaged"]]
+    which = f"the mean of steps {', '.join(steps)}" if len(steps) > 1 else f"step {steps[0]}"
+    print(f"{out}: {len(state.entries)} tensors, {which} ({args.dtype}, 已导出)")
     return 0
 
 
