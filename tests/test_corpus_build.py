@@ -384,7 +384,7 @@ def kill_and_finish(
     assert struck > 0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_build_goes_on_to_the_same_bytes(
     seed: int, source: Path, built: Path, tmp_path: Path
 ) -> None:

@@ -73,7 +73,10 @@ def test_accumulation_and_recompute(
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "sublayer"])
+@pytest.mark.parametrize(
+    "recompute",
+    ["full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("none", "sublayer"))],
+)
 def test_recompute_under_zero_3_with_dropout(
     tmp_path: Path, tiny_corpus: Path, world2: World, recompute: str
 ) -> None:
