@@ -91,7 +91,7 @@ def train(
         watch(),
         checkpoint.Saver.open(lambda: checkpoint.rotate(*kept)) as saver,
     ):
-        largest = max(parameter_count(page.model) for page in pages)
+        largest = max(parameter_count(stage_model(config, n)) for n in range(len(pages)))
         for sentence in flight.check(run, 12 * largest, dump(config), mesh.device):
             out.say(sentence)
         monitor = Monitor(
