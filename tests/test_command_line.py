@@ -25,6 +25,7 @@ from launch import cli, grammar
 from launch.check import check
 from launch.machines import Machines, deepspeed_line, free_port
 from launch.train import MARK, Job
+from launch.train import main as train_main
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
@@ -281,6 +282,23 @@ def test_a_signal_lets_every_rank_save(stage: Stage, number: int) -> None:
     assert stage.job("runs").run() == 0
     assert {"saved-0", "saved-1"} <= {path.name for path in stage.folder.iterdir()}
     assert stage.nobody_left()
+
+
+def test_a_file_lets_every_rank_save_and_the_code_says_so(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`touch RUN/stop`, through the verb; one that was left from before does not count."""
+    command = stage.job("runs").command
+    monkeypatch.setattr("launch.train.deepspeed_line", lambda *_, **__: command)
+    words = [RUN, f"run.out={tmp_path / 'run'}", "--devices", "2", "--stopped-code", "75"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    stage.when_running((tmp_path / "run" / "stop").touch)
+    assert train_main(words) == 75
+    assert {"saved-0", "saved-1"} <= {path.name for path in stage.folder.iterdir()}
+    assert stage.nobody_left()
+    command[-1] = "good"  # a run that came to its end was not stopped
+    assert train_main(words) == 0
 
 
 def test_ranks_that_will_not_end_are_killed_after_the_grace(stage: Stage) -> None:
