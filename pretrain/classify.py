@@ -18,7 +18,7 @@ from configs.run import CorpusShare, Data
 from pretrain.answer import right_padded
 from pretrain.batches import Batch
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import open_corpora
+from pretrain.corpora import open_corpora, trained_length
 from pretrain.generate import load_model
 from pretrain.labelled import fit
 from pretrain.objectives.labels import logits_at, places
@@ -38,7 +38,7 @@ def labels(
     folder = resolve(checkpoint)
     state = read(folder)
     names = _names(state.record)
-    length = int(seq_len or state.record["config"]["data"]["seq_len"])
+    length = int(seq_len or trained_length(state.record) or 128)
     if Path(data).is_dir():
         batches = _of_corpus(state.record, data, names, limit, length)
     else:

@@ -11,7 +11,7 @@ run began would silently change every later sample, so its content, side files i
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,23 @@ def _tokenizers_differ(prints: dict[str, Path]) -> str:
         f"data.train: the corpora {', '.join(map(str, prints.values()))} were encoded by "
         "different tokenizers; encode them by one (分词器不一致)"
     )
+
+
+def trained_length(record: Mapping[str, Any]) -> int | None:
+    """Tokens of the rows that a checkpoint was last trained on; None if its record does not say."""
+    page = record.get("config", {})
+    parts = [page, *page.get("stages", [])[: int(record.get("stage", 0)) + 1]]
+    given = [part["data"]["seq_len"] for part in parts if "seq_len" in part.get("data", {})]
+    return int(given[-1]) if given else None
+
+
+def check_learnt(record: Mapping[str, Any], corpus: str | Path, fingerprint: str) -> None:
+    """ConfigError for a corpus that another tokenizer encoded than the one a checkpoint learnt."""
+    if (learnt := record.get("tokenizer")) not in (None, fingerprint):
+        raise ConfigError(
+            f"--data: {corpus} was encoded by the tokenizer {fingerprint}, the checkpoint learnt "
+            f"that of {learnt}; encode the text by the checkpoint's tokenizer (分词器不一致)"
+        )
 
 
 def changes(

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from configs.objectives import Causal
 from configs.run import CorpusShare, Data
-from pretrain.corpora import Corpora, open_corpora
+from pretrain.corpora import Corpora, check_learnt, open_corpora, trained_length
 
 Ints = NDArray[np.int64]
 CHUNK = 1 << 24
@@ -138,18 +138,12 @@ def bits(
     from pretrain.objectives.losses import token_losses_plain
 
     state = read(resolve(checkpoint))
-    length = seq_len or state.record.get("config", {}).get("data", {}).get("seq_len")
-    length = length or state.record["model"]["positions"]
+    length = seq_len or trained_length(state.record) or state.record["model"]["positions"]
     section = Causal()
     _check(samples, int(length), state.record["model"].get("positions"))
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
-    learnt, used = state.record.get("tokenizer"), corpora.tokenizer.fingerprint
-    if learnt not in (None, used):
-        raise ValueError(
-            f"--data: {corpus} was encoded by the tokenizer {used}, the checkpoint learnt that of "
-            f"{learnt}; encode the text by the checkpoint's tokenizer (分词器不一致)"
-        )
+    check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model, task = load_model(state), objectives.build(section)
     nats, predicted = 0.0, 0
     with torch.no_grad():

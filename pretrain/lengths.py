@@ -23,6 +23,7 @@ from torch import Tensor
 
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, longest_row
 from pretrain.checkpoint import read, resolve
+from pretrain.corpora import check_learnt
 from pretrain.generate import load_model
 from pretrain.objectives.losses import token_losses_plain
 
@@ -57,12 +58,7 @@ def lengths(
 
     state = read(resolve(checkpoint))
     words = tokenizers.load(Path(corpus) / "tokenizer")
-    learnt = state.record.get("tokenizer")
-    if learnt not in (None, words.fingerprint):
-        raise LengthError(
-            f"--data: {corpus} was encoded by the tokenizer {words.fingerprint}, the checkpoint "
-            f"learnt that of {learnt}; encode the text by the checkpoint's tokenizer (分词器不一致)"
-        )
+    check_learnt(state.record, corpus, words.fingerprint)
     model: Any = load_model(state)
     _check(model.config, wanted)
     mask = None if isinstance(model.config, CPMConfig) else words.mask_id

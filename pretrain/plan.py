@@ -172,7 +172,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     zero = config.parallel.zero
     most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
     kept = config.run.keep_checkpoints + len(models) - 1  # those at stage borders stay
-    checkpoint = 4 * parameter_count(last) + sum(moment_bytes(config.optimizer, last))
+    checkpoint = checkpoint_bytes(config, last)
     return {
         "model": to_dict(last),
         "parameters": {"total": parameter_count(last), **parameters_by_part(last)},
@@ -212,6 +212,11 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         },
         "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
+
+
+def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> float:
+    """What a checkpoint takes on disk: fp32 weights, and what the update rule remembers."""
+    return 4 * parameter_count(model) + sum(moment_bytes(config.optimizer, model))
 
 
 def _stage(model: ModelConfig, steps: int, page: RunConfig, rate: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from configs.run import CorpusShare, Data
 from pretrain import scores
 from pretrain.answer import answer, framed, right_padded
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import open_corpora
+from pretrain.corpora import check_learnt, open_corpora, trained_length
 from pretrain.decoding import Decoding, Written
 from pretrain.generate import load_model, write
 from pretrain.objectives.losses import token_losses_plain
@@ -80,7 +80,7 @@ def masked(
         section["masking"] = masking
     objective = from_dict(Masked, section, "objective")
     room = state.record["model"].get("positions")
-    length = seq_len or trained.get("data", {}).get("seq_len") or min(128, room or 128)
+    length = seq_len or trained_length(state.record) or min(128, room or 128)
     if room is not None and length > room:
         raise TaskError(
             f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
@@ -88,12 +88,7 @@ def masked(
         )
     data = Data((CorpusShare(str(corpus)),), int(length))
     corpora = open_corpora(data, objective, 0, state.record["model"]["vocab"])
-    learnt, used = state.record.get("tokenizer"), corpora.tokenizer.fingerprint
-    if learnt not in (None, used):
-        raise TaskError(
-            f"--data: {corpus} was encoded by the tokenizer {used}, the checkpoint learnt that of "
-            f"{learnt}; encode the text by the checkpoint's tokenizer (分词器不一致)"
-        )
+    check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model: Any = load_model(state)
     names = ("masked", "kept", "replaced")
     right, number = dict.fromkeys(names, 0), dict.fromkeys(names, 0)

@@ -28,7 +28,7 @@ from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from configs.load import ConfigError, dump, load  # noqa: E402
-from configs.model import parameter_count, tensors  # noqa: E402
+from configs.model import tensors  # noqa: E402
 from configs.run import (  # noqa: E402
     RunConfig,
     at_stage,
@@ -91,8 +91,9 @@ def train(
         watch(),
         checkpoint.Saver.open(lambda: checkpoint.rotate(*kept)) as saver,
     ):
-        largest = max(parameter_count(stage_model(config, n)) for n in range(len(pages)))
-        for sentence in flight.check(run, 12 * largest, dump(config), mesh.device):
+        models = [stage_model(config, number) for number in range(len(pages))]
+        most = max(int(plan.checkpoint_bytes(config, model)) for model in models)
+        for sentence in flight.check(run, most, dump(config), mesh.device):
             out.say(sentence)
         monitor = Monitor(
             run,

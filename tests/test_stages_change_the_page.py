@@ -13,6 +13,7 @@ import torch
 from configs.load import ConfigError, from_dict
 from configs.run import RunConfig, first_sample, schedule_span
 from pretrain import checkpoint
+from pretrain.corpora import trained_length
 from tests.run_jobs import losses, metrics, page
 from tests.worlds import World
 
@@ -98,6 +99,15 @@ def test_a_border_that_was_passed_cannot_move_and_one_to_come_can(
         world1.run(GO, config=staged(out, tiny_corpus, stages=earlier))
     later = [*STAGES[:2], {"steps": 2, "data": {"seq_len": 32}}]
     assert world1.run(GO, config=staged(out, tiny_corpus, stages=later))[0]["step"] == 14
+
+
+def test_a_checkpoint_knows_the_rows_of_its_stage(run: Path) -> None:
+    """What evaluate measures by, where nobody says --seq-len; before, the page's first length."""
+    found = {}
+    for path in (run / "checkpoints").glob("stage-*"):
+        record = checkpoint.read(path).record
+        found[int(record["stage"])] = trained_length(record)
+    assert found == {0: 32, 1: 16, 2: 24}
 
 
 def test_arithmetic_of_the_borders(tmp_path: Path) -> None:
