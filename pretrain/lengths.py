@@ -5,8 +5,11 @@
     filler + 密码是 48213 + filler + 密码是 --> is 48213 said?  by length and by depth of the key
 
 An encoder's rows have 15 % of their tokens masked, always the same ones; its loss is that of the
-masked tokens. The rows of a shorter length are the beginnings of the same documents, so that the
-figures of two lengths compare. Passkeys: Mohtashami and Jaggi 2023, here in Chinese.
+masked tokens. A T5 reads the whole row once for each bucket, with 15 % of that bucket's tokens cut
+out as spans, so that it never meets more sentinels at a longer length. The rows of a shorter length
+are the beginnings of the same documents, so that the figures of two lengths compare. Passkeys:
+Mohtashami and Jaggi 2023, here in Chinese. Texts stand between [CLS] and [SEP] where the family
+learns them so.
 
 Legend: B rows, T tokens, V vocabulary.
 """
@@ -19,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, longest_row
@@ -26,6 +30,7 @@ from pretrain.checkpoint import read, resolve
 from pretrain.corpora import check_learnt
 from pretrain.generate import load_model
 from pretrain.objectives.losses import token_losses_plain
+from pretrain.reading import sentinels_of
 
 FILLER = "草是绿的，天是蓝的，太阳是黄的。我们走吧，走过去又走回来。"
 KEY = "密码是{key}。请记住，{key}就是密码。"
@@ -33,6 +38,8 @@ ASKED = "密码是"
 DIGITS = 5
 MASKED = 0.15
 """Share of an encoder's tokens whose loss is measured."""
+SPAN = 3
+"""Tokens of a span that is cut out of a T5's source."""
 TOKENS_AT_ONCE = 4096
 
 
@@ -61,12 +68,15 @@ def lengths(
     check_learnt(state.record, corpus, words.fingerprint)
     model: Any = load_model(state)
     _check(model.config, wanted)
-    mask = None if isinstance(model.config, CPMConfig) else words.mask_id
     rows = _documents(Path(corpus) / "valid", max(wanted) + 1, samples)
     found = []
     for length in sorted(wanted):
-        losses_T, counts_T = by_position(model, rows[:, : length + 1], mask)
         edges = np.linspace(0, length, min(buckets, length) + 1).round().astype(int)
+        if isinstance(model.config, T5PegasusConfig):
+            losses_T, counts_T = by_span(model, rows[:, :length], edges.tolist(), words)
+        else:
+            mask = None if isinstance(model.config, CPMConfig) else words.mask_id
+            losses_T, counts_T = by_position(model, rows[:, : length + 1], mask)
         parts = [
             {"from": int(a), "to": int(b), "loss": _mean(losses_T[a:b], counts_T[a:b])}
             for a, b in pairwise(edges)
@@ -86,11 +96,6 @@ def lengths(
 
 def _check(config: ModelConfig, wanted: Sequence[int]) -> None:
     room = longest_row(config)
-    if isinstance(config, T5PegasusConfig):
-        raise LengthError(
-            "--task length: reads a CPM, BERT or RoFormer; a T5's loss belongs to its targets, not "
-            "to places of its source; use --task passkey (请用 passkey)"
-        )
     if not wanted or min(wanted) < 2:
         raise LengthError(f"--lengths: are {list(wanted)}, each must be at least 2 (长度不合法)")
     if room is not None and max(wanted) > room:
@@ -146,6 +151,85 @@ def by_position(
         sums_T += losses_BT.sum(0).numpy()
         counts_T += chosen_BT.sum(0).numpy()
     return sums_T, counts_T
+
+
+@torch.no_grad()
+def by_span(
+    model: Any, rows_BT: np.ndarray, edges: Sequence[int], words: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """As by_position, for a T5: the loss of tokens [T] that were cut out of the source as spans.
+
+    rows_BT: token ids of the sources; edges: borders of the buckets, each cut out by itself; words:
+    the tokenizer, for [CLS], [SEP], padding and sentinels.
+    """
+    T = rows_BT.shape[1]
+    sentinels = sentinels_of(words, model.config.vocab)
+    sums_T, counts_T = np.zeros(T), np.zeros(T)
+    for begin, end in pairwise(edges):
+        spans = _spans(begin, end)
+        if len(spans) > len(sentinels):
+            raise LengthError(
+                f"--task length: a bucket of {end - begin} positions needs {len(spans)} sentinels, "
+                f"the vocabulary of {model.config.vocab} has {len(sentinels)}; ask for shorter "
+                "lengths or a larger model.vocab (哨兵符不足)"
+            )
+        cut_X = np.concatenate([np.arange(a, b) for a, b in spans])
+        source_BS, target_BX = _cut_out(rows_BT, spans, sentinels)
+        said_X = np.concatenate([[-1, *range(a, b)] for a, b in spans])
+        losses_BX = _losses_of(model, words, source_BS, target_BX)
+        sums_T[cut_X] += losses_BX.sum(0)[said_X >= 0]
+        counts_T[cut_X] += len(rows_BT)
+    return sums_T, counts_T
+
+
+def _spans(begin: int, end: int) -> list[tuple[int, int]]:
+    """Spans that take MASKED of the positions between two, spread evenly, a token or more apart."""
+    size = min(SPAN, max(1, (end - begin) // 2))
+    count = max(1, round(MASKED * (end - begin) / size))
+    firsts = (begin + (np.arange(count) + 0.5) * (end - begin) / count - size / 2).astype(int)
+    return [(int(a), min(int(a) + size, end)) for a in np.maximum(firsts, begin)]
+
+
+def _cut_out(
+    rows_BT: np.ndarray, spans: list[tuple[int, int]], sentinels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(a b <1> f g <2>, <1> c d e <2> h i) of each row."""
+    B, at = len(rows_BT), 0
+    source, target = [], []
+    for number, (begin, end) in enumerate(spans):
+        sentinel_B1 = np.full((B, 1), sentinels[number])
+        source += [rows_BT[:, at:begin], sentinel_B1]
+        target += [sentinel_B1, rows_BT[:, begin:end]]
+        at = end
+    return np.concatenate([*source, rows_BT[:, at:]], 1), np.concatenate(target, 1)
+
+
+def _losses_of(
+    model: Any, words: Any, source_BS: np.ndarray, target_BX: np.ndarray
+) -> NDArray[np.float64]:
+    """Losses [B, X] of a T5's targets."""
+    found = []
+    at_once = max(1, TOKENS_AT_ONCE // source_BS.shape[1])
+    for first in range(0, len(source_BS), at_once):
+        source, target = (
+            torch.from_numpy(x[first : first + at_once]) for x in (source_BS, target_BX)
+        )
+        start = target.new_full((len(target), 1), _start(words))
+        ends = [target.new_full((len(target), 1), words.eod_id)]
+        if words.bos_id is not None:
+            source = torch.cat([start, source], 1)
+        sides = [torch.cat([start, target[:, :-1]], 1), torch.cat([source, *ends], 1)]
+        asked: list[Any] = []
+        for side in sides:
+            asked += [side, torch.arange(side.shape[1]).expand_as(side), None]
+        losses_N = token_losses_plain(model.logits, model(*asked).flatten(0, 1), target.flatten())
+        found.append(losses_N.view_as(target).double().numpy())
+    return np.concatenate(found)
+
+
+def _start(words: Any) -> int:
+    """What a decoder of pairs begins with."""
+    return int(words.pad_id if words.bos_id is None else words.bos_id)
 
 
 def _mean(sums_T: np.ndarray, counts_T: np.ndarray) -> float:
@@ -225,12 +309,18 @@ def _says(model: Any, words: Any, text: list[int], key: list[int]) -> bool:
     if isinstance(model.config, CPMConfig):  # right token by token is what greedy would write
         hidden_BTD = model(*row([*text, *key]))[:, -count - 1 : -1]
     elif isinstance(model.config, T5PegasusConfig):
-        start = words.pad_id if words.bos_id is None else words.bos_id
-        hidden_BTD = model(*row([start, *key]), *row([*text, words.eod_id]))[:, :count]
+        source = [*_front(words), *text, words.eod_id]
+        hidden_BTD = model(*row([_start(words), *key]), *row(source))[:, :count]
     else:
-        hidden_BTD = model(*row([*text, *[words.mask_id] * count]))[:, -count:]
+        asked = [*_front(words), *text, *[words.mask_id] * count, words.eod_id]
+        hidden_BTD = model(*row(asked))[:, -count - 1 : -1]
     best_T = model.logits(hidden_BTD[0])[:, : words.vocab_size].argmax(-1)
     return bool((best_T == answer).all())
+
+
+def _front(words: Any) -> list[int]:
+    """[CLS] in front of a text, where the tokenizer has one."""
+    return [] if words.bos_id is None else [int(words.bos_id)]
 
 
 # ---------------------------------------------------------------- for people

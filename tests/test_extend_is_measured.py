@@ -167,6 +167,32 @@ def test_no_document_is_long_enough(tmp_path: Path, tiny_corpus: Path) -> None:
     checkpoint.write_state(out, untold(ROFORMER), tiny_corpus / "tokenizer")
     with pytest.raises(lengths.LengthError, match="has no document of 1000001 tokens"):
         lengths.lengths(out, tiny_corpus, [1000000])
-    checkpoint.write_state(tmp_path / "t5", untold(T5), tiny_corpus / "tokenizer")
-    with pytest.raises(lengths.LengthError, match="use --task passkey"):
-        lengths.lengths(tmp_path / "t5", tiny_corpus, [16])
+
+
+def test_a_t5_is_measured_where_spans_are_cut_out() -> None:
+    """The loss of a bucket's spans, said in turn, from a source without them: one pair by hand."""
+
+    class Words:
+        kind, vocab_size, pad_id, bos_id, eod_id = "byte_bpe", 300, 0, 1, 2
+
+    model = load_model(trained(T5))
+    rows = np.random.default_rng(1).integers(5, 300, (3, 80))
+    _, counts = lengths.by_span(model, rows, [0, 40, 80], Words)
+    (a, b), (c, d) = lengths._spans(40, 80)
+    assert 40 <= a < b < c < d <= 80 and [b - a, d - c] == [3, 3]
+    assert np.flatnonzero(counts[40:]).tolist() == [*range(a - 40, b - 40), *range(c - 40, d - 40)]
+    assert counts[:40].sum() == counts[40:].sum() == 3 * 6
+    row = rows[1].tolist()
+    source = [1, *row[:a], 319, *row[b:c], 318, *row[d:], 2]
+    target = [319, *row[a:b], 318, *row[c:d]]
+    tokens, encoder = torch.tensor([[1, *target[:-1]]]), torch.tensor([source])
+    places = (torch.arange(len(target))[None], torch.arange(len(source))[None])
+    hidden = model(tokens, places[0], None, encoder, places[1], None)
+    expected = F.cross_entropy(model.logits(hidden[0]), torch.tensor(target), reduction="none")  # type: ignore[operator]
+    alone, _ = lengths.by_span(model, rows[1:2], [0, 40, 80], Words)
+    said = expected.detach().numpy()
+    assert np.allclose(alone[a:b], said[1:4], rtol=1e-5)
+    assert np.allclose(alone[c:d], said[5:8], rtol=1e-5)
+    assert not np.allclose(alone[a:b], alone[c:d], rtol=1e-3)
+    with pytest.raises(lengths.LengthError, match="needs 30 sentinels"):
+        lengths.by_span(model, np.resize(rows, (1, 600)), [0, 600], Words)
