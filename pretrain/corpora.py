@@ -273,16 +273,19 @@ def changes(
                 f"{new['weight']}, the run was started with {old['rows']} and {old['weight']}; "
                 "restore data.seq_len and the weights"
             )
-        elif (then := old.get("objective", new["objective"])) != new["objective"]:
-            differ = sorted(
-                key for key in then | new["objective"] if then.get(key) != new["objective"].get(key)
-            )
+        elif differ := _differ(old.get("objective", new["objective"]), new["objective"]):
             found.append(
                 f"objective, data: {', '.join(differ)} of {new['corpus']} differ from what the run "
                 "was started with; restore them, or start a new run.out with init.from "
                 "(训练目标已改变)"
             )
     return found
+
+
+def _differ(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys of the objective that differ; rows that were extended say nothing of their targets."""
+    keys = then.keys() | now.keys() - ({"target_len"} - then.keys())
+    return sorted(key for key in keys if then.get(key) != now.get(key))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

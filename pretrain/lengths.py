@@ -57,7 +57,8 @@ def lengths(
     samples: int = 64,
     buckets: int = 8,
 ) -> dict[str, Any]:
-    """Loss (nats a token) by bucket of positions for each length, over the same documents.
+    """Loss (nats a token) by bucket of positions for each length, over the same documents; `error`
+    is the standard error over the documents, whose own losses stand beside it.
 
     Raises LengthError for lengths that the model cannot read or the corpus does not have.
     """
@@ -73,21 +74,24 @@ def lengths(
     for length in sorted(wanted):
         edges = np.linspace(0, length, min(buckets, length) + 1).round().astype(int)
         if isinstance(model.config, T5PegasusConfig):
-            losses_T, counts_T = by_span(model, rows[:, :length], edges.tolist(), words)
+            losses_BT, counted_BT = by_span(model, rows[:, :length], edges.tolist(), words)
         else:
             mask = None if isinstance(model.config, CPMConfig) else words.mask_id
-            losses_T, counts_T = by_position(model, rows[:, : length + 1], mask)
+            losses_BT, counted_BT = by_position(model, rows[:, : length + 1], mask)
         parts = [
-            {"from": int(a), "to": int(b), "loss": _mean(losses_T[a:b], counts_T[a:b])}
+            {"from": int(a), "to": int(b), "loss": _mean(losses_BT[:, a:b], counted_BT[:, a:b])}
             for a, b in pairwise(edges)
         ]
-        loss = _mean(losses_T, counts_T)
+        loss = _mean(losses_BT, counted_BT)
+        each = [_mean(*row) for row in zip(losses_BT, counted_BT, strict=True)]
         found.append(
             {
                 "length": length,
                 "loss": loss,
+                "error": float(np.std(each, ddof=1) / len(each) ** 0.5) if len(each) > 1 else None,
+                "documents": each,
                 "perplexity": math.exp(min(loss, 700.0)),
-                "tokens": int(counts_T.sum()),
+                "tokens": int(counted_BT.sum()),
                 "buckets": parts,
             }
         )
@@ -126,13 +130,13 @@ def _documents(prefix: Path, tokens: int, samples: int) -> np.ndarray:
 def by_position(
     model: Any, rows_BT: np.ndarray, mask_id: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the losses and number of them at each position [T - 1], float64.
+    """Losses and which of them count, at each position of each row [B, T - 1], float64 and bool.
 
     rows_BT: token ids, one more a row than positions. A decoder predicts the next token at each; an
     encoder (mask_id given) the tokens that are masked there.
     """
     B, T = rows_BT.shape[0], rows_BT.shape[1] - 1
-    sums_T, counts_T = np.zeros(T), np.zeros(T)
+    found_BT, counted_BT = np.zeros((B, T)), np.zeros((B, T), bool)
     hidden_BT = np.random.default_rng(0).random((B, T)) < MASKED
     at_once = max(1, TOKENS_AT_ONCE // T)
     for first in range(0, B, at_once):
@@ -148,23 +152,22 @@ def by_position(
         if len(states_ND):
             losses_N = token_losses_plain(model.logits, states_ND, targets_BT[chosen_BT])
             losses_BT[chosen_BT] = losses_N.double()
-        sums_T += losses_BT.sum(0).numpy()
-        counts_T += chosen_BT.sum(0).numpy()
-    return sums_T, counts_T
+        found_BT[first : first + at_once] = losses_BT.numpy()
+        counted_BT[first : first + at_once] = chosen_BT.numpy()
+    return found_BT, counted_BT
 
 
 @torch.no_grad()
 def by_span(
     model: Any, rows_BT: np.ndarray, edges: Sequence[int], words: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As by_position, for a T5: the loss of tokens [T] that were cut out of the source as spans.
+    """As by_position, for a T5: the losses of tokens that were cut out of the source as spans.
 
     rows_BT: token ids of the sources; edges: borders of the buckets, each cut out by itself; words:
     the tokenizer, for [CLS], [SEP], padding and sentinels.
     """
-    T = rows_BT.shape[1]
     sentinels = sentinels_of(words, model.config.vocab)
-    sums_T, counts_T = np.zeros(T), np.zeros(T)
+    found_BT, counted_BT = np.zeros(rows_BT.shape), np.zeros(rows_BT.shape, bool)
     for begin, end in pairwise(edges):
         spans = _spans(begin, end)
         if len(spans) > len(sentinels):
@@ -177,9 +180,8 @@ def by_span(
         source_BS, target_BX = _cut_out(rows_BT, spans, sentinels)
         said_X = np.concatenate([[-1, *range(a, b)] for a, b in spans])
         losses_BX = _losses_of(model, words, source_BS, target_BX)
-        sums_T[cut_X] += losses_BX.sum(0)[said_X >= 0]
-        counts_T[cut_X] += len(rows_BT)
-    return sums_T, counts_T
+        found_BT[:, cut_X], counted_BT[:, cut_X] = losses_BX[:, said_X >= 0], True
+    return found_BT, counted_BT
 
 
 def _spans(begin: int, end: int) -> list[tuple[int, int]]:
@@ -232,8 +234,8 @@ def _start(words: Any) -> int:
     return int(words.pad_id if words.bos_id is None else words.bos_id)
 
 
-def _mean(sums_T: np.ndarray, counts_T: np.ndarray) -> float:
-    return float(sums_T.sum() / max(counts_T.sum(), 1))
+def _mean(losses: np.ndarray, counted: np.ndarray) -> float:
+    return float(losses.sum() / max(counted.sum(), 1))
 
 
 # ---------------------------------------------------------------- passkeys
@@ -340,7 +342,8 @@ def table(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['rows']} documents; nats a token by positions (按位置的损失)"]
     for one in found["lengths"]:
         cells = "".join(f"  {part['to']}: {part['loss']:.3f}" for part in one["buckets"])
-        head = f"{one['length']:>8} tokens  loss {one['loss']:.4f}  perplexity"
+        error = "" if one["error"] is None else f" ± {one['error']:.4f}"
+        head = f"{one['length']:>8} tokens  loss {one['loss']:.4f}{error}  perplexity"
         lines += [f"{head} {one['perplexity']:.2f}", f"{'up to':>15}{cells}"]
     return lines
 

@@ -42,26 +42,27 @@ def saved(tmp_path: Path, tiny_corpus: Path) -> Path:
 def test_loss_by_position_is_the_loss_of_each_position() -> None:
     model = load_model(trained(CPM))
     rows = np.random.default_rng(1).integers(0, 320, (3, 41))
-    sums, counts = lengths.by_position(model, rows)
+    losses, counted = lengths.by_position(model, rows)
     tokens = torch.from_numpy(rows)
     positions = torch.arange(40).expand(3, 40)
     logits = model.logits(model(tokens[:, :-1], positions))  # type: ignore[operator]
-    expected = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none").sum(0)
-    assert counts.tolist() == [3.0] * 40
-    assert np.allclose(sums, expected.detach().numpy(), rtol=1e-5)
+    expected = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+    assert counted.all() and counted.shape == (3, 40)
+    assert np.allclose(losses, expected.detach().numpy(), rtol=1e-5)
     # a row alone, or in another order of the batch, has the same loss
     part, _ = lengths.by_position(model, rows[::-1].copy())
-    assert np.allclose(part, sums, rtol=1e-5) and not np.allclose(sums[1:], sums[:-1], rtol=1e-3)
+    assert np.allclose(part[::-1], losses, rtol=1e-5)
+    assert not np.allclose(losses[1:], losses[:-1], rtol=1e-3)
 
 
 def test_an_encoder_is_measured_where_it_is_masked() -> None:
     model = load_model(trained(ROFORMER))
     rows = np.random.default_rng(1).integers(5, 320, (6, 65))
-    sums, counts = lengths.by_position(model, rows, mask_id=3)
-    assert 0.1 < counts.sum() / (6 * 64) < 0.2
-    assert bool((sums[counts == 0] == 0).all()) and sums[counts > 0].min() > 0
+    losses, counted = lengths.by_position(model, rows, mask_id=3)
+    assert 0.1 < counted.mean() < 0.2
+    assert bool((losses[~counted] == 0).all()) and losses[counted].min() > 0
     again, same = lengths.by_position(model, rows, mask_id=3)
-    assert np.array_equal(again, sums) and np.array_equal(same, counts)
+    assert np.array_equal(again, losses) and np.array_equal(same, counted)
 
 
 def test_the_command_prints_a_table_json_and_a_plot(
@@ -78,6 +79,8 @@ def test_the_command_prints_a_table_json_and_a_plot(
         assert one["loss"] == pytest.approx(loss, rel=1e-6)
         assert one["perplexity"] == pytest.approx(np.exp(loss), rel=1e-6)
         assert one["tokens"] == found["rows"] * one["length"]
+        assert one["loss"] == pytest.approx(np.mean(one["documents"]), rel=1e-6)
+        assert one["error"] == pytest.approx(np.std(one["documents"], ddof=1) / 3**0.5, rel=1e-6)
     # the shorter rows are the beginnings of the longer ones, and attention looks back only
     short, long = (one["buckets"] for one in found["lengths"])
     first = sum(part["loss"] for part in short) / len(short)
@@ -177,11 +180,14 @@ def test_a_t5_is_measured_where_spans_are_cut_out() -> None:
 
     model = load_model(trained(T5))
     rows = np.random.default_rng(1).integers(5, 300, (3, 80))
-    _, counts = lengths.by_span(model, rows, [0, 40, 80], Words)
+    losses, counted = lengths.by_span(model, rows, [0, 40, 80], Words)
     (a, b), (c, d) = lengths._spans(40, 80)
     assert 40 <= a < b < c < d <= 80 and [b - a, d - c] == [3, 3]
-    assert np.flatnonzero(counts[40:]).tolist() == [*range(a - 40, b - 40), *range(c - 40, d - 40)]
-    assert counts[:40].sum() == counts[40:].sum() == 3 * 6
+    assert np.flatnonzero(counted[0, 40:]).tolist() == [
+        *range(a - 40, b - 40),
+        *range(c - 40, d - 40),
+    ]
+    assert (counted == counted[0]).all() and counted[:, :40].sum() == 3 * 6
     row = rows[1].tolist()
     source = [1, *row[:a], 319, *row[b:c], 318, *row[d:], 2]
     target = [319, *row[a:b], 318, *row[c:d]]
@@ -189,10 +195,9 @@ def test_a_t5_is_measured_where_spans_are_cut_out() -> None:
     places = (torch.arange(len(target))[None], torch.arange(len(source))[None])
     hidden = model(tokens, places[0], None, encoder, places[1], None)
     expected = F.cross_entropy(model.logits(hidden[0]), torch.tensor(target), reduction="none")  # type: ignore[operator]
-    alone, _ = lengths.by_span(model, rows[1:2], [0, 40, 80], Words)
     said = expected.detach().numpy()
-    assert np.allclose(alone[a:b], said[1:4], rtol=1e-5)
-    assert np.allclose(alone[c:d], said[5:8], rtol=1e-5)
-    assert not np.allclose(alone[a:b], alone[c:d], rtol=1e-3)
+    assert np.allclose(losses[1, a:b], said[1:4], rtol=1e-5)
+    assert np.allclose(losses[1, c:d], said[5:8], rtol=1e-5)
+    assert not np.allclose(losses[1, a:b], losses[1, c:d], rtol=1e-3)
     with pytest.raises(lengths.LengthError, match="needs 30 sentinels"):
         lengths.by_span(model, np.resize(rows, (1, 600)), [0, 600], Words)

@@ -14,8 +14,10 @@ from configs.extended import Extend, extended, promise
 from configs.load import ConfigError
 from configs.model import T5PegasusConfig
 from pretrain import proof, proof_of_length
-from pretrain.growth.positions import extend
+from pretrain.corpora import changes
+from pretrain.growth.positions import extend, unbound
 from pretrain.models.positions import RelativeBias, buckets_of
+from pretrain.state import State
 from tests.growing import changed, trained
 
 T5 = T5PegasusConfig(
@@ -100,3 +102,16 @@ def test_log_n_for_t5_and_mistakes() -> None:
         extended(T5, 1024, Extend("ntk", known=512))
     odd = dataclasses.replace(T5, buckets=44, bucket_spans=2)
     assert "bucket_spans=2 needs a multiple of 6" in " ".join(odd.problems())
+
+
+def test_extended_rows_may_have_longer_targets() -> None:
+    """A run that was not extended may not change them; of one that was, everything else is held."""
+    learnt = {"name": "span_corruption", "ratio": 0.15, "target_len": 16}
+    corpus = {"corpus": "c", "fingerprint": "f", "rows": 9, "weight": 1.0, "objective": learnt}
+    state = State({}, {"data": [corpus]})
+    (said,) = unbound(state).record["data"]
+    longer = {**corpus, "rows": 2, "objective": {**learnt, "target_len": 56}}
+    assert changes([said], [longer]) == [] and state.record["data"] == [corpus]
+    other = {**longer, "objective": {**longer["objective"], "ratio": 0.3}}
+    assert "ratio of c differ" in changes([said], [other])[0]
+    assert "target_len of c differ" in changes([corpus], [{**longer, "rows": 9}])[0]

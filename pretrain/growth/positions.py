@@ -65,6 +65,9 @@ def extend(
 def unbound(state: State) -> State:
     """The state, to be trained on in another run: its data's rows are of another length there."""
     data = [{**one, "rows": None} for one in state.record.get("data") or []]
+    for one in data:
+        if "objective" in one:
+            one["objective"] = {k: v for k, v in one["objective"].items() if k != "target_len"}
     return State(state.entries, {**state.record, "data": data} if data else state.record)
 
 
