@@ -53,11 +53,12 @@ def main(argv: list[str]) -> int:
 
 def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dict[str, Any]:
     """Read, extend, write, prove; returns the proof. ValueError for what cannot be done."""
-    from pretrain import checkpoint, proof, proof_of_length
+    from pretrain import allocator, checkpoint, proof, proof_of_length
     from pretrain.growth import model_config, positions
 
     if out.exists():
         raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
+    allocator.give_back()
     folder = checkpoint.resolve(origin)
     before = checkpoint.read(folder)
     now, rows = model_config(before), before.record.get("config", {}).get("data", {}).get("seq_len")

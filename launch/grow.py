@@ -90,10 +90,11 @@ def grow(
     origin: Path, to: ModelConfig, out: Path, seed: int, how: Growing = EXACT
 ) -> dict[str, Any]:
     """Read, grow, write, prove; returns the proof. ValueError for what cannot be done."""
-    from pretrain import checkpoint, growth, proof
+    from pretrain import allocator, checkpoint, growth, proof
 
     if out.exists():
         raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
+    allocator.give_back()
     folder = checkpoint.resolve(origin)
     before = checkpoint.read(folder)
     words = folder / "tokenizer"

@@ -16,6 +16,9 @@ from configs.model import ModelConfig, longest_row
 from pretrain.state import seed_of
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
+RECORDED_TOKENS = 2048
+"""Of a batch of data at most so many, one row at least: what a proof computes in float64 on the CPU
+must not depend on how much a device trains on at a time."""
 SENTENCES = (
     "北京是中华人民共和国的首都，也是全国的政治中心和文化中心。",
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
@@ -82,7 +85,10 @@ class _Measured(Protocol):
 
 
 def recorded(corpora: _Measured, objective: Any, rows: int) -> Recorded:
-    """The first `rows` measured rows of the validation data, always the same ones."""
+    """The first `rows` measured rows of the validation data, or as many as are RECORDED_TOKENS;
+    always the same ones."""
+    length = next(iter(corpora.validation(1, 0, 1, 1))).tokens_BT.shape[1]
+    rows = min(rows, max(1, RECORDED_TOKENS // length))
     batch = next(iter(corpora.validation(rows, 0, 1, rows)))
     digest = hashlib.sha256(batch.tokens_BT.contiguous().numpy().tobytes()).hexdigest()
     about = {"of": "validation rows", "rows": batch.tokens_BT.shape[0], "tokens_sha256": digest}

@@ -17,6 +17,7 @@ order reaches 1e-14); float32, 3 x the error that the model before has against i
 logits.
 """
 
+import functools
 import json
 import re
 import time
@@ -46,6 +47,8 @@ from pretrain.state import State
 
 FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 3.0
+HEAD_ROWS = 512
+"""Positions of a batch whose logits are held at a time."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDED_TOLERANCE = 1e-5
 """Share of the stream's deviation, where weights that were rounded to float32 are looked at."""
@@ -136,7 +139,8 @@ def _of_batch(before: State, after: State, batch: Recorded, precision: str) -> d
 def batch_loss(state: State, recorded: Recorded, dtype: torch.dtype) -> float:
     """The mean loss of a recorded batch, nats, dropout off."""
     with _model(state, dtype) as model:
-        total, count = recorded.objective.loss(model, recorded.batch, token_losses_plain)
+        losses = functools.partial(token_losses_plain, chunk=HEAD_ROWS)
+        total, count = recorded.objective.loss(model, recorded.batch, losses)
         return float(total) / max(int(count), 1)
 
 

@@ -87,6 +87,38 @@ def layout(
     return slots, headers, sizes
 
 
+def slots_of(path: Path) -> dict[str, Slot]:
+    """Where each tensor of a safetensors file lies, by name: what its header says.
+
+    Raises ValueError for a header that is none, or that does not fit the file.
+    """
+    codes = {code: dtype for dtype, (code, _) in DTYPES.items()}
+    whole = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= whole - 8:
+            raise ValueError(f"its header would have {length} of {whole} bytes")
+        try:
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            found = {
+                name: Slot(
+                    path.name,
+                    8 + length + entry["data_offsets"][0],
+                    tuple(entry["shape"]),
+                    codes[entry["dtype"]],
+                )
+                for name, entry in entries.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError("its header is none of safetensors") from None
+    for name, slot in found.items():
+        start, end = entries[name]["data_offsets"]
+        if end - start != prod(slot.shape) * DTYPES[slot.dtype][1] or 8 + length + end > whole:
+            raise ValueError(f"{name} is said to lie where it cannot, bytes {start} to {end}")
+    return found
+
+
 def aside_of(folder: Path) -> Path:
     """Where a checkpoint is written before it is one."""
     return folder.parent / f".{folder.name}.writing"

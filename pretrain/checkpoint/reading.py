@@ -1,17 +1,22 @@
-"""Reading checkpoints: what is damaged, the newest good one, a state mapped from its files."""
+"""Reading checkpoints: what is damaged, the newest good one, a state mapped from its files.
+
+A tensor is mapped when it is read, and its pages go when it goes: a process that reads one after
+the other has only those that it holds. A map of whole files would keep all that it has seen.
+"""
 
 import json
+import mmap
 import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 
 from pretrain.averaged import Averaged, averaged, unmarked
-from pretrain.checkpoint.places import DTYPES, FORMAT, NAME, CheckpointError
+from pretrain.checkpoint.places import DTYPES, FORMAT, NAME, CheckpointError, Slot, slots_of
 from pretrain.checkpoint.ranks import EVERYONE
 from pretrain.state import Entry, State
 
@@ -92,16 +97,14 @@ def read(folder: str | Path) -> State:
         kind = name.rsplit("-", 1)[0]
         prefix = kind if kind in ("weights", "buffers") else f"optim/{kind}"
         try:
-            handle = safe_open(str(folder / name), framework="pt")
-        except (OSError, SafetensorError) as error:
+            file = _File(folder / name)
+            slots = slots_of(file.path)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / name}: cannot be read: {error} (文件已损坏)"
             ) from None
-        for key in handle.offset_keys():
-            part = handle.get_slice(key)
-            dtype = {code: dtype for dtype, (code, _) in DTYPES.items()}[part.get_dtype()]
-            read_it = _reader(handle, key)
-            entries[f"{prefix}/{key}"] = Entry(tuple(part.get_shape()), dtype, read_it)
+        for key, slot in slots.items():
+            entries[f"{prefix}/{key}"] = Entry(slot.shape, slot.dtype, _reader(file, slot))
     try:
         record = json.loads((folder / "state.json").read_text("utf-8"))
         record["model"]["family"]
@@ -120,8 +123,35 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{folder / 'verify.json'}: cannot be read (文件已损坏)") from None
 
 
-def _reader(handle: Any, key: str) -> Callable[[], torch.Tensor]:
-    return lambda: handle.get_tensor(key)
+class _File:
+    """A file held open, so that what is read of it stays the same when it is rotated away."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _reader(file: _File, slot: Slot) -> Callable[[], torch.Tensor]:
+    dtype, width = getattr(torch, slot.dtype), DTYPES[slot.dtype][1]
+    count = prod(slot.shape)
+
+    def read() -> torch.Tensor:
+        if not count:
+            return torch.empty(slot.shape, dtype=dtype)
+        lead = slot.offset % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(
+            file.descriptor,
+            lead + count * width,
+            access=mmap.ACCESS_COPY,
+            offset=slot.offset - lead,
+        )
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=lead).view(slot.shape)
+
+    return read
 
 
 def found_in(run: Path) -> list[Path]:
