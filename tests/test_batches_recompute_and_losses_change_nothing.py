@@ -12,7 +12,7 @@ from configs.model import CPMConfig
 from pretrain import recompute
 from pretrain.batches import Batch
 from pretrain.models.cpm import CPM
-from pretrain.models.layers import drop
+from pretrain.models.dropout import drop
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.losses import token_losses_plain
 from tests.windows import causal_batch, empty_batch
@@ -195,7 +195,26 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     torch.manual_seed(1)
     assert torch.equal(drop(x, 0.1), first)
     assert not torch.equal(drop(x, 0.1), first)
-    # Neighbours are independent: the share of pairs dropped together is p squared.
-    zero = first == 0
-    together = (zero[1:] & zero[:-1]).double().mean().item()
-    assert abs(together - 0.01) < 5 * (0.01 / len(x)) ** 0.5
+    # Elements at any distance, of one mask and of two, are independent: the share of pairs dropped
+    # together is p squared.
+    zero, other = first == 0, drop(x, 0.1) == 0
+    for apart in (1, 2, 3, 4, 8, 512, 2048, 4096):
+        for behind in (zero, other):
+            together = (zero[apart:] & behind[:-apart]).double().mean().item()
+            assert abs(together - 0.01) < 5 * (0.01 / len(x)) ** 0.5
+    assert abs((zero & other).double().mean().item() - 0.01) < 5 * (0.01 / len(x)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_is_the_same_in_every_precision_and_in_the_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    plain = drop(torch.ones(37, 5, 11), 0.25)
+    x = torch.ones(37, 5, 11, dtype=dtype, requires_grad=True)
+    torch.manual_seed(3)
+    y = drop(x.transpose(0, 2), 0.25)  # the mask belongs to places, whatever the strides
+    y.sum().backward()
+    assert y.dtype == dtype and x.grad is not None
+    assert torch.equal((y != 0).flatten(), (plain != 0).flatten())
+    assert torch.equal(x.grad.transpose(0, 2), y.detach())
+    assert torch.allclose(y[y != 0].double(), torch.tensor(4 / 3).double(), rtol=2**-8)
+    assert bool((drop(x, 1.0) == 0).all())

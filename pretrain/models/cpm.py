@@ -13,9 +13,9 @@ Legend: B rows, T tokens, D hidden, N positions to predict, V vocabulary.
 from torch import Tensor, nn
 
 from configs.model import CPMConfig, axis_size
+from pretrain.models.dropout import Dropout
 from pretrain.models.layers import (
     Attention,
-    Dropout,
     FeedForward,
     KeyValueCache,
     SelfAttention,

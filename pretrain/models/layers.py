@@ -1,4 +1,4 @@
-"""What the families share: attention, the feed-forward layer, the token embedding, dropout.
+"""What the families share: attention, the feed-forward layer, the token embedding.
 
     x_BTD -> q, k, v -> q_BTNH, k_BSNH, v_BSNH -> attention(q, k, v, see, ...) -> o -> +
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig, local_shape, tensors
+from pretrain.models.dropout import drop
 from pretrain.models.longer import Regions, windowed_scores
 from pretrain.models.positions import Turn, log_n, turned
 
@@ -375,35 +376,6 @@ class TokenEmbedding(nn.Module):
     def forward(self, x: Tensor, project: bool = False, bias_V: Tensor | None = None) -> Tensor:
         """ids [...] -> [..., D]; with `project`, hidden [..., D] -> [..., V], plus a bias."""
         return F.linear(x, self.weight, bias_V) if project else F.embedding(x, self.weight)
-
-
-class Dropout(nn.Module):
-    """Dropout that is cheap on a CPU."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x with some of its elements zero and the rest scaled up, while training."""
-        return drop(x, self.probability if self.training else 0.0)
-
-
-def drop(x: Tensor, probability: float) -> Tensor:
-    """Zero elements with a probability, scale the rest so that the mean stays.
-
-    On a CPU from 16 random bits an element (so in steps of 1/65536), five times as fast as drawing
-    Bernoulli numbers; elsewhere PyTorch's own.
-    """
-    if probability == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, probability)
-    dropped = round(probability * 65536)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    keep = bits.ge_(dropped - 32768).to(x.dtype).mul_(65536 / (65536 - dropped))
-    return x * keep
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import RoFormerConfig, axis_size
+from pretrain.models.dropout import Dropout
 from pretrain.models.layers import (
     Attention,
-    Dropout,
     FeedForward,
     SelfAttention,
     TokenEmbedding,

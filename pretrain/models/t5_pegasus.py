@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from configs.model import T5PegasusConfig
+from pretrain.models.dropout import Dropout
 from pretrain.models.layers import (
     Attention,
     CrossAttention,
-    Dropout,
     GatedFeedForward,
     KeyValueCache,
     SelfAttention,
