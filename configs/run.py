@@ -1,7 +1,7 @@
 """A training run on one page: what `deepspeed pretrain/train.py CONFIG` reads.
 
     model, objective, data, batch, optimizer, schedule, parallel, precision, recompute, run,
-    stages, init, faults
+    stages, init, faults, monitor
 
 The whole page is opened once, in train(); every other room gets its own section. A run is a list of
 stages; a file that names none has one. Progress is not here: it lives in the run folder.
@@ -17,6 +17,7 @@ from configs.faults import Faults
 from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, split_problems, tensors
+from configs.monitoring import Monitoring
 from configs.objectives import Causal, Objective, data_problems, head_problems
 from configs.optimizers import Optimizer, Schedule, moments, problems_with_model
 
@@ -231,6 +232,8 @@ class RunConfig:
     """Where to start from; null draws fresh weights."""
     faults: Faults = field(default_factory=Faults)
     """Spikes, ranks that stall, restarts."""
+    monitor: Monitoring = field(default_factory=Monitoring)
+    """What is looked at more closely, and when."""
 
     def problems(self) -> list[str]:
         """What no single section can see."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -55,6 +56,8 @@ class Batch:
     """int64: the same for an encoder's side."""
     segments_BT: torch.Tensor | None = None
     """int64: which text of a pair; None: all are the first."""
+    sources_B: torch.Tensor | None = None
+    """int64: which corpus of the mixture each row is of; None where nobody asks."""
 
     @property
     def rows(self) -> int:
@@ -246,6 +249,8 @@ class Prefetcher(Generic[Item]):
         self._queue: queue.Queue[object] = queue.Queue(maxsize=max(1, depth))
         self._stop = threading.Event()
         self._done = False
+        self.waited_s = 0.0
+        """How long the last item was waited for."""
         self._thread = threading.Thread(
             target=_feed, args=(items, self._queue, self._stop), name="prefetch", daemon=True
         )
@@ -257,7 +262,9 @@ class Prefetcher(Generic[Item]):
     def __next__(self) -> Item:
         if self._done:
             raise StopIteration
+        began = time.perf_counter()
         item = self._queue.get()
+        self.waited_s = time.perf_counter() - began
         if item is _END:
             self._done = True
             raise StopIteration

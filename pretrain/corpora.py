@@ -12,11 +12,12 @@ run began would silently change every later sample, so its content, side files i
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from configs.load import ConfigError, to_dict
 from configs.objectives import Objective, packing_of
@@ -57,7 +58,8 @@ class Corpora:
         batches = []
         for samples in parts:
             _, dataset, rows = self.order.locate(samples)
-            batches.append(read_rows(self.train, dataset, rows, self.keys(samples)))
+            batch = read_rows(self.train, dataset, rows, self.keys(samples))
+            batches.append(self._told_apart(batch, dataset))
         return batches, [int(samples[0]) if len(samples) else first + count for samples in parts]
 
     def said(self) -> list[str]:
@@ -102,7 +104,18 @@ class Corpora:
 
     def _measured_batch(self, dataset: np.ndarray, rows: np.ndarray) -> Batch:
         keys = keyed(_MEASURED, dataset.astype(np.uint64), rows.astype(np.uint64))
-        return read_rows(self.valid, dataset, rows, keys)
+        return self._told_apart(read_rows(self.valid, dataset, rows, keys), dataset)
+
+    def _told_apart(self, batch: Batch, dataset: np.ndarray) -> Batch:
+        """With the corpus of each row, where there are several."""
+        if len(self.train) == 1:
+            return batch
+        return replace(batch, sources_B=torch.from_numpy(dataset.astype(np.int64)))
+
+    @property
+    def sources(self) -> list[str]:
+        """The corpora of the mixture, in their order."""
+        return [entry["corpus"] for entry in self.record]
 
     def measured_characters(self, count: int) -> int:
         """Characters of the text that the measured targets spell (ends of documents and sentinels

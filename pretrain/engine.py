@@ -15,8 +15,7 @@ memory (with ZeRO 0 DeepSpeed does not scale the loss of fp16 and cannot accumul
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +27,18 @@ from torch import Tensor, nn
 from configs.model import ModelConfig, local_shape, tensors
 from pretrain import optimizer as optimizers
 from pretrain import parallel
+from pretrain.by_source import BySource
 from pretrain.growth.moments import rewarm as rewarm_groups
 from pretrain.parallel import Mesh
 from pretrain.partitions import Partitions
 from pretrain.state import State, seed_of
+from pretrain.step import Step, StepResult
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET = {"cpu": 2 * 10**7, "cuda": 2 * 10**8}
 """Gradient values to a message."""
 
 _alive: "weakref.WeakSet[Engine]" = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did; tensors stay on the device until somebody reads them."""
-
-    loss_sum: Tensor
-    """Summed loss of all positions of all ranks, 0-d float64."""
-    count: Tensor
-    """Positions, 0-d int64."""
-    grad_norm: Tensor | float
-    """Global norm of the gradient before clipping; inf if the step was skipped."""
-    skipped: Tensor | bool
-    """A gradient was not finite: nothing was updated. A tensor where only the device knows."""
-
-
-class _Step(nn.Module):
-    """What DeepSpeed calls a model: from a batch to the summed loss."""
-
-    def __init__(self, model: nn.Module, objective: Any, losses: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.objective = objective
-        self.losses = losses
-        self.positions = 0
-
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        loss_sum, count = self.objective.loss(self.model, batch, self._losses)
-        return loss_sum, count
-
-    def _losses(
-        self, logits_fn: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor
-    ) -> Tensor:
-        return self.losses(logits_fn, hidden_ND, targets_N, positions=self.positions)
 
 
 class Engine:
@@ -92,6 +59,7 @@ class Engine:
         rewarm: from which step on, and over how many, those on lr and decay return to 1.
         hold: after a gradient that was not finite change nothing any more, until load(): the state
             stays the one before it, for whoever reads of it some steps later.
+        sources: corpora of the mixture, whose losses are told apart.
 
     Raises ValueError for a precision that the device cannot compute. The weights are zero until
     load().
@@ -113,6 +81,7 @@ class Engine:
         scales: Mapping[str, Mapping[str, float]] | None = None,
         rewarm: dict[str, int] | None = None,
         hold: bool = False,
+        sources: int = 1,
     ) -> None:
         import deepspeed
         from deepspeed.utils import groups
@@ -131,7 +100,9 @@ class Engine:
         parallel.mark(model, config, mesh)
         parameters = dict(model.named_parameters())
         self._objective = objective
-        self._step = _Step(model, objective, parallel.token_losses(mesh, config.vocab))
+        self._by_source = BySource(sources, mesh.device)
+        losses = parallel.token_losses(mesh, config.vocab)
+        self._step = Step(model, objective, losses, self._by_source)
         alike = optimizers.groups(config, self.born, optimizers.recorded(scales), optimizer)
         self._rewarm, self._keys = rewarm, [group.key for group in alike]
         self._deepspeed, *_ = deepspeed.initialize(
@@ -148,7 +119,13 @@ class Engine:
     # -- a step --------------------------------------------------------------------------------
 
     def train_step(
-        self, batches: Sequence[Any], *, lr: float, step: int, first_samples: Sequence[int]
+        self,
+        batches: Sequence[Any],
+        *,
+        lr: float,
+        step: int,
+        first_samples: Sequence[int],
+        measure: bool = False,
     ) -> StepResult:
         """One update from this rank's micro-batches.
 
@@ -159,6 +136,8 @@ class Engine:
             step: the step's number; with the run's seed and the first sample of a micro-batch it
                 seeds dropout.
             first_samples: the number of each micro-batch's first sample.
+            measure: gradients, updates and weights by tensor as well; a copy of the masters lives
+                during the update.
         """
         device = self.mesh.device
         self._progress(step + 1)
@@ -174,14 +153,17 @@ class Engine:
             assert part.requires_grad, "the objective returned a constant: no gradient to share"
             loss_sum += part.detach()
             self._deepspeed.backward(part * factor, scale_wrt_gas=False)
-        self._reduce(loss_sum)
+        loss_sum, by_source = self._with_sources(loss_sum[None])
         if self._rewarm:
             rewarm_groups(self._partitions.base.param_groups, self._keys, self._rewarm, step)
-        optimizers.set_lr(self._partitions.base, lr)
+        base = self._partitions.base
+        optimizers.set_lr(base, lr)
+        base.measures = measure
         norm, skipped = self._update()
         self._tried += 1
         self._skipped += skipped
-        return StepResult(loss_sum, count, norm, skipped)
+        measured = base.measured if measure and skipped is not True else None
+        return StepResult(loss_sum[0], count, norm, skipped, by_source, measured)
 
     def _progress(self, step: int) -> None:
         """Tell a model that changes with the step (RoFormer's ramp) which one it is."""
@@ -207,6 +189,13 @@ class Engine:
         """Sum over the ranks that see different samples, in place."""
         if self.mesh.data > 1:
             dist.all_reduce(value, group=self.mesh.data_group)
+
+    def _with_sources(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Some sums [n], and those by corpus, over all ranks in one message."""
+        mine = self._by_source.take()
+        together = torch.cat([sums, mine.flatten()])
+        self._reduce(together)
+        return together[: len(sums)], together[len(sums) :].view_as(mine)
 
     @property
     def updates(self) -> int:
@@ -238,14 +227,19 @@ class Engine:
 
         The same number of batches on every rank.
         """
+        return self.evaluate_by_source(batches)[:2]
+
+    @torch.no_grad()
+    def evaluate_by_source(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and summed losses and positions of each corpus (StepResult.by_source)."""
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         with self.inference():
             for batch in batches:
                 batch = batch.to(self.mesh.device)
                 loss_sum = self._forward(batch)
                 total += torch.stack([loss_sum.double(), self._count(batch).double()])
-        self._reduce(total)
-        return total[0], total[1].round().to(torch.int64)
+        total, by_source = self._with_sources(total)
+        return total[0], total[1].round().to(torch.int64), by_source
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[nn.Module]:

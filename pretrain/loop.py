@@ -6,6 +6,7 @@ batches (a thread, ahead) -> engine.train_step -> monitor.record (tensors, no wa
   save_every_steps, border, signal: a checkpoint of all ranks
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from pretrain.faults import Fault, Spikes
     from pretrain.monitor import Monitor
     from pretrain.parallel import Mesh
+    from pretrain.profiling import Profiler
     from pretrain.state import State
+    from pretrain.step import StepResult
     from pretrain.watch import Watch
 
 SAMPLING: dict[str, Any] = {
@@ -50,6 +53,7 @@ class Job:
     run: Path
     mesh: "Mesh"
     monitor: "Monitor"
+    profiler: "Profiler"
     spikes: "Spikes"
     watch: "Watch"
     saver: "Saver"
@@ -74,10 +78,9 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
         with job.monitor.aside():
             _validate(job, engine, step)
     with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
-        for batches, firsts in prefetched:
+        for prepared in prefetched:
             lr = schedule(step - begin, config.schedule, config.optimizer.lr, span)
-            batches = [batch.to(job.mesh.device) for batch in batches]
-            result = engine.train_step(batches, lr=lr, step=step, first_samples=firsts)
+            result = _step(job, engine, prepared, lr, step)
             job.watch.beat(step + 1)
             step, samples = step + 1, samples + count
             progress = {
@@ -87,6 +90,7 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
                 "tokens": trained + samples * config.data.seq_len,
             }
             extra = {"lr": lr, "step_tokens": count * config.data.seq_len}
+            extra["loader_wait_s"] = prefetched.waited_s
             job.monitor.record(progress | extra, result)
             stopped = _stop(job, step)
             border, measured = step == last, {}
@@ -130,6 +134,17 @@ def _steps(
         yield job.corpora.step(first, count, mesh.data_rank, mesh.data, micro)
 
 
+def _step(
+    job: Job, engine: "Engine", prepared: tuple[list["Batch"], list[int]], lr: float, step: int
+) -> "StepResult":
+    """One update, measured by part and profiled where that is asked for."""
+    batches, firsts = prepared
+    measure = _due(step + 1, job.config.monitor.parts_every_steps)
+    with job.profiler.step(step + 1):
+        moved = [batch.to(job.mesh.device) for batch in batches]
+        return engine.train_step(moved, lr=lr, step=step, first_samples=firsts, measure=measure)
+
+
 def _sick(job: Job, result: Any) -> bool:
     """Whether a step is known to have made no update, without waiting for the device."""
     return result.skipped is True and not job.monitor.may_skip
@@ -146,6 +161,7 @@ def _look(
     from pretrain.monitor import NotFinite
 
     section = job.config.faults
+    job.profiler.look(progress["step"])
     try:
         fault = job.spikes.judge(job.monitor.flush())
     except NotFinite as wrong:
@@ -178,6 +194,7 @@ def _dump(job: Job, record: dict[str, Any], fault: "Fault") -> None:
     if job.mesh.rank == 0:
         first = _samples_before(job, record, fault.step)
         path = faults.dump(job.run, job.corpora, fault, first, step_samples(job.config))
+        job.monitor.event("fault", fault.step, what=fault.what, samples=str(path))
         job.monitor.out.say(f"step {fault.step}: {fault.what}; its samples: {path} (异常样本)")
 
 
@@ -239,7 +256,11 @@ def _save(
     path = checkpoint_path(job, progress["stage"], progress["step"])
     proof = None if kinds["ephemeral"] else replay.recorded(engine, job.corpora, job.mesh)
     words = job.corpora.tokenizer_folder
-    return job.saver.save(path, engine.entries(), engine.pieces(), record, words, proof)
+    began = time.monotonic()
+    job.saver.save(path, engine.entries(), engine.pieces(), record, words, proof)
+    told = {"name": path.name, "held_up_s": round(time.monotonic() - began, 3), **kinds}
+    job.monitor.event("checkpoint", progress["step"], **told)
+    return path
 
 
 def _validate(job: Job, engine: "Engine", step: int) -> float:
@@ -253,12 +274,16 @@ def _validate(job: Job, engine: "Engine", step: int) -> float:
     )
     if job.corpora.labels:
         return _validate_labels(job, engine, step, [batch.to(mesh.device) for batch in rows])
-    loss_sum, count = engine.evaluate([batch.to(mesh.device) for batch in rows])
+    moved = [batch.to(mesh.device) for batch in rows]
+    loss_sum, count, sums = engine.evaluate_by_source(moved)
     characters = job.corpora.measured_characters(run.validate_samples)
     bits = float(loss_sum) / math.log(2) / max(characters, 1)
     loss = float(loss_sum) / max(int(count), 1)
     sample = _sample(job, engine)
-    job.monitor.note(step, valid_loss=loss, valid_bits_per_character=round(bits, 6), sample=sample)
+    told = {"valid_loss": loss, "valid_bits_per_character": round(bits, 6), "sample": sample}
+    if by_source := job.monitor.by_source(sums):
+        told["valid_loss_by_source"] = by_source
+    job.monitor.note(step, **told)
     job.monitor.out.say(
         f"step {step}  valid loss {loss:.4f} ({bits:.4f} bits/character, 比特/字)  {sample!r}"
     )

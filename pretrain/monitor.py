@@ -1,8 +1,9 @@
-"""What a run shows: metrics.jsonl, TensorBoard, one progress line; library chatter goes to files.
+"""What a run shows: metrics.jsonl, events.jsonl, TensorBoard, one line; chatter goes to files.
 
     StepResult (tensors, no sync) --record()--> pending --flush() every log_every_steps-->
         RUN/metrics.jsonl    one JSON object a step (step 0: fresh weights, validated before any
                              training); lines past a checkpoint are cut on resume
+        RUN/events.jsonl     starts, stages, checkpoints, faults, ends; only ever longer
         RUN/tensorboard/     the same as curves, and the generated samples as text
         terminal             step, loss, tokens/s, MFU with the peak it assumes, time left
 
@@ -15,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ import torch
 
 from configs.model import ModelConfig
 from pretrain import plan
+from pretrain.parts import Parts
+from pretrain.vitals import memory, worst
 
 MARK = "\x1eBAJIE "
 """Opens a line for the user when `launch train` reads our output; all else goes to its log."""
@@ -161,19 +164,27 @@ class Monitor:
         total_steps: int,
         speed: Speed,
         may_skip: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.run, self.out, self.writes, self.may_skip = run, out, writes, may_skip
         self.total_steps, self.speed = total_steps, speed
+        self.device = device or torch.device("cpu")
+        self._sources: list[str] = []
+        self._parts: Parts | None = None
         self._pending: list[tuple[dict[str, Any], Any]] = []
         self._notes: dict[int, dict[str, Any]] = {}
         self._clock, self._rate = time.monotonic(), 0.0
         self._skipped_in_row = 0
         self._board: Any = None
 
-    def watch(self, config: ModelConfig, row: plan.Row) -> None:
-        """Count FLOPs for the model of the stage that begins, and what its rows are made of."""
+    def watch(self, config: ModelConfig, row: plan.Row, sources: Sequence[str] = ()) -> None:
+        """Count FLOPs for the model of the stage that begins, and what its rows are made of.
+
+        sources: the corpora of its mixture, whose losses are told apart.
+        """
         full, _ = plan.flops_per_token(config, row)
         self.speed = replace(self.speed, flops_per_token=full)
+        self._sources, self._parts = list(sources), Parts(config)
 
     def begin(self, step: int) -> None:
         """Start after `step` steps: cut what an interrupted run wrote past it."""
@@ -192,6 +203,14 @@ class Monitor:
     def record(self, values: dict[str, Any], result: Any) -> None:
         """Keep a step's values and its StepResult (tensors) until the next flush()."""
         self._pending.append((values, result))
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Put on record, at once and for good, what is no number of a step."""
+        if not self.writes:
+            return
+        line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
+        with open(self.run / "events.jsonl", "a", encoding="utf-8") as out:
+            out.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
 
     def note(self, step: int, **values: Any) -> None:
         """Add values (a validation, a sample) to the line of a step that is still pending."""
@@ -214,7 +233,9 @@ class Monitor:
         """
         if not self._pending:
             return []
-        rows = [(values, *_numbers(result)) for values, result in self._pending]
+        rows = [(values, *self._numbers(result)) for values, result in self._pending]
+        waits = [values.get("loader_wait_s", 0.0) for values, *_ in rows]
+        *waits, peak, now = worst([*waits, *memory(self.device)], self.device)
         elapsed = max(time.monotonic() - self._clock, 1e-9)
         trained = sum(values["step_tokens"] for values, *_ in rows)
         self._rate = trained / elapsed
@@ -222,7 +243,7 @@ class Monitor:
         lines = [
             {"step": step, **self._notes.pop(step)} for step in sorted(self._notes) if step == 0
         ]
-        for values, loss, grad_norm, skipped in rows:
+        for (values, loss, grad_norm, skipped, apart), wait in zip(rows, waits, strict=True):
             line = {
                 "step": values["step"],
                 "loss": loss,
@@ -233,10 +254,13 @@ class Monitor:
                 "tokens_per_s": round(self._rate, 1),
                 "mfu": round(mfu, 4),
                 "stage": values["stage"],
+                "loader_wait_s": round(wait, 5),
+                "time": round(time.time(), 1),
             }
             if skipped:
                 line["skipped"] = True
-            lines.append(line | self._notes.pop(values["step"], {}))
+            lines.append(line | apart | self._notes.pop(values["step"], {}))
+        lines[-1] |= {"memory_gb": round(peak / 1e9, 4), "host_memory_gb": round(now / 1e9, 4)}
         self._pending.clear()
         if self.writes:
             with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as out:
@@ -258,6 +282,30 @@ class Monitor:
                 raise NotFinite(line["step"], what, line["samples"])
         return lines
 
+    def _numbers(self, result: Any) -> tuple[float, float, bool, dict[str, Any]]:
+        """(mean loss, gradient norm, skipped, what is told apart) of a StepResult; the one place
+        that waits for the device."""
+        count = max(int(result.count), 1)
+        norm = result.grad_norm
+        norm = norm.item() if isinstance(norm, torch.Tensor) else norm
+        skipped, apart = bool(result.skipped), {}
+        if by_source := self.by_source(result.by_source):
+            apart["loss_by_source"] = by_source
+        if result.measured is not None and not skipped and self._parts is not None:
+            grads, changes, weights = result.measured.tolist()
+            apart["grad_norm_by_part"] = self._parts.norms(grads)
+            apart["update_ratio_by_part"] = self._parts.ratios(changes, weights)
+        return float(result.loss_sum) / count, float(norm or 0.0), skipped, apart
+
+    def by_source(self, sums: torch.Tensor) -> dict[str, float]:
+        """The mean loss of each corpus that a StepResult.by_source has positions of."""
+        found: dict[str, tuple[float, float]] = {}
+        if sums.numel():
+            for name, loss, count in zip(self._sources, *sums.tolist(), strict=True):
+                before = found.get(name, (0.0, 0.0))  # a folder may stand twice in a mixture
+                found[name] = before[0] + loss, before[1] + count
+        return {name: loss / count for name, (loss, count) in found.items() if count}
+
     def _progress(self, line: dict[str, Any], step_s: float) -> str:
         left = (self.total_steps - line["step"]) * step_s
         return (
@@ -271,7 +319,10 @@ class Monitor:
             for name, value in line.items():
                 if name == "sample":
                     self._board.add_text("sample", value, line["step"])
-                elif name != "step" and isinstance(value, int | float):
+                elif isinstance(value, dict):
+                    for key, number in value.items():
+                        self._board.add_scalar(f"{name}/{key}", number, line["step"])
+                elif name not in ("step", "time") and isinstance(value, int | float):
                     group = "valid" if name.startswith("valid_") else "train"
                     self._board.add_scalar(f"{group}/{name}", value, line["step"])
         self._board.flush()
@@ -283,18 +334,11 @@ class Monitor:
             self._board.close()
 
 
-def _plain(line: dict[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
     """With null for NaN and infinities, which JSON does not have."""
-    sick = (k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v))
-    return line | dict.fromkeys(sick)
-
-
-def _numbers(result: Any) -> tuple[float, float, bool]:
-    """(mean loss, gradient norm, skipped) of a StepResult; the one place that waits."""
-    count = max(int(result.count), 1)
-    norm = result.grad_norm
-    norm = norm.item() if isinstance(norm, torch.Tensor) else norm
-    return float(result.loss_sum) / count, float(norm or 0.0), bool(result.skipped)
+    if isinstance(value, dict):
+        return {key: _plain(inside) for key, inside in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -28,7 +28,7 @@ from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from configs.load import ConfigError, dump, load  # noqa: E402
-from configs.model import tensors  # noqa: E402
+from configs.model import parameter_count, tensors  # noqa: E402
 from configs.run import (  # noqa: E402
     RunConfig,
     at_stage,
@@ -64,6 +64,7 @@ def train(
     from pretrain import checkpoint, faults, flight, parallel, plan, replay, start
     from pretrain.corpora import Reading, open_stages
     from pretrain.monitor import Monitor, Terminal, speed
+    from pretrain.profiling import Profiler
     from pretrain.state import State
     from pretrain.watch import Watch
 
@@ -102,11 +103,17 @@ def train(
             total_steps=total_steps(config),
             speed=speed(mesh.device, mesh.world, config.precision),
             may_skip=config.precision == "fp16",
+            device=mesh.device,
         )
+        asked = config.monitor.profile_steps
+        profiler = Profiler(run, mesh.rank, mesh.device, out.say, asked)
         state, begin = start.state(config, run, readers[0], out), True
         while summary.get("stopped") is None:
             if begin:
                 monitor.begin(step := int(state.record["step"]))
+                about = {"processes": mesh.world, "precision": config.precision}
+                about |= {"zero": config.parallel.zero, "tensor": config.parallel.tensor}
+                monitor.event("rewind" if summary else "start", step, **about)
                 spikes = faults.Spikes(config.faults, run, step)
                 skipping = [faults.skipping(corpora, state.record) for corpora in readers]
                 job = Job(
@@ -117,6 +124,7 @@ def train(
                     run,
                     mesh,
                     monitor,
+                    profiler,
                     spikes,
                     watch,
                     saver,
@@ -126,11 +134,13 @@ def train(
             stage = int(state.record["stage"])
             job = replace(job, config=pages[stage], corpora=job.readers[stage])
             engine = _engine(job, state)
-            monitor.watch(engine.config, plan.row_of(job.config))
+            monitor.watch(engine.config, plan.row_of(job.config), job.corpora.sources)
             try:
                 watch.beat(int(state.record["step"]))
                 engine.load(state)
-                watch.beat(int(state.record["step"]))
+                watch.beat(step := int(state.record["step"]))
+                about = {"stage": stage, "parameters": parameter_count(engine.config)}
+                monitor.event("stage", step, **about, seq_len=job.config.data.seq_len)
                 if state.verify:
                     told = replay.check(engine, state, job.corpora, mesh)
                     out.say(f"resuming: {told} (校验通过)")
@@ -145,7 +155,9 @@ def train(
                 state = State(state.entries, state.record | passed, state.verify)
             elif summary["stopped"] is None:
                 state = checkpoint.read(summary["checkpoint"])
+        profiler.close()
         monitor.close()
+        monitor.event("end", int(summary["step"]), why=summary["stopped"])
     return summary
 
 
@@ -227,6 +239,8 @@ def _kept(
     verdict = checkpoint.gather(verdict)[0]
     holds, sentence = judge(verdict)
     job.monitor.out.say(sentence)
+    kind = "growth" if stages(job.config)[number].extend is None else "extension"
+    job.monitor.event(kind, int(changed.record["step"]), says=sentence, proven=holds)
     if not holds:
         raise checkpoint.CheckpointError(
             f"{aside}: the changed model does not keep the function, see proof.json; the "
@@ -262,6 +276,7 @@ def _engine(job: Job, state: "State") -> "Engine":
         scales=_scales(job, state, [tensor.name for tensor in tensors(model_config)]),
         hold=config.precision != "fp16",
         rewarm=state.record.get("rewarm"),
+        sources=len(job.corpora.train),
     )
 
 

@@ -86,7 +86,7 @@ def of_step(run: Corpora, first: int, count: int, ranks: int, micro: int) -> lis
 
 def row_of(batch: Batch, row: int) -> tuple:
     fields = {k: v for k, v in vars(batch).items() if k != "loss_at_N" and v is not None}
-    return tuple((name, tuple(value[row].tolist())) for name, value in fields.items())
+    return tuple((name, tuple(value[row].reshape(-1).tolist())) for name, value in fields.items())
 
 
 @pytest.mark.parametrize("name", EVERY)

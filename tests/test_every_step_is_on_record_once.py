@@ -4,12 +4,12 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import torch
 
 from pretrain.monitor import Monitor, NotFinite, Speed, Terminal, cut_metrics, first_to_speak
+from pretrain.step import StepResult
 from tests.run_jobs import page
 from tests.worlds import World
 
@@ -43,7 +43,8 @@ def test_what_is_not_finite_is_null(tmp_path: Path, loss: float, norm: float) ->
         tmp_path, Terminal(enabled=False), writes=True, total_steps=9, speed=speed
     )  # fmt: skip
     monitor.begin(0)
-    result: Any = SimpleNamespace(loss_sum=loss, count=1, grad_norm=norm, skipped=True)
+    one, none = torch.ones((), dtype=torch.int64), torch.zeros(2, 0)
+    result = StepResult(torch.tensor(loss), one, norm, True, none)
     monitor.record(
         {"step": 1, "lr": 1.0, "tokens": 1, "samples": 1, "stage": 0, "step_tokens": 1}, result
     )

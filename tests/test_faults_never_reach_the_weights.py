@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain import checkpoint
 from pretrain.monitor import SKIPPED_IN_ROW, Monitor, NotFinite, Speed, Terminal
+from pretrain.step import StepResult
 from tests.run_jobs import digests, losses, metrics, page
 from tests.worlds import World
 
@@ -146,7 +147,8 @@ def test_skips_of_what_was_trained_on_are_refused(
 def test_a_loss_scale_that_finds_no_end_is_a_sentence(tmp_path: Path) -> None:
     speed = Speed(1.0, "a test")
     monitor = Monitor(tmp_path, Terminal(enabled=False), writes=False, total_steps=99, speed=speed)
-    skipped: Any = SimpleNamespace(loss_sum=1.0, count=1, grad_norm=math.inf, skipped=True)
+    one, none = torch.ones((), dtype=torch.int64), torch.zeros(2, 0)
+    skipped = StepResult(torch.ones(()), one, math.inf, True, none)
     step = {"lr": 1.0, "tokens": 1, "samples": 1, "stage": 0, "step_tokens": 1}
     for number in range(1, SKIPPED_IN_ROW):
         monitor.record(step | {"step": number}, skipped)

@@ -84,6 +84,12 @@ class Update(torch.optim.Optimizer):
         """The global norm of the last gradient, 0-d float32 on the device, before clipping."""
         self.found_inf: Tensor | None = None
         """Not 0: the coming step changes nothing. 0-d float32 on the device; used once."""
+        self.measures = False
+        """Whether the coming update is measured."""
+        self.measured: Tensor | None = None
+        """Of the last update that was: float64 [3, tensors], squares of each logical tensor's
+        gradient (as clipping weighs it: they add up to norm squared), of its change and of its
+        values before."""
         self._looked: Tensor | None = None
         self._arrived: dict[Tensor, Tensor] = {}
         self._growth_lr: tuple[tuple[float, ...], Tensor] | None = None
@@ -174,11 +180,24 @@ class Update(torch.optim.Optimizer):
         steps = [self.state[flat]["step"] for flat in self.flats]
         torch._foreach_add_(steps, 1)
         self.updates += 1
+        before = {flat: flat.detach().clone() for flat in grads} if self.measures else {}
         for rule in self.rules:
             rule.apply(self, grads, sick)
+        if before:
+            self.measured = self._measured(before)
         if sick is not None:
             torch._foreach_sub_(steps, [sick.to(step.device) for step in steps])
         self._hand_on()
+
+    def _measured(self, before: dict[Tensor, Tensor]) -> Tensor:
+        """What `measured` says, in one more message; uses up the copies."""
+        assert self.squares is not None
+        weights = self.logical.squares(lambda f: f.view(before[f.flat]))
+        torch._foreach_sub_(list(before.values()), [flat.detach() for flat in before])
+        change = self.logical.squares(lambda f: f.view(before[f.flat]))
+        return torch.stack(
+            [self.squares * self._clip_weight, *self.logical.reduced(change, weights)]
+        )
 
     def by_group(self, part: str = "") -> list[tuple[dict[str, Any], list[Tensor]]]:
         """(parameter group, its flat tensors) of a part."""

@@ -1,0 +1,126 @@
+"""Promise: a slow reader is seen, a profile holds the steps asked for, events stay on record."""
+
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.load import ConfigError, from_dict
+from configs.run import RunConfig
+from pretrain.profiling import Profiler
+from tests.run_jobs import metrics, page
+from tests.worlds import World
+
+GO = "tests.run_jobs:go"
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """The lines of events.jsonl."""
+    return [json.loads(text) for text in (run / "events.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_slow_reader_of_any_rank_is_seen(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    """Rank 1 reads step 6 (samples 40 to 47) for 2 s, two steps ahead; rank 0 writes it down."""
+    config = page(tmp_path, tiny_corpus, run__steps=10, schedule={})
+    world2.run("tests.monitor_jobs:go_slowly", config=config, rank=1, sample=45, seconds=2.0)
+    waits = [line["loader_wait_s"] for line in metrics(tmp_path)]
+    assert len(waits) == 10 and max(waits[1:]) == waits[5]  # the first waits for the start
+    assert 1.0 < waits[5] <= 2.5
+    assert sorted(waits[1:])[-2] < waits[5] / 2  # no other step waits so long
+
+
+def _steps_in(trace: Path) -> list[int]:
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        found = json.load(file)["traceEvents"]
+    words = [e["name"].split() for e in found if e.get("ph") == "X" and "name" in e]
+    return sorted({int(w[1]) for w in words if len(w) == 2 and w[0] == "step"})
+
+
+def test_a_profile_holds_exactly_the_steps_asked_for(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    """Steps 2 and 3 by the page; 7 to 8 by a file that is found when the first five are read."""
+    (tmp_path / "profile").write_text("7 8\n")
+    config = page(tmp_path, tiny_corpus, run__steps=10, schedule={}, monitor__profile_steps=[2, 3])
+    world2.run(GO, config=config)
+    assert not (tmp_path / "profile").exists()
+    folders = sorted((tmp_path / "profiles").iterdir())
+    assert [f.name for f in folders] == [
+        "steps-00000002-00000003",
+        "steps-00000007-00000008",
+    ]
+    for folder, steps in zip(folders, ([2, 3], [7, 8]), strict=True):
+        for rank in range(2):
+            assert _steps_in(folder / f"rank-{rank:04d}.json.gz") == steps
+            rows = (folder / f"rank-{rank:04d}.txt").read_text("utf-8").splitlines()
+            assert len(rows) == 13 and any("addmm" in row or "mm" in row for row in rows)
+    assert len(metrics(tmp_path)) == 10
+
+
+def test_a_request_that_comes_late_or_wrong(tmp_path: Path) -> None:
+    said: list[str] = []
+    profiler = Profiler(tmp_path, 0, torch.device("cpu"), said.append)
+    for words in ("ten", "5", "5 4", "0 3"):
+        (tmp_path / "profile").write_text(words)
+        profiler.look(3)
+        assert f"says '{words}', must be two numbers" in said.pop()
+    (tmp_path / "profile").write_text("3 5")
+    profiler.look(20)  # three steps, from the next on; the run ends after two of them
+    for number in range(21, 23):
+        with profiler.step(number):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+    assert not said and not (tmp_path / "profiles").exists()
+    profiler.close()
+    assert _steps_in(tmp_path / "profiles/steps-00000021-00000022/rank-0000.json.gz") == [21, 22]
+    assert "profile of steps 21 to 22" in said[0]
+    for number in range(23, 25):  # nothing is recorded any more
+        with profiler.step(number):
+            pass
+    assert len(list((tmp_path / "profiles").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"profile_steps": [4, 3]}, r"profile_steps: \[4, 3\] are no steps"),
+        ({"profile_steps": [0, 3]}, r"profile_steps: \[0, 3\] are no steps"),
+        ({"parts_every_steps": -1}, "parts_every_steps: is -1, must not be negative"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_a_sentence(
+    tmp_path: Path, section: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_dict(RunConfig, page(tmp_path, tmp_path, monitor=section))
+
+
+def test_events_stay_on_record_over_restarts_and_stages(
+    tmp_path: Path, tiny_corpus: Path, world1: World, world2: World
+) -> None:
+    """Two stages on two processes, stopped in the second, resumed on one."""
+    changes: dict[str, Any] = {
+        "stages": [{"steps": 4}, {"steps": 6, "data": {"seq_len": 16}}],
+        "run__steps": None,
+        "run__save_every_steps": 3,
+        "schedule": {},
+    }
+    began = time.time()
+    world2.run(GO, config=page(tmp_path, tiny_corpus, **changes, run__stop_at_step=7))
+    world1.run(GO, config=page(tmp_path, tiny_corpus, **changes))
+    told = [(e["event"], e["step"]) for e in events(tmp_path)]
+    assert told == [
+        ("start", 0), ("stage", 0), ("checkpoint", 3), ("checkpoint", 4), ("stage", 4),
+        ("checkpoint", 6), ("checkpoint", 7), ("end", 7),
+        ("start", 7), ("stage", 7), ("checkpoint", 9), ("checkpoint", 10), ("end", 10),
+    ]  # fmt: skip
+    assert [e["processes"] for e in events(tmp_path) if e["event"] == "start"] == [2, 1]
+    assert [e["seq_len"] for e in events(tmp_path) if e["event"] == "stage"] == [32, 16, 16]
+    ends = [e["why"] for e in events(tmp_path) if e["event"] == "end"]
+    assert ends == ["run.stop_at_step", "finished"]
+    assert all(began <= e["time"] <= time.time() for e in events(tmp_path))
