@@ -17,7 +17,10 @@ import configs
 PAGES = {
     "run": (
         "RunConfig",
-        ("positions", "extended", "model", "objectives", "faults", "optimizers", "run"),
+        (
+            *("positions", "extended", "model", "objectives", "faults", "monitoring"),
+            *("optimizers", "run"),
+        ),
     ),
     "corpus": (
         "CorpusConfig",

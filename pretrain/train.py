@@ -113,6 +113,7 @@ def train(
                 monitor.begin(step := int(state.record["step"]))
                 about = {"processes": mesh.world, "precision": config.precision}
                 about |= {"zero": config.parallel.zero, "tensor": config.parallel.tensor}
+                about |= {"peak": monitor.speed.peak_note}
                 monitor.event("rewind" if summary else "start", step, **about)
                 spikes = faults.Spikes(config.faults, run, step)
                 skipping = [faults.skipping(corpora, state.record) for corpora in readers]
