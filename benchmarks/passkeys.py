@@ -21,6 +21,11 @@ from benchmarks.extension import METHODS, trained
 from pretrain.lengths import ASKED, DIGITS, FILLER, KEY
 
 TEXTS = 20_000
+INIT_STD = 0.06
+"""Of CPM and RoFormer: their 0.02 is meant for widths of 768 and up; with it copying has not begun
+after 1,500 steps at 128."""
+FRAME = 2
+"""[CLS] and [SEP] around a text: those of KNOWN tokens fill a row with them."""
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -36,7 +41,9 @@ def texts(out: Path, known: int) -> None:
         for number in range(TEXTS):
             key = f"{rng.integers(10**DIGITS):0{DIGITS}d}"
             needle = KEY.format(key=key)
-            rest = int(rng.integers(known - DIGITS - 3 - shortest))
+            rest = known - FRAME - DIGITS - shortest
+            if number % 2:  # half as long as can be, so that the last positions learn too
+                rest = int(rng.integers(rest))
             before = int(rng.integers(rest + 1))
             many = FILLER * (rest // len(FILLER) + 2)
             text = many[:before] + needle + many[before % len(FILLER) :][: rest - before] + ASKED
@@ -77,6 +84,8 @@ def page(words: argparse.Namespace, family: str, text: Path, seed: int) -> dict[
         "hidden": words.hidden, "layers": words.layers, "heads": words.hidden // 32,
         "head_dim": 32, "ffn": 4 * words.hidden, "dropout": 0.0, "attention_dropout": 0.0,
     }  # fmt: skip
+    if family != "t5_pegasus":
+        model["init_std"] = INIT_STD
     objective: dict[str, Any] = {"name": "causal"}
     data: dict[str, Any] = {
         "train": [{"corpus": str(text)}], "seq_len": words.known, "packing": "documents",
@@ -89,9 +98,9 @@ def page(words: argparse.Namespace, family: str, text: Path, seed: int) -> dict[
     if family == "t5_pegasus":
         model["ffn"] = 2 * words.hidden
         objective = {"name": "pairs", "source": ["question"], "target": ["answer"]}
-        objective |= {"source_tokens": words.known - 2, "target_tokens": DIGITS + 1}
+        objective |= {"source_tokens": words.known, "target_tokens": DIGITS + 2}
         data["target_len"] = 4 * (DIGITS + 2)
-        optimizer |= {"name": "rms_adamw", "lr": 10 * words.lr}
+        optimizer |= {"name": "rms_adamw", "lr": 5 * words.lr}
     run = words.out / f"{family}-{seed}"
     steps = words.steps
     return {
@@ -110,14 +119,14 @@ def asked(words: argparse.Namespace, family: str, text: Path, seed: int) -> dict
     from pretrain.lengths import passkeys
 
     base = trained(page(words, family, text, seed))
-    found: dict[str, Any] = {"base": passkeys(base, [words.known], samples=words.samples)}
+    found: dict[str, Any] = {"base": passkeys(base, [words.known - FRAME], samples=words.samples)}
     print(f"{family}, seed {seed}: {found['base']['lengths'][0]['mean']:.0%} at {words.known}")
-    lengths = [words.known, 2 * words.known, 4 * words.known]
+    lengths = [times * words.known - FRAME for times in (1, 2, 4)]
     for name, method in METHODS[family].items():
         folder = name.replace(", ", "-").replace(" ", "-")
         place = words.out / f"{family}-{seed}-{folder}"
         if not place.exists():
-            extend(base, max(lengths), Extend(known=words.known, **method), place, seed)
+            extend(base, 4 * words.known, Extend(known=words.known, **method), place, seed)
         found[name] = passkeys(place, lengths, samples=words.samples)
         shares = " ".join(f"{one['mean']:.0%}" for one in found[name]["lengths"])
         print(f"  {name}: {shares}", flush=True)
@@ -154,7 +163,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--samples", type=int, default=20, help="keys at each length and depth")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     words = parser.parse_args()
