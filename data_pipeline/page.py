@@ -41,6 +41,21 @@ figcaption{font-size:.9rem}svg{width:100%;height:auto;display:block}
 svg text{fill:var(--soft);font-size:10px}svg .col{fill:var(--bamboo)}svg .out{fill:var(--amber)}
 svg .axis{stroke:var(--line)}svg .limit{stroke:var(--amber);stroke-dasharray:3 2}
 svg .curve{fill:none;stroke:var(--bamboo);stroke-width:1.6}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:1rem}
+.band{fill:currentColor;opacity:.18}.line{fill:none;stroke:currentColor;stroke-width:1.6}
+.dot{fill:currentColor}.s0{color:#2f7d5b}.s1{color:#3b6fb5}.s2{color:#c77d1e}.s3{color:#a2478f}
+.s4{color:#b8473d}.s5{color:#2b94a0}.s6{color:#7a7f2a}.s7{color:#6d5fc0}
+@media(prefers-color-scheme:dark){.s0{color:#5fb98e}.s1{color:#7aa8e6}.s2{color:#e2a44d}
+.s3{color:#d285c2}.s4{color:#e58a80}.s5{color:#62c4cf}.s6{color:#bcc25f}.s7{color:#a99df0}}
+.mark line{stroke:var(--soft);stroke-dasharray:4 3}.mark.fault line{stroke:#d0342c;
+stroke-dasharray:none}.mark.start line{stroke:var(--amber);stroke-dasharray:2 3;stroke-width:1.8}
+.mark.checkpoint line{stroke:var(--bamboo);stroke-dasharray:none}
+.keys{display:flex;flex-wrap:wrap;gap:0 1rem;color:var(--soft);font-size:.82rem}
+.key{overflow-wrap:anywhere}.key i{display:inline-block;width:.7em;height:.7em;border-radius:2px;
+background:currentColor;margin-right:.35em}.key b{color:var(--ink);font-weight:500}
+.list td{text-align:left;overflow-wrap:anywhere}.list td:first-child{white-space:nowrap}
+.list th{text-align:left;white-space:nowrap}.plot text{font-size:11.5px}
+pre{overflow-x:auto;font:12px/1.5 ui-monospace,Consolas,monospace}
 details{margin:.5rem 0;border:1px solid var(--line);border-radius:8px;padding:.5rem .9rem}
 summary{cursor:pointer}.texts{display:grid;gap:.8rem;margin:.7rem 0;
 grid-template-columns:repeat(auto-fit,minmax(290px,1fr))}
@@ -120,6 +135,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], lost: Sequence[
     return "".join(out)
 
 
+def listing(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows of words; nothing where there is no row."""
+    body = "".join(
+        "<tr>" + "".join(f"<td>{text('' if cell is None else cell)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    head = "".join(f"<th>{text(column)}</th>" for column in columns)
+    return f'<table class="list"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>' * (
+        bool(body)
+    )
+
+
+def plain(words: str) -> str:
+    """Text as it stands, line by line."""
+    return f"<pre>{text(words)}</pre>"
+
+
 def columns(
     caption: str,
     labels: Sequence[str],
@@ -172,10 +204,10 @@ def curve(caption: str, values: Sequence[float], ends: tuple[str, str]) -> str:
     )
 
 
-def charts(figures: Iterable[str]) -> str:
-    """Figures beside each other."""
+def charts(figures: Iterable[str], wide: bool = False) -> str:
+    """Figures beside each other; two abreast where they are wide."""
     inside = "".join(figures)
-    return f'<div class="charts">{inside}</div>' if inside else ""
+    return f'<div class="{"plots" if wide else "charts"}">{inside}</div>' if inside else ""
 
 
 def excerpt(caption: str, words: str, longest: int = 400) -> str:

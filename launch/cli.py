@@ -49,6 +49,7 @@ VERBS = {
     "plan": Verb("pretrain.plan:main", "parameters, memory, days and disk of a run", "训练预算"),
     "train": Verb("launch.train:main", "train, or resume, on the devices of this machine", "训练"),
     "cluster": Verb("launch.cluster:main", "job files: Slurm, Kubernetes, a hostfile", "集群作业"),
+    "report": Verb("launch.report:main", "a run's curves and events on one page", "训练报告"),
     "evaluate": Verb("pretrain.evaluate:main", "loss and scores of a checkpoint", "评测"),
     "generate": Verb("pretrain.generate:main", "let a checkpoint write", "生成文本"),
     "grow": Verb("launch.grow:main", "a larger model of the same function, proven", "模型增长"),

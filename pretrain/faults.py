@@ -67,6 +67,8 @@ class Spikes:
     def _first(self, lines: Sequence[Mapping[str, Any]]) -> Fault | None:
         found = None
         for line in lines:
+            if not WATCHED.keys() <= line.keys():
+                continue  # step 0: validated before any training
             fault = self._judged(line)
             found = found or fault
             if found and self.section.do == "rewind":
