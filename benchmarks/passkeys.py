@@ -94,7 +94,8 @@ def page(words: argparse.Namespace, family: str, text: Path, seed: int) -> dict[
     if family == "cpm":
         model["positions"] = words.known
     if family == "roformer":
-        model["version"], objective = 1, {"name": "masked", "masking": "word"}
+        model["version"] = 1
+        objective = {"name": "masked", "masking": "word", "ratio": 0.4}  # a key is 3 words of 75
     if family == "t5_pegasus":
         model["ffn"] = 2 * words.hidden
         objective = {"name": "pairs", "source": ["question"], "target": ["answer"]}
