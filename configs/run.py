@@ -16,10 +16,11 @@ from configs.extended import Extend, extended
 from configs.faults import Faults
 from configs.grown import Growing, completed
 from configs.load import ConfigError, from_dict, to_dict
-from configs.model import ModelConfig, longest_row, split_problems, tensors
+from configs.model import ModelConfig, longest_row, tensors
 from configs.monitoring import Monitoring
 from configs.objectives import Causal, Objective, data_problems, head_problems
 from configs.optimizers import Optimizer, Schedule, moments, problems_with_model
+from configs.parallel import Parallel, layout_problems, problems_on, row_problems
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,6 @@ class Batch:
             if value is not None and value < 1:
                 found.append(f"{name}: is {value}, must be at least 1")
         return found
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """How the model lies on the devices."""
-
-    zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are partitioned."""
-    tensor: int = 1
-    """Devices that share each matrix."""
-
-    def problems(self) -> list[str]:
-        """Numbers outside their range."""
-        return [] if self.tensor > 0 else [f"tensor: is {self.tensor}, must be at least 1"]
 
 
 @dataclass(frozen=True)
@@ -220,8 +207,8 @@ class RunConfig:
     """What is predicted."""
     schedule: Schedule = field(default_factory=Schedule)
     """The learning rate."""
-    parallel: Parallel = Parallel()
-    """ZeRO stage and tensor parallelism."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """ZeRO stage, tensor and sequence parallelism."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of forward and backward; masters, moments and gradient sums are fp32."""
     recompute: Literal["none", "full", "sublayer"] = "none"
@@ -277,9 +264,10 @@ class RunConfig:
                 f"{self._key(number, 'batch')}.tokens: is {self.batch.tokens}, less than one row "
                 f"of {self.data.seq_len} tokens (data.seq_len)"
             )
-        return found + data_problems(
-            self.objective, self.data.packing, self.data.seq_len, self.data.target_len
-        )
+        lengths = (self.data.seq_len, self.data.target_len)
+        shared = row_problems(self.parallel, *lengths)
+        found += [f"{self._key(number, 'data')}.{sentence}" for sentence in shared]
+        return found + data_problems(self.objective, self.data.packing, *lengths)
 
     def _problems_of_rule(self, number: int, rule: Optimizer) -> list[str]:
         """What the update rule of a stage cannot do there."""
@@ -296,7 +284,7 @@ class RunConfig:
     def _problems_of_model(self, number: int, model: ModelConfig) -> list[str]:
         """The same of the model as it is in a stage."""
         where = f"stages.{number}.model" if number else "model"
-        found = [f"{where}.{s}" for s in split_problems(model, self.parallel.tensor)]
+        found = [f"{where}.{s}" for s in layout_problems(self.parallel, model)]
         known = [tensor.name for tensor in tensors(model)]
         found += [
             f"stages.{number}.frozen: '{pattern}' names no tensor of the model, e.g. {known[0]} "
@@ -433,10 +421,4 @@ def with_threads(config: RunConfig, threads: int) -> RunConfig:
 
 def world_problems(config: RunConfig, world: int) -> list[str]:
     """Why this run cannot live on `world` processes."""
-    found = []
-    if world % config.parallel.tensor:
-        found.append(
-            f"parallel.tensor: is {config.parallel.tensor}, {world} processes cannot be divided "
-            "by it (进程数不能整除)"
-        )
-    return found
+    return problems_on(config.parallel, world)

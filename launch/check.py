@@ -122,6 +122,7 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
         "precision": config.precision,
         "zero_stage": config.parallel.zero,
         "tensor_parallel": config.parallel.tensor,
+        "sequence_parallel": config.parallel.sequence,
         "out": config.run.out,
     }
 

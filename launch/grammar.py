@@ -19,7 +19,7 @@ PAGES = {
         "RunConfig",
         (
             *("positions", "extended", "model", "objectives", "faults", "monitoring"),
-            *("optimizers", "run"),
+            *("optimizers", "parallel", "run"),
         ),
     ),
     "corpus": (

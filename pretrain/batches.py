@@ -69,6 +69,37 @@ class Batch:
         """Positions whose loss counts, where that is known without looking at the mask."""
         return None if self.loss_at_N is None else self.loss_at_N.shape[0]
 
+    def part(self, number: int, of: int) -> Batch:
+        """Slice `number` of `of` equal ones of the tokens of each row (pretrain/sequence.py).
+
+        Positions and document ids stay those of whole rows: attention asks for them.
+        """
+        if of == 1:
+            return self
+        names = ("tokens_BT", "targets_BT", "loss_mask_BT", "segments_BT", "encoder_tokens_BT")
+        whole = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        assert not any(t.shape[1] % of for t in whole.values()), f"rows cannot be cut into {of}"
+        parts: dict[str, Any] = {n: t.chunk(of, 1)[number].contiguous() for n, t in whole.items()}
+        if (at_N := self.loss_at_N) is not None:
+            length = self.tokens_BT.shape[1]
+            row_N, place_N = at_N // length, at_N % length - number * (length // of)
+            here = (place_N >= 0) & (place_N < length // of)
+            parts["loss_at_N"] = (row_N * (length // of) + place_N)[here]
+        return replace(self, **parts)
+
+    def unmasked(self) -> Batch:
+        """The same without document ids where each row is one document: attention then needs no
+        mask of [T, T]. Looked at on a CPU only, where a batch is made."""
+        ids_BT = self.document_ids_BT
+        if (
+            ids_BT is None
+            or self.encoder_document_ids_BT is not None
+            or ids_BT.device.type != "cpu"
+        ):
+            return self
+        one = bool((ids_BT == ids_BT[:, :1]).all())
+        return replace(self, document_ids_BT=None) if one else self
+
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; to a GPU through pinned memory, without waiting for it."""
         target = torch.device(device)

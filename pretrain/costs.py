@@ -109,6 +109,7 @@ class _Kept:
     config: ModelConfig
     width: int
     tensor: int
+    sequence: int = 1
 
     @property
     def stream(self) -> int:
@@ -129,8 +130,9 @@ class _Kept:
 
     @property
     def attention(self) -> int:
-        """q, k, v, output and log-sums."""
-        return self.norm + 4 * self.inner + 4 * self.config.heads // self.tensor + self.cut
+        """q, k, v, output and log-sums; the output in both orders where rows are shared."""
+        inner = (4 if self.sequence == 1 else 5) * self.inner
+        return self.norm + inner + 4 * self.config.heads // self.tensor + self.cut
 
     @property
     def feed_forward(self) -> int:
@@ -153,34 +155,38 @@ def activation_bytes(
     recompute: str,
     tensor: int = 1,
     masked: bool = True,
+    sequence: int = 1,
 ) -> float:
     """Bytes kept on a GPU for the backward pass of a micro-batch of `rows` rows, without logits.
 
     A block keeps, a token: the stream twice, both norms' outputs and statistics, q, k, v, the
     attention's output and its log-sums, the feed-forward layer before and after its activation (a
     gated one: gate, its activation, up and their product), and a byte for each value that dropout
-    may have cut (Korthikanti et al. 2022: 34 s b h). With document boundaries (`masked`) the fused
-    attention of each layer keeps its mask too; T5's position bias is one tensor for a stack, and
-    has a gradient of its size.
+    may have cut (Korthikanti et al. 2022: 34 s b h). With document boundaries (`masked`) there is
+    one mask of [T, T] a row for all layers; T5's position bias is one tensor for a stack, and has a
+    gradient of its size. Of the `sequence` devices that share a row each keeps its tokens, in
+    attention its heads (and their bias), and the whole of the mask.
     """
     row = Row(row) if isinstance(row, int) else row
-    kept, T = _Kept(config, WIDTH[precision], tensor), row.seq_len
+    kept, T = _Kept(config, WIDTH[precision], tensor, sequence), row.seq_len
     if isinstance(config, T5PegasusConfig):
         return rows * _two_stacks(config, kept, row, recompute)
-    mask = kept.width * T if masked else 0
-    attention = kept.attention + mask
+    attention = kept.attention
     a_layer, once = {
         "none": (attention + kept.feed_forward, 0),
         "sublayer": (2 * kept.stream, max(attention, kept.feed_forward)),
         "full": (kept.stream, attention + kept.feed_forward),
     }[recompute]
-    # final (or first) norm, embeddings' dropout, mask
-    outside = kept.norm + kept.cut + (T if masked else 0)
-    return float(rows * T * (config.layers * a_layer + once + outside))
+    outside = kept.norm + kept.cut  # final (or first) norm, embeddings' dropout
+    a_token = config.layers * a_layer + once + outside
+    # what is recomputed keeps the Boolean that the mask was made of as well
+    mask = T * T * (kept.width + (recompute != "none")) if masked else 0
+    return float(rows * (T // sequence * a_token + mask))
 
 
 def _two_stacks(config: T5PegasusConfig, kept: _Kept, row: Row, recompute: str) -> float:
-    T, U = row.seq_len, row.targets
+    whole_T, whole_U = row.seq_len, row.targets
+    T, U = whole_T // kept.sequence, whole_U // kept.sequence
     own, ffn = kept.attention, kept.feed_forward
     # a decoder's token keeps its norm, its query and what comes out, an encoder's its key and value
     across = U * (own - 2 * kept.inner) + T * 2 * kept.inner
@@ -192,9 +198,10 @@ def _two_stacks(config: T5PegasusConfig, kept: _Kept, row: Row, recompute: str) 
         blocks = inputs + max(T * own, T * ffn, U * ffn, across)
     else:
         blocks = config.layers * kept.stream * (T + U) + max(encoder, decoder)
-    heads = config.heads // kept.tensor
-    biases = T * T + U * U + (U * T if config.cross_position_bias else 0)
-    masks = T * T + U * U + U * T
+    heads = config.heads // (kept.tensor * kept.sequence)
+    own_pairs, across_pairs = whole_T**2 + whole_U**2, whole_U * whole_T
+    biases = own_pairs + (across_pairs if config.cross_position_bias else 0)
+    masks = own_pairs + across_pairs
     outside = (T + U) * (
         kept.norm + 2 * kept.cut
     )  # final norms; dropout behind them, on embeddings

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from configs.model import ModelConfig, local_shape, tensors
 from pretrain import optimizer as optimizers
-from pretrain import parallel
+from pretrain import parallel, sequence
 from pretrain.by_source import BySource
 from pretrain.growth.moments import rewarm as rewarm_groups
 from pretrain.parallel import Mesh
@@ -45,7 +45,7 @@ class Engine:
     """A model in DeepSpeed's hands.
 
     Args:
-        model: on the meta device, already cut by parallel.shard().
+        model: on the meta device, already cut by parallel.shard() and sequence.share().
         config: its configuration, which names its tensors.
         mesh: from parallel.make_mesh().
         objective: loss(model, batch, token_losses) -> (loss_sum, count).
@@ -91,6 +91,8 @@ class Engine:
         self.precision, self.zero, self.seed = precision, zero, seed
         self.clip_norm = float(optimizer.clip_norm)
         self.micro_rows, self._hold = micro_rows, hold
+        # ranks that share rows draw their own dropout; all others by the first sample alone
+        self._apart = (mesh.sequence_rank,) if mesh.sequence > 1 else ()
         self._count_updates(0)
         self.born = {t.name: (born or {}).get(t.name, 0) for t in tensors(config)}
         self._zero_stage = 1 if zero == 0 and precision != "fp32" else zero
@@ -131,7 +133,7 @@ class Engine:
 
         Args:
             batches: the same number on every rank; a rank without samples hands in one that selects
-                no position.
+                no position. Whole rows, the same on the ranks that share them.
             lr: the learning rate of this update, before the groups' scales.
             step: the step's number; with the run's seed and the first sample of a micro-batch it
                 seeds dropout.
@@ -141,14 +143,14 @@ class Engine:
         """
         device = self.mesh.device
         self._progress(step + 1)
-        batches = [batch.to(device) for batch in batches]
+        batches = [self._taken(batch) for batch in batches]
         count = torch.stack([self._count(batch) for batch in batches]).sum()
         self._reduce(count)
         factor = self.mesh.data / count.clamp(min=1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for i, (batch, first) in enumerate(zip(batches, first_samples, strict=True)):
             self._deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            torch.manual_seed(seed_of(self.seed, step, int(first)))
+            torch.manual_seed(seed_of(self.seed, step, int(first), *self._apart))
             part = self._forward(batch)
             assert part.requires_grad, "the objective returned a constant: no gradient to share"
             loss_sum += part.detach()
@@ -170,6 +172,11 @@ class Engine:
         if set_progress := getattr(self.model, "set_progress", None):
             set_progress(step)
 
+    def _taken(self, batch: Any) -> Any:
+        """What this rank computes of a micro-batch: its tokens of rows that are shared."""
+        mesh = self.mesh
+        return batch.unmasked().part(mesh.sequence_rank, mesh.sequence).to(mesh.device)
+
     def _forward(self, batch: Any) -> Tensor:
         self._step.positions = self.micro_rows * batch.tokens_BT.shape[1]
         loss_sum: Tensor = self._deepspeed(batch)[0]
@@ -186,7 +193,7 @@ class Engine:
         return batch.loss_mask_BT.sum()
 
     def _reduce(self, value: Tensor) -> None:
-        """Sum over the ranks that see different samples, in place."""
+        """Sum over the ranks that see different tokens, in place."""
         if self.mesh.data > 1:
             dist.all_reduce(value, group=self.mesh.data_group)
 
@@ -233,9 +240,9 @@ class Engine:
     def evaluate_by_source(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and summed losses and positions of each corpus (StepResult.by_source)."""
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        with self.inference():
+        with self._still():
             for batch in batches:
-                batch = batch.to(self.mesh.device)
+                batch = self._taken(batch)
                 loss_sum = self._forward(batch)
                 total += torch.stack([loss_sum.double(), self._count(batch).double()])
         total, by_source = self._with_sources(total)
@@ -243,14 +250,19 @@ class Engine:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[nn.Module]:
-        """The model for looking, not learning: no gradient, no dropout.
+        """The model for looking, not learning: no gradient, no dropout, whole rows on every rank.
 
         Under ZeRO 3 and tensor parallelism all ranks must make the same calls.
         """
+        with self._still(), sequence.whole_rows(self.model):
+            yield self.model
+
+    @contextlib.contextmanager
+    def _still(self) -> Iterator[None]:
         self._step.eval()
         try:
             with torch.no_grad():
-                yield self.model
+                yield
         finally:
             self._step.train()
             self._partitions.end_inference()

@@ -131,7 +131,7 @@ def _steps(
     mesh, micro = job.mesh, job.config.batch.micro
     for number in range(steps):
         first = samples + number * count
-        yield job.corpora.step(first, count, mesh.data_rank, mesh.data, micro)
+        yield job.corpora.step(first, count, mesh.reader, mesh.readers, micro)
 
 
 def _step(
@@ -141,8 +141,7 @@ def _step(
     batches, firsts = prepared
     measure = _due(step + 1, job.config.monitor.parts_every_steps)
     with job.profiler.step(step + 1):
-        moved = [batch.to(job.mesh.device) for batch in batches]
-        return engine.train_step(moved, lr=lr, step=step, first_samples=firsts, measure=measure)
+        return engine.train_step(batches, lr=lr, step=step, first_samples=firsts, measure=measure)
 
 
 def _sick(job: Job, result: Any) -> bool:
@@ -270,12 +269,11 @@ def _validate(job: Job, engine: "Engine", step: int) -> float:
 
     mesh, run = job.mesh, job.config.run
     rows = job.corpora.validation(
-        run.validate_samples, mesh.data_rank, mesh.data, job.config.batch.micro
+        run.validate_samples, mesh.reader, mesh.readers, job.config.batch.micro
     )
     if job.corpora.labels:
         return _validate_labels(job, engine, step, [batch.to(mesh.device) for batch in rows])
-    moved = [batch.to(mesh.device) for batch in rows]
-    loss_sum, count, sums = engine.evaluate_by_source(moved)
+    loss_sum, count, sums = engine.evaluate_by_source(list(rows))
     characters = job.corpora.measured_characters(run.validate_samples)
     bits = float(loss_sum) / math.log(2) / max(characters, 1)
     loss = float(loss_sum) / max(int(count), 1)
@@ -300,7 +298,7 @@ def _validate_labels(job: Job, engine: "Engine", step: int, rows: list[Any]) -> 
     with engine.inference() as module:
         model: Any = module
         mine = sum(right(model, batch) for batch in rows)
-    share = sum(gather(mine)) / job.mesh.tensor / number
+    share = sum(gather(mine)) / (job.mesh.world // job.mesh.readers) / number
     job.monitor.note(step, valid_loss=loss, valid_accuracy=round(share, 6))
     job.monitor.out.say(f"step {step}  valid loss {loss:.4f}  accuracy {share:.2%} (准确率)")
     return loss

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.model import ModelConfig, local_shape, split_dim, split_problems, tensors
+from configs.parallel import Parallel, problems_on
 from pretrain.objectives.losses import token_losses_plain
 
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**30}
@@ -54,12 +55,31 @@ class Mesh:
     """Devices that share each matrix."""
     tensor_rank: int
     data: int
-    """Groups of such devices: each sees its own samples."""
+    """Devices that hold the same part of each matrix: ZeRO's."""
     data_rank: int
     device: torch.device
     tensor_group: Any = field(default=None, repr=False)
     data_group: Any = field(default=None, repr=False)
     """None where all ranks are one data group."""
+    sequence: int = 1
+    """Devices of a data group, neighbours, that share each row (pretrain/sequence.py)."""
+    sequence_group: Any = field(default=None, repr=False)
+    """None where all ranks are one such group."""
+
+    @property
+    def sequence_rank(self) -> int:
+        """Place among the devices that share a row."""
+        return self.data_rank % self.sequence
+
+    @property
+    def readers(self) -> int:
+        """Groups of devices that see samples of their own."""
+        return self.data // self.sequence
+
+    @property
+    def reader(self) -> int:
+        """This one's number among them."""
+        return self.data_rank // self.sequence
 
 
 class Glue:
@@ -81,11 +101,11 @@ class Glue:
         return self.mesh.tensor_group
 
     def get_data_parallel_rank(self) -> int:
-        """Place among the devices that see different samples."""
+        """Place among the devices whose gradients are added up."""
         return self.mesh.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many see different samples."""
+        """How many they are."""
         return self.mesh.data
 
     def get_data_parallel_group(self) -> Any:
@@ -122,22 +142,19 @@ def init_distributed() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def make_mesh(tensor: int = 1) -> Mesh:
-    """The mesh of this job with `tensor` devices to a matrix; joins the process group if need be.
+def make_mesh(tensor: int = 1, sequence: int = 1) -> Mesh:
+    """The mesh of this job with `tensor` devices to a matrix and `sequence` to a row; joins the
+    process group if need be.
 
-    Raises ValueError if the number of processes is not a multiple of `tensor`.
+    Raises ValueError if the number of processes is not a multiple of their product.
     """
     init_distributed()
     from deepspeed.accelerator import get_accelerator
 
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
-    if world % tensor:
-        raise ValueError(
-            f"parallel.tensor: is {tensor}, but the job has {world} processes, which must be a "
-            "multiple of it; change parallel.tensor or the number of devices "
-            "(进程数须为张量并行数的倍数)"
-        )
+    if problems := problems_on(Parallel(tensor=tensor, sequence=sequence), world):
+        raise ValueError("\n".join(problems))
     tensor_group = data_group = None
     if tensor > 1:
         from megatron.core import parallel_state
@@ -156,8 +173,22 @@ def make_mesh(tensor: int = 1) -> Mesh:
         data_group = parallel_state.get_data_parallel_group()
     return Mesh(
         rank, world, tensor, rank % tensor, world // tensor, rank // tensor, device, tensor_group,
-        data_group,
+        data_group, sequence, _sequence_group(world, tensor, sequence),
     )  # fmt: skip
+
+
+@functools.cache
+def _sequence_group(world: int, tensor: int, sequence: int) -> Any:
+    """This rank's group of those that share a row; made once, like Megatron's, and by all ranks."""
+    if sequence in (1, world):
+        return None
+    mine = None
+    for first in range(0, world, tensor * sequence):
+        for place in range(first, first + tensor):
+            ranks = list(range(place, place + tensor * sequence, tensor))
+            group = dist.new_group(ranks)
+            mine = group if dist.get_rank() in ranks else mine
+    return mine
 
 
 def cpu_threads() -> int:

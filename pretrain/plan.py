@@ -118,11 +118,12 @@ def row_of(config: RunConfig) -> Row:
 def memory(
     config: RunConfig, model: ModelConfig, zero: int, data: int, recompute: str = "", micro: int = 0
 ) -> dict[str, float]:
-    """Bytes on one device by part, for `data` data-parallel ranks under ZeRO stage `zero`.
+    """Bytes on one device by part, for `data` ranks among which ZeRO stage `zero` partitions.
 
     recompute and micro are the run's own unless given.
     """
-    tensor, precision = config.parallel.tensor, config.precision
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
+    precision = config.precision
     recompute, micro = recompute or config.recompute, micro or config.batch.micro
     if zero == 0 and precision != "fp32":
         zero = 1  # as the engine runs it
@@ -130,15 +131,16 @@ def memory(
     values, width, row = sum(sizes), WIDTH[precision], row_of(config)
     spread, whole = moment_bytes(config.optimizer, model, tensor)
     tokens = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
-    logits = min(micro * tokens * row.predicted * model.vocab / tensor, LOGITS_AT_ONCE)
-    masked = config.objective.document_boundaries
+    tokens = micro * tokens * row.predicted / sequence
+    logits = min(tokens * model.vocab / tensor, LOGITS_AT_ONCE)
+    shared = (tensor, config.objective.document_boundaries, sequence)
     parts = {
         # under ZeRO 3 the largest matrix is whole while it is used
         "weights": width * (values / data + max(sizes) if zero == 3 else values),
         "gradients (fp32)": 4 * values / (data if zero >= 2 else 1),
         "masters (fp32)": 4 * values / data if zero else 0.0,
         "moments (fp32)": spread / (data if zero else 1) + whole,
-        "activations": activation_bytes(model, row, micro, precision, recompute, tensor, masked),
+        "activations": activation_bytes(model, row, micro, precision, recompute, *shared),
         "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
         "messages": 4.0 * min(BUCKET_VALUES, values),
         "context": CONTEXT_BYTES,
@@ -155,6 +157,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     pages = [at_stage(config, number) for number in range(len(stages(config)))]
     models = [stage_model(config, number) for number in range(len(pages))]
     last, data = models[-1], gpus // config.parallel.tensor
+    readers = data // config.parallel.sequence
     samples, micro = step_samples(pages[-1]), pages[-1].batch.micro
     tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
     each = [
@@ -180,11 +183,12 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         "batch": {
             "samples": samples,
             "tokens": tokens,
-            "data_parallel": data,
+            "data_parallel": readers,
             "tensor_parallel": config.parallel.tensor,
-            "samples_per_rank": ceil(samples / data),
+            "sequence_parallel": config.parallel.sequence,
+            "samples_per_rank": ceil(samples / readers),
             "micro": micro,
-            "accumulation": ceil(ceil(samples / data) / micro),
+            "accumulation": ceil(ceil(samples / readers) / micro),
         },
         "memory": {
             "zero": config.parallel.zero,
@@ -248,7 +252,7 @@ def _advice(config: RunConfig, model: ModelConfig, data: int, budget: float) -> 
                 changes = [f"parallel.zero={stage}"] * (stage != zero)
                 changes += [f"recompute={kind}"] * (kind != recompute)
                 return " ".join(changes + [f"batch.micro={rows}"] * (rows != micro)) or None
-    return "more or larger devices, or a larger parallel.tensor"
+    return "more or larger devices, or a larger parallel.tensor or parallel.sequence"
 
 
 def _shares(pages: list[RunConfig], tokens: list[int]) -> list[dict[str, Any]]:
@@ -333,9 +337,11 @@ def _model_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 def _batch_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     b = found["batch"]
+    kinds = ("data", "sequence", "tensor") if b["sequence_parallel"] > 1 else ("data", "tensor")
+    ranks = [f"{b[f'{kind}_parallel']} {kind}" for kind in kinds]
     return "batch (批次)", [
         ["samples of a step", f"{b['samples']:,} = {b['tokens']:,} tokens"],
-        ["ranks", f"{b['data_parallel']} data x {b['tensor_parallel']} tensor"],
+        ["ranks", " x ".join(ranks)],
         ["a rank's samples", f"{b['samples_per_rank']:,}, {b['micro']} at a time"],
         ["accumulation", f"{b['accumulation']} micro-batches"],
     ]

@@ -64,8 +64,8 @@ def check(engine: Engine, state: State, corpora: Corpora, mesh: Mesh) -> str:
 
 
 def _loss(engine: Engine, corpora: Corpora, mesh: Mesh) -> float:
-    rows = corpora.validation(ROWS, mesh.data_rank, mesh.data, ROWS)
-    loss_sum, count = engine.evaluate([batch.to(mesh.device) for batch in rows])
+    rows = corpora.validation(ROWS, mesh.reader, mesh.readers, ROWS)
+    loss_sum, count = engine.evaluate(list(rows))
     return float(loss_sum) / max(int(count), 1)
 
 

@@ -68,7 +68,7 @@ def train(
     from pretrain.state import State
     from pretrain.watch import Watch
 
-    mesh = parallel.make_mesh(config.parallel.tensor)
+    mesh = parallel.make_mesh(config.parallel.tensor, config.parallel.sequence)
     if problems := world_problems(config, mesh.world):
         raise ConfigError("\n".join(problems))
     config = with_threads(config, config.run.threads or parallel.cpu_threads())
@@ -254,7 +254,7 @@ def _engine(job: Job, state: "State") -> "Engine":
     """A model of this stage, cut and laid out over the devices, with room for the state."""
     import torch
 
-    from pretrain import models, objectives, parallel, recompute
+    from pretrain import models, objectives, parallel, recompute, sequence
     from pretrain.engine import Engine
 
     config = job.config
@@ -263,6 +263,7 @@ def _engine(job: Job, state: "State") -> "Engine":
         model = models.build(model_config)
     recompute.apply(model, config.recompute)
     parallel.shard(model, model_config, job.mesh)
+    sequence.share(model, job.mesh)
     return Engine(
         model,
         model_config,

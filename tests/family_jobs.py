@@ -13,6 +13,7 @@ from torch import Tensor
 
 from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, split_dim, tensors
 from pretrain import models, parallel, recompute
+from pretrain import sequence as rows_shared
 from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
 from pretrain.state import Entry, State, fresh
@@ -74,15 +75,16 @@ class Predict:
 
 def make(
     *, family: str, zero: int, tensor: int = 1, precision: str = "fp32", micro: int = SAMPLES,
-    recomputed: str = "none", **changes: Any,
+    recomputed: str = "none", sequence: int = 1, **changes: Any,
 ) -> Engine:  # fmt: skip
     """An engine of a family; weights are zero until load()."""
     config = replace(FAMILIES[family], **changes)  # type: ignore[type-var]
-    mesh = parallel.make_mesh(tensor)
+    mesh = parallel.make_mesh(tensor, sequence)
     with torch.device("meta"):
         model = models.build(config)
     recompute.apply(model, recomputed)
     parallel.shard(model, config, mesh)
+    rows_shared.share(model, mesh)
     return Engine(
         model, config, mesh, objective=Predict(), optimizer=optimizer_of(), zero=zero,
         precision=precision, micro_rows=micro, seed=5,
@@ -118,7 +120,7 @@ def train(*, family: str, steps: int, micro: int = SAMPLES, **layout: Any) -> di
     losses, norms = [], []
     for step in range(steps):
         parts = step_samples(
-            step * SAMPLES, SAMPLES, engine.mesh.data_rank, engine.mesh.data, micro
+            step * SAMPLES, SAMPLES, engine.mesh.reader, engine.mesh.readers, micro
         )
         batches = [rows(part, family) for part in parts]
         done = engine.train_step(

@@ -26,6 +26,7 @@ from pretrain.models.layers import (
     see,
 )
 from pretrain.models.longer import LearnedPositions
+from pretrain.models.part import WHOLE
 
 
 class Block(nn.Module):
@@ -92,6 +93,7 @@ class CPM(nn.Module):
         self.embed = Embeddings(config)
         self.dropout = Dropout(config.dropout)
         self.decoder = Decoder(config, attention)
+        self.part = WHOLE
 
     def forward(
         self,
@@ -107,13 +109,15 @@ class CPM(nn.Module):
         With a cache the tokens continue those that it holds, whose document ids it holds too.
         lengths_B: tokens that each row will have when it is written, where a table of positions is
         stretched to that; None: those of each document here, with a cache its capacity.
+        Where a rank holds a part of the rows (models/part.py) tokens and hidden states are of that
+        part, positions and document ids of whole rows; so in every family.
         """
         if lengths_B is None and cache is not None:
             lengths_B = positions_BT.new_full((1,), cache.capacity)
         lengths_B1 = None if lengths_B is None else lengths_B[:, None]
-        place_BTD = self.embed.positions(positions_BT, document_ids_BT, lengths_B1)
+        place_BTD = self.embed.positions(positions_BT, document_ids_BT, lengths_B1, self.part)
         x_BTD = self.dropout(self.embed.tokens(tokens_BT) + place_BTD)
-        T = tokens_BT.shape[1]
+        T = positions_BT.shape[1]
         past, keys_BS = 0, document_ids_BT
         if cache is not None:
             past = cache.length

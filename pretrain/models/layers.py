@@ -47,6 +47,10 @@ class Visibility:
     """Which of three products is a score (ReRoPE); queries then hold three, keys two of them."""
     _made: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
+    def stretched(self, q_BTNH: Tensor) -> Tensor:
+        """Queries by log-n scaling."""
+        return q_BTNH if self.stretch is None else q_BTNH * self.stretch.to(q_BTNH.dtype)
+
     def additive(self, like_BNTS: Tensor) -> Tensor | None:
         """The bias, 0 without one, and -inf where hidden; None where nothing is to be added."""
         if self.bias is not None:
@@ -153,11 +157,13 @@ def attention_sdpa(
     q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, see: Visibility, scale: float, dropout: float
 ) -> Tensor:
     """Attention by PyTorch's fused kernels: the fast path of a GPU."""
+    # The bias of all layers, not a Boolean, of which each layer would make and keep its own.
+    whole = see.visible is None and see.bias is None
     out_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
+        see.stretched(q_BTNH).transpose(1, 2),
         k_BSNH.transpose(1, 2),
         v_BSNH.transpose(1, 2),
-        attn_mask=see.visible if see.bias is None else see.bias,
+        attn_mask=None if whole else see.additive(q_BTNH),
         dropout_p=dropout,
         is_causal=see.causal,
         scale=scale,
@@ -172,6 +178,7 @@ def attention_matmul(
 
     The softmax computes in fp32 inside whatever the dtype; dropout falls on the probabilities.
     """
+    q_BTNH = see.stretched(q_BTNH)
     q_BTNH = q_BTNH if scale == 1.0 else q_BTNH * scale
     if see.regions is None:
         scores_BNTS = q_BTNH.transpose(1, 2) @ k_BSNH.permute(0, 2, 3, 1)
@@ -298,8 +305,6 @@ class SelfAttention(nn.Module):
         return x_BTD.view(B, T, -1, self.head_dim)
 
     def _attend(self, q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, see: Visibility) -> Tensor:
-        if see.stretch is not None:
-            q_BTNH = q_BTNH * see.stretch.to(q_BTNH.dtype)
         dropout = self.dropout if self.training else 0.0
         out_BTNH = self.attention(q_BTNH, k_BSNH, v_BSNH, see, self.scale, dropout)
         return self.o(out_BTNH.flatten(2))

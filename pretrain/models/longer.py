@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.positions import PositionTable, Rope
+from pretrain.models.part import WHOLE, Part
 
 
 def document_lengths(positions_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
@@ -53,20 +54,23 @@ class LearnedPositions(nn.Module):
         positions_BT: Tensor,
         documents_BT: Tensor | None = None,
         lengths_BT: Tensor | None = None,
+        part: Part = WHOLE,
     ) -> Tensor:
         """positions_BT -> x_BTD; lengths_BT ([B, T] or [B, 1]), where they are not those of the
-        documents as they stand here: a text that is being written has the length it will have."""
+        documents as they stand here: a text that is being written has the length it will have.
+        Of a part of the rows' tokens, x_BTD is of those."""
         if self.table is None:
-            return F.embedding(positions_BT, self.weight)
+            return F.embedding(part.tokens(positions_BT), self.weight)
         if self.table.method == "hierarchical":
-            rows = self.weight.shape[0]
+            rows, positions_BT = self.weight.shape[0], part.tokens(positions_BT)
             blocks_BT = positions_BT.div(rows, rounding_mode="floor")
             block_BTD = F.embedding(blocks_BT, self.weight) - self.weight[0]
             # in the first block this is p_0 - p_0: nothing is added to what was learnt
             return F.embedding(positions_BT % rows, self.weight) + self.table.ratio * block_BTD
         if lengths_BT is None:
             lengths_BT = document_lengths(positions_BT, documents_BT)
-        low_BT, share_BT = stretched(positions_BT, lengths_BT, self.weight.shape[0])
+        places = stretched(positions_BT, lengths_BT, self.weight.shape[0])
+        low_BT, share_BT = (part.tokens(of_BT) for of_BT in places)
         share_BTD = share_BT.to(self.weight.dtype)[..., None]
         high_BT = (low_BT + 1).clamp(max=self.weight.shape[0] - 1)
         low_BTD, high_BTD = (F.embedding(at, self.weight) for at in (low_BT, high_BT))

@@ -27,6 +27,7 @@ from pretrain.models.longer import (
     frequencies,
     growth_of,
 )
+from pretrain.models.part import WHOLE, Part
 
 FEWEST_KEYS = 16
 """Log-n scaling takes a query with fewer keys for one with so many, as bert4keras does."""
@@ -45,14 +46,15 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(buckets, heads))
         self.max_distance, self.two_sided, self.spans = max_distance, two_sided, spans
 
-    def forward(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+    def forward(self, queries_BT: Tensor, keys_BS: Tensor, part: Part = WHOLE) -> Tensor:
         """Positions [B, T] and [B, S] (B or 1 rows each) -> bias_BNTS of this rank's heads."""
+        weight = self.weight[:, part.heads(self.weight.shape[1])]
         distance_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
         numbers = (self.weight.shape[0], self.max_distance, self.spans)
         ids_BTS = buckets_of(distance_BTS, self.two_sided, *numbers)
         if ids_BTS.is_cuda:  # whose backward sorts, and so gives the same sums every time
-            return F.embedding(ids_BTS, self.weight).permute(0, 3, 1, 2).contiguous()
-        return self.weight.t()[:, ids_BTS.flatten()].unflatten(1, ids_BTS.shape).transpose(0, 1)
+            return F.embedding(ids_BTS, weight).permute(0, 3, 1, 2).contiguous()
+        return weight.t()[:, ids_BTS.flatten()].unflatten(1, ids_BTS.shape).transpose(0, 1)
 
 
 def buckets_of(
@@ -134,9 +136,11 @@ def turn_of(
     dtype: torch.dtype,
     rope: Rope | None = None,
     documents_BT: Tensor | None = None,
+    part: Part = WHOLE,
 ) -> Turn:
     """The turn at given positions: pair i by position x base ** (-2 i / head_dim), or as the
     section `rope` of the config says (models/longer.py), of the documents' lengths where dynamic.
+    Of a part of the rows' tokens, the turn is of those.
 
     Angles are computed in float64: at position 100,000 a float32 angle is off by 0.4 degrees.
     """
@@ -152,7 +156,7 @@ def turn_of(
         cos, sin = angle_BTP.cos(), angle_BTP.sin()
         if more is not None:
             cos, sin = cos * more, sin * more
-        return Turn(cos[:, :, None].to(dtype), sin[:, :, None].to(dtype))
+        return Turn(*(part.tokens(by[:, :, None].to(dtype)) for by in (cos, sin)))
 
     turn = at(positions_BT)
     if rope is None or not rope.windowed:

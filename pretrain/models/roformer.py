@@ -38,6 +38,7 @@ from pretrain.models.layers import (
 )
 from pretrain.models.longer import LearnedPositions, regions_of
 from pretrain.models.norms import rms_norm
+from pretrain.models.part import WHOLE
 from pretrain.models.positions import Turn, same_positions, turn_of
 
 
@@ -171,6 +172,7 @@ class RoFormer(nn.Module):
         self.embed = Embeddings(config)
         self.dropout = Dropout(config.dropout)
         self.encoder = Encoder(config, attention)
+        self.part = WHOLE
         if config.labels:
             self.head: nn.Module = LabelHead(config)
         elif config.version == 1:
@@ -195,7 +197,7 @@ class RoFormer(nn.Module):
         segments_BT: int64 below config.segments; None: all are of segment 0.
         """
         x_BTD = self._embedded(tokens_BT, positions_BT, document_ids_BT, segments_BT)
-        T, config, rope = tokens_BT.shape[1], self.config, self.config.rope
+        T, config, rope = positions_BT.shape[1], self.config, self.config.rope
         documents = (document_ids_BT, document_ids_BT)
         log_n, least = config.log_n, config.log_n_least
         device = tokens_BT.device
@@ -203,7 +205,7 @@ class RoFormer(nn.Module):
         turn = None
         if config.positions is None:
             numbers = (config.head_dim, config.rope_base, x_BTD.dtype)
-            turn = turn_of(positions_BT, *numbers, rope, document_ids_BT)
+            turn = turn_of(positions_BT, *numbers, rope, document_ids_BT, self.part)
             if rope is not None and rope.windowed:
                 places = same_positions(positions_BT, document_ids_BT)
                 seen = replace(seen, regions=regions_of(places, places, rope.window))
@@ -223,7 +225,7 @@ class RoFormer(nn.Module):
             segments_BT = tokens_BT.new_zeros(1, 1)
         x_BTD = self.embed.tokens(tokens_BT) + self.embed.segments(segments_BT)
         if self.config.positions is not None:
-            x_BTD = x_BTD + self.embed.positions(positions_BT, document_ids_BT)
+            x_BTD = x_BTD + self.embed.positions(positions_BT, document_ids_BT, part=self.part)
         if self.config.version == 1:
             embedded: Tensor = self.dropout(self.embed.norm(x_BTD))
         else:

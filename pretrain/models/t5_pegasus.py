@@ -38,6 +38,7 @@ from pretrain.models.layers import (
     see_across,
 )
 from pretrain.models.norms import RMSNorm
+from pretrain.models.part import WHOLE
 from pretrain.models.positions import RelativeBias, same_positions, shared_positions
 
 
@@ -138,6 +139,7 @@ class T5Pegasus(nn.Module):
         self.encoder = Stack(config, EncoderBlock, attention)
         self.decoder = Stack(config, DecoderBlock, attention)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.part = WHOLE
 
     def forward(
         self,
@@ -168,9 +170,9 @@ class T5Pegasus(nn.Module):
     ) -> Tensor:
         """The encoder's hidden states [B, S, D]: a token sees all of its own document."""
         x_BSD = self.dropout(self.embed.tokens(tokens_BS))
-        S, stretch = tokens_BS.shape[1], log_n_of(self.config)
+        S, stretch = positions_BS.shape[1], log_n_of(self.config)
         places = shared_positions(positions_BS, document_ids_BS)
-        bias_BNSS = self.encoder.position_bias(places, places)
+        bias_BNSS = self.encoder.position_bias(places, places, self.part)
         documents = (document_ids_BS, document_ids_BS)
         seen = see(S, S, False, *documents, tokens_BS.device, bias_BNTS=bias_BNSS, **stretch)
         for block in self.encoder.layers:
@@ -193,7 +195,7 @@ class T5Pegasus(nn.Module):
         encoder's keys and values are then computed once.
         """
         x_BTD = self.dropout(self.embed.tokens(tokens_BT))
-        T = tokens_BT.shape[1]
+        T = positions_BT.shape[1]
         past, keys_BS, key_positions_BS = 0, document_ids_BT, positions_BT
         if cache is not None:
             past, key_positions_BS = cache.length, cache.extend_positions(positions_BT)
@@ -210,7 +212,7 @@ class T5Pegasus(nn.Module):
             True,
             *documents,
             tokens_BT.device,
-            bias_BNTS=table(queries, keys),
+            bias_BNTS=table(queries, keys, self.part),
             **stretch,
         )
         bias_BNTS = None
@@ -218,6 +220,7 @@ class T5Pegasus(nn.Module):
             bias_BNTS = table(
                 same_positions(positions_BT, document_ids_BT),
                 same_positions(encoder_positions_BS, encoder_document_ids_BS),
+                self.part,
             )
         across = see_across(
             positions_BT,
