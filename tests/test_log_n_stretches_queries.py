@@ -31,13 +31,13 @@ Call = tuple[Tensor, Visibility]
 
 
 def calls(family: str, log_n: int, documents: bool = True) -> list[Call]:
-    """Queries and visibility of every call of attention."""
+    """Queries, stretched, and visibility of every call of attention."""
     model: Any = build(replace(FAMILIES[family], log_n=log_n)).double().eval()
     random_weights(model, 0)
     seen: list[Call] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor, see: Visibility, *rest: Any) -> Tensor:
-        seen.append((q, see))
+        seen.append((see.stretched(q), see))
         return attention_matmul(q, k, v, see, *rest)
 
     for module in model.modules():

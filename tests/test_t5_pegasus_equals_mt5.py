@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs.model import T5PegasusConfig, parameter_count
 from pretrain import recompute
 from pretrain.models.layers import KeyValueCache, attention_matmul, attention_sdpa, check, gelu_erf
+from pretrain.models.part import Part
 from pretrain.models.positions import RelativeBias, buckets_of
 from pretrain.models.t5_pegasus import T5Pegasus
 from tests.test_cpm_equals_gpt2 import random_weights
@@ -305,8 +306,8 @@ def test_one_bias_for_all_rows_is_the_same_bias(monkeypatch: pytest.MonkeyPatch)
     shapes: list[tuple[int, ...]] = []
     forward = RelativeBias.forward
 
-    def watched(self: RelativeBias, queries: Tensor, keys: Tensor) -> Tensor:
-        made = forward(self, queries, keys)
+    def watched(self: RelativeBias, queries: Tensor, keys: Tensor, part: Part) -> Tensor:
+        made = forward(self, queries, keys, part)
         shapes.append(tuple(made.shape))
         return made
 
