@@ -200,9 +200,10 @@ def _two_stacks(config: T5PegasusConfig, kept: _Kept, row: Row, recompute: str) 
         blocks = config.layers * kept.stream * (T + U) + max(encoder, decoder)
     heads = config.heads // (kept.tensor * kept.sequence)
     own_pairs, across_pairs = whole_T**2 + whole_U**2, whole_U * whole_T
-    biases = own_pairs + (across_pairs if config.cross_position_bias else 0)
-    masks = own_pairs + across_pairs
+    biased = own_pairs + (across_pairs if config.cross_position_bias else 0)
+    # a bias keeps its buckets (int64) and what was hidden in it; without one there is a mask
+    masks = 9 * biased + kept.width * (own_pairs + across_pairs - biased)
     outside = (T + U) * (
         kept.norm + 2 * kept.cut
     )  # final norms; dropout behind them, on embeddings
-    return blocks + outside + 2 * kept.width * heads * biases + masks
+    return blocks + outside + 2 * kept.width * heads * biased + masks
