@@ -13,6 +13,8 @@ both read it, so that a run's page, its checkpoints and its models agree.
     hidden, T5                         logit_scale = the small model's number, d ** -0.5 if null
     head_dim h -> h', RoFormer         rope_base ** (h' / h) where h' / h is not whole, so that the
                                        old pairs keep their frequencies
+    vocab, new_words: masked           words_said = the old vocabulary: the logits of the others are
+                                       -1e4, so that every probability is kept
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from typing import Any, Literal
 
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
 
-CARRIED = ("norm_eps", "logit_scale", "softmax_scale", "rope_base")
+CARRIED = ("norm_eps", "logit_scale", "softmax_scale", "rope_base", "words_said")
 """What growth carries over, changed or not."""
 PRESERVING = ("exact", "su")
 """Methods that keep the function; the others are there to be compared with."""
@@ -41,7 +43,8 @@ class Growing:
     split: float = 0.5
     """The first copy's share of what two copies are read with; 0.5 leaves them equal."""
     new_words: Literal["mean", "masked"] = "mean"
-    """New rows of the vocabulary: the mean of all, or never said."""
+    """New rows of the vocabulary begin as the mean of all; masked: and are not said before a stage
+    (or page) sets words_said to the whole vocabulary (新词先屏蔽)."""
     rewarm_steps: int = 0
     """Steps over which the learning rate of what was divided among copies goes from the exact
     rule's (1 / k of the others') to that of the others; 0: it stays (恢复学习率)."""
@@ -86,7 +89,10 @@ def carried(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> dict[str
         "norm_eps": now.norm_eps,
         "logit_scale": now.logit_scale,
         "softmax_scale": now.softmax_scale,
+        "words_said": None if said(now) == now.vocab else now.words_said,
     }
+    if to.vocab > now.vocab and how.new_words == "masked":
+        found["words_said"] = said(now)
     v2 = isinstance(now, RoFormerConfig) and now.version == 2
     if to.hidden != now.hidden:
         if isinstance(now, T5PegasusConfig) and now.logit_scale is None:
@@ -107,6 +113,11 @@ def carried(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> dict[str
 def times(old: int, new: int) -> int | None:
     """The whole factor from `old` to `new`, or None where there is none."""
     return new // old if new >= old >= 1 and new % old == 0 else None
+
+
+def said(config: ModelConfig) -> int:
+    """How many words a head can say: the vocabulary without what `words_said` masks."""
+    return config.vocab if config.words_said is None else config.words_said
 
 
 def scale_of_scores(config: ModelConfig) -> float:

@@ -57,6 +57,8 @@ class CPMConfig:
     """Attention scores are multiplied by this; null means head_dim ** -0.5."""
     logit_scale: float = 1.0
     """Logits are multiplied by this."""
+    words_said: int | None = None
+    """Ids from this one on are never said: rows of new words that wait (growth sets it)."""
     log_n: int = 0
     """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
     at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
@@ -109,6 +111,8 @@ class T5PegasusConfig:
     """Deviation 2: the decoder's self-attention bias is added to cross-attention too."""
     logit_scale: float | None = None
     """Deviation 3: the untied head is scaled; null means hidden ** -0.5, 1.0 is mT5's."""
+    words_said: int | None = None
+    """Ids from this one on are never said: rows of new words that wait (growth sets it)."""
     softmax_scale: float | None = 1.0
     """T5 does not scale attention scores."""
     log_n: int = 0
@@ -171,6 +175,8 @@ class RoFormerConfig:
     """Attention scores are multiplied by this; null means head_dim ** -0.5."""
     logit_scale: float = 1.0
     """Logits are multiplied by this."""
+    words_said: int | None = None
+    """Ids from this one on are never said: rows of new words that wait (growth sets it)."""
     log_n: int = 0
     """Attention scores are multiplied by log n / log log_n, n the keys that a token sees; 0: not
     at all; 512: as published (kexue.fm/archives/8823), the same function at n = 512."""
@@ -433,6 +439,8 @@ def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
             found.append(f"{name}: is {getattr(config, name)}, must lie in [0, 1)")
     if config.log_n_least < 0:
         found.append(f"log_n_least: is {config.log_n_least}, must not be negative")
+    if config.words_said is not None and not 1 <= config.words_said <= config.vocab:
+        found.append(f"words_said: is {config.words_said}, must lie in [1, vocab] or be null")
     if config.log_n < 0 or config.log_n == 1:
         found.append(f"log_n: is {config.log_n}, must be 0 (off) or a number of keys from 2 on")
     for name in ("norm_eps", "init_std"):

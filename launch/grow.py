@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.grown import CARRIED, EXACT, Growing
+from configs.grown import CARRIED, EXACT, Growing, said
 from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
 from configs.run import RunConfig
 
 if TYPE_CHECKING:
+    from pretrain.mixing import Mixture
     from pretrain.probes import Recorded
 
 HELP = {
@@ -30,7 +31,7 @@ HELP = {
     "added": "new units and heads: random and not yet read, or copies that share the reading",
     "noise": "zero-sum noise on what reads copies, a share of its size (0)",
     "split": "the first of two copies' share of what reads them (0.5)",
-    "new_words": "new rows of the vocabulary: the mean, or never said (RoFormer v1)",
+    "new_words": "new rows of the vocabulary: the mean, or also masked until words_said lets them",
     "rewarm_steps": "steps until copies learn at the rate of the others (0: they never do)",
 }
 SIZES = ("layers", "hidden", "heads", "head_dim", "ffn", "vocab")
@@ -51,6 +52,10 @@ def main(argv: list[str]) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a size of it"
     )
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
+    parser.add_argument(
+        "--tokenizer",
+        help="the old tokenizer with more words: each begins as the mean of its parts",
+    )
     parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
     fields = dataclasses.fields(Growing)
     for field in fields:
@@ -66,7 +71,8 @@ def main(argv: list[str]) -> int:
     larger = target(arguments.to, arguments.set)
     how = from_dict(Growing, {f.name: getattr(arguments, f.name) for f in fields})
     out = Path(arguments.out)
-    proof = grow(Path(arguments.source), larger, out, arguments.seed, how)
+    words = Path(arguments.tokenizer) if arguments.tokenizer else None
+    proof = grow(Path(arguments.source), larger, out, arguments.seed, how, words)
     print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
     good = proof["kept"] or not proof["means_to_keep"]
     if not good:
@@ -87,10 +93,19 @@ def target(path: str, overrides: list[str]) -> ModelConfig:
 
 
 def grow(
-    origin: Path, to: ModelConfig, out: Path, seed: int, how: Growing = EXACT
+    origin: Path,
+    to: ModelConfig,
+    out: Path,
+    seed: int,
+    how: Growing = EXACT,
+    more_words: Path | None = None,
 ) -> dict[str, Any]:
-    """Read, grow, write, prove; returns the proof. ValueError for what cannot be done."""
+    """Read, grow, write, prove; returns the proof. ValueError for what cannot be done.
+
+    more_words: a tokenizer that has the checkpoint's tokens in their places, and more.
+    """
     from pretrain import allocator, checkpoint, growth, proof
+    from pretrain.state import State
 
     if out.exists():
         raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
@@ -100,10 +115,15 @@ def grow(
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
     probes = proof.probes(tokenizer, growth.model_config(before))
-    grown = growth.grow(before, to, seed, how)
+    pieces, made = None, {}
+    if more_words is not None:
+        pieces, made = _compounds(tokenizer, more_words, growth.model_config(before), to)
+    grown = growth.grow(before, to, seed, how, pieces=pieces)
+    if made:
+        grown = State(grown.entries, grown.record | {"tokenizer": made["fingerprint"]})
     batch, why = _recorded(before.record)
     precision = before.record.get("config", {}).get("precision", "fp32")
-    checkpoint.write_state(out, grown, tokenizer)
+    checkpoint.write_state(out, grown, more_words or tokenizer)
     after = checkpoint.read(out)
     found = {
         "verb": "grow",
@@ -112,12 +132,49 @@ def grow(
         "seed": seed,
         "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
         "how": to_dict(how),
-        **proof.prove(before, after, probes, batch=batch, precision=precision),
+        **proof.prove(before, after, probes, batch=batch, precision=precision, pieces=pieces),
     }
+    if made:
+        found["new_words"] = made
     if batch is None:
         found["batch"] = {"none": why}
     proof.write_proof(out, found)
     return {**found, "out": str(out)}
+
+
+def _compounds(
+    old: Path | None, new: Path, now: ModelConfig, to: ModelConfig
+) -> "tuple[Mixture, dict[str, Any]]":
+    """What the new rows are made of, and the numbers of that."""
+    from data_pipeline import tokenizer as tokenizers
+    from launch.revocab import of
+    from pretrain.convert.vocabulary import plan
+    from pretrain.mixing import Mixture
+
+    if old is None:
+        raise ValueError("--tokenizer: the checkpoint has none of its own to cut new words by")
+    was, words = tokenizers.load(old), tokenizers.load(new)
+    tokens, more = of(was).tokens, of(words).tokens
+    if more[: len(tokens)] != tokens:
+        pairs = zip(tokens, more, strict=False)
+        at = next((n for n, (one, other) in enumerate(pairs) if one != other), len(more))
+        raise ValueError(
+            f"--tokenizer: {new} differs from the checkpoint's at id {at}; growing keeps every "
+            "token in its place, another vocabulary is `revocab`'s (词表须以原词表开头)"
+        )
+    if len(more) > to.vocab:
+        raise ValueError(
+            f"--tokenizer: {new} has {len(more)} tokens, model.vocab is {to.vocab}; "
+            f"--set vocab={len(more)} or more (词表过小)"
+        )
+    made = plan(of(was), of(words))
+    rows, weights = made.rows[now.vocab :], made.weights[now.vocab :]
+    return Mixture(rows, weights), {
+        "fingerprint": words.fingerprint,
+        "means": sum(len(one) > 1 for one in rows),
+        "copies": sum(len(one) == 1 for one in rows),
+        "spare_rows_taken": len(more[len(tokens) : now.vocab]),
+    }
 
 
 def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
@@ -129,7 +186,7 @@ def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
 
     try:
         page = from_dict(RunConfig, record["config"])
-        corpora = open_corpora(page.data, page.objective, page.run.seed, page.model.vocab)
+        corpora = open_corpora(page.data, page.objective, page.run.seed, said(page.model))
     except (ConfigError, OSError, ValueError) as error:
         return None, f"the training data is not here: {str(error).splitlines()[0]}"
     return proof.recorded(corpora, objectives.build(page.objective), page.batch.micro), ""
@@ -162,12 +219,24 @@ def _table(proof: dict[str, Any]) -> str:
         ("numbers changed", follow or "none; the page of the larger size is the model's"),
         ("logits, float64", compared(proof["float64"])),
         ("logits, float32", compared(proof["float32"])),
+        ("old words", _words(proof)),
         ("loss on probes", f"{proof['loss']['before']:.6f} -> {proof['loss']['after']:.6f}"),
         ("loss on data", losses),
         ("function", verdict),
         ("proof", f"{proof['out']}/proof.json"),
     ]
     return "\n".join(f"{name:<16} {value}" for name, value in lines)
+
+
+def _words(proof: dict[str, Any]) -> str:
+    """What new words take of the old ones' probability."""
+    small, large = (said(_typed(proof[side])) for side in ("from", "to"))
+    if small == large:
+        return f"{small:,} are said, as before"
+    made = proof.get("new_words")
+    of = ", {means} made of several old ones, {copies} of one".format(**made) if made else ""
+    fall = f"log p of an old one falls by at most {proof['old_words_fall_by']:.2g} on the probes"
+    return f"{small:,} -> {large:,} are said{of}: {fall} (概率略降)"
 
 
 def _typed(model: dict[str, Any]) -> ModelConfig:

@@ -7,7 +7,7 @@ is as large as the model. With a fixed threshold every tensor has pages of its o
 
 import ctypes
 
-OWN_PAGES_FROM = 1 << 20
+OWN_PAGES_FROM = 1 << 17
 """Bytes of a block that gets pages of its own."""
 _M_MMAP_THRESHOLD = -3
 """<malloc.h>"""

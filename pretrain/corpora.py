@@ -193,10 +193,10 @@ def _open(reading: Reading, vocab: int) -> _Opened:
     if len(prints) > 1:
         raise ConfigError(_tokenizers_differ(prints))
     tokenizer = corpus_tokenizer.load(folders[0] / "tokenizer")
-    if tokenizer.vocab_size > vocab:
+    if tokenizer.vocab_size > vocab:  # of those that are said: a masked one cannot be learnt
         raise ConfigError(
             f"model.vocab: is {vocab}, the tokenizer of {folders[0]} has {tokenizer.vocab_size} "
-            "tokens; model.vocab must be at least that (词表过小)"
+            "tokens; model.vocab, and model.words_said if given, must be at least that (词表过小)"
         )
     for folder, manifest in zip(folders, manifests, strict=True):
         check_sides(folder, manifest, sides)

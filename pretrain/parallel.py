@@ -224,6 +224,7 @@ def shard(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             whole = old.get_parameter(leaf)
             local = torch.empty(local_shape(config, tensor, mesh.tensor), device="meta")
             setattr(old, leaf, nn.Parameter(local.to(whole.dtype)))
+    model.first_word = mesh.tensor_rank * config.vocab // mesh.tensor  # type: ignore[assignment]
     for module in model.modules():
         if callable(attention := vars(module).get("attention")):
             vars(module)["attention"] = split_dropout(attention, mesh)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from configs.grown import said
 from configs.model import ModelConfig, longest_row
 from pretrain.state import seed_of
 
@@ -52,7 +53,7 @@ def probes(tokenizer: Path | None, config: ModelConfig, seed: int = 0) -> torch.
     wanted = PROBE_ROWS * length
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed_of(seed, "probes"))
-        ids = torch.randint(config.vocab, (wanted,), generator=generator)
+        ids = torch.randint(said(config), (wanted,), generator=generator)
         return ids.view(PROBE_ROWS, length)
     from data_pipeline.tokenizer import load
 

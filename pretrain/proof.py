@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.grown import PRESERVING, Growing, times
+from configs.grown import PRESERVING, Growing, said, times
 from configs.load import to_dict
 from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
 from pretrain.growth import grow, model_config, told
 from pretrain.growth.depth import source
+from pretrain.mixing import Mixture
 from pretrain.models import build
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.probes import PROBE_ROWS as PROBE_ROWS
@@ -61,6 +62,7 @@ def prove(
     *,
     batch: Recorded | None = None,
     precision: str = "fp32",
+    pieces: Mixture | None = None,
 ) -> dict[str, Any]:
     """Compare the outputs of two states on probes; dropout off.
 
@@ -69,7 +71,8 @@ def prove(
     standard deviation of the logits, the first tensor that is `not_as_computed`, the loss (nats a
     token, next token, float64) before and after, `kept` (the verdict), and if it is False
     `differs_at`, the first place where the residual stream differs. Of a larger vocabulary the old
-    words' logits are compared.
+    words' logits are compared, and where the new ones are masked (`words_said`) every probability
+    is kept too; `old_words_fall_by` is what the new ones take of log p (nats, the largest).
 
     `method` is how the state grew; one that does not mean to keep the function (`means_to_keep`)
     is told by how much it `moved`, in deviations of the logits. With a `batch` its loss before and
@@ -77,12 +80,13 @@ def prove(
     rounding.
     """
     started = time.monotonic()
-    exact_BTV = logits(before, tokens_BT, torch.float64)
-    rounded_BTV = logits(before, tokens_BT, torch.float32)
+    vocab = said(model_config(before))  # what is masked is no logit of the model's
+    exact_BTV = logits(before, tokens_BT, torch.float64)[..., :vocab]
+    rounded_BTV = logits(before, tokens_BT, torch.float32)[..., :vocab]
     own_error = _distance(rounded_BTV, exact_BTV)
-    unrounded, odd = _unrounded(before, after)
+    unrounded, odd = _unrounded(before, after, pieces)
     grown_BTV = logits(unrounded, tokens_BT, torch.float64)
-    std, vocab = float(exact_BTV.std()), exact_BTV.shape[-1]
+    std = float(exact_BTV.std())
     found = {
         "float64": _verdict(
             _distance(grown_BTV[..., :vocab], exact_BTV), FLOAT64_TOLERANCE * std, std
@@ -109,6 +113,7 @@ def prove(
             "before": _loss(exact_BTV, tokens_BT),
             "after": _loss(grown_BTV, tokens_BT),
         },
+        "old_words_fall_by": float((grown_BTV.logsumexp(-1) - exact_BTV.logsumexp(-1)).max()),
         "batch": None if batch is None else _of_batch(before, after, batch, precision),
         "precision": _rounding(before, after, tokens_BT, precision),
         "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
@@ -153,26 +158,30 @@ def _rounding(
     """
     if precision == "fp32":
         return None
-    old = logits(before, tokens_BT, DTYPES[precision]).double()
-    new = logits(after, tokens_BT, DTYPES[precision]).double()[..., : old.shape[-1]]
-    alone = torch.cat([logits(before, row[None], DTYPES[precision]) for row in tokens_BT])
+    vocab = said(model_config(before))
+    old = logits(before, tokens_BT, DTYPES[precision]).double()[..., :vocab]
+    new = logits(after, tokens_BT, DTYPES[precision]).double()[..., :vocab]
+    rows = [logits(before, row[None], DTYPES[precision])[..., :vocab] for row in tokens_BT]
+    alone = torch.cat(rows)
     return {
         "name": precision,
         "max_difference": _distance(new, old),
         "median_difference": float((new - old).abs().median()),
-        "own_rounding": _distance(old, logits(before, tokens_BT, torch.float64)),
+        "own_rounding": _distance(old, logits(before, tokens_BT, torch.float64)[..., :vocab]),
         "own_by_row": _distance(alone, old),
     }
 
 
-def _unrounded(before: State, after: State) -> tuple[State, str | None]:
+def _unrounded(
+    before: State, after: State, pieces: Mixture | None = None
+) -> tuple[State, str | None]:
     """The growth from `before` to `after` without rounding, and the first weight of `after` that is
     not its rounding; `after` itself where its record tells of no growth from `before`."""
     lines = _lines(before, after)
     if not lines:
         return after, None
     to = model_config(State({}, {"model": lines[0]["to"]}))
-    exact = grow(before, to, lines[0]["seed"], told(lines[0]), rounded=False)
+    exact = grow(before, to, lines[0]["seed"], told(lines[0]), rounded=False, pieces=pieces)
     for name in exact.names():
         written = after.read(f"weights/{name}")
         if not torch.equal(exact.read(f"weights/{name}").to(written.dtype), written):
@@ -297,7 +306,7 @@ def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
         if not far <= tolerance * scale:
             return f"{earlier} (the stream that enters {name} differs by {far:.2e})"
         earlier = _inside(name, was, now)
-    far = _distance(new_BTV[..., : old_BTV.shape[-1]], old_BTV)
+    far = _distance(new_BTV[..., : said(was)], old_BTV[..., : said(was)])
     return f"{earlier} or the head (the logits differ by {far:.2e})"
 
 

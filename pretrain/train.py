@@ -27,6 +27,7 @@ from dataclasses import replace  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
+from configs.grown import said  # noqa: E402
 from configs.load import ConfigError, dump, load  # noqa: E402
 from configs.model import parameter_count, tensors  # noqa: E402
 from configs.run import (  # noqa: E402
@@ -79,10 +80,10 @@ def train(
     readers = open_stages(
         [Reading(p.data, p.objective, first_sample(config, n)) for n, p in enumerate(pages)],
         config.run.seed,
-        config.model.vocab,
+        said(config.model),
     )
     start.check_ahead(config, readers[0])
-    for sentence in dict.fromkeys(said for corpora in readers for said in corpora.said()):
+    for sentence in dict.fromkeys(text for corpora in readers for text in corpora.said()):
         out.say(sentence)
     summary: dict[str, Any] = {}
     watch = Watch(run, mesh.rank, mesh.world, config.faults.stall_s, out.complain)

@@ -116,6 +116,33 @@ def test_copies_part(family: str, sizes: dict[str, int]) -> None:
         assert apart(trained_on(parted, STEPS), sizes, config) > 1e-3
 
 
+def stream_rank(weights: dict[str, torch.Tensor], config: ModelConfig) -> int:
+    """Dimensions that the residual stream uses behind the last layer, on random tokens: singular
+    values above 1e-6 of the largest (locked copies leave 1e-9 of it, parted ones 1e-4)."""
+    with torch.device("meta"):
+        model = build(config)
+    model.to_empty(device="cpu").double().eval()
+    model.load_state_dict(weights)
+    tokens = torch.randint(97, (16, 20), generator=torch.Generator().manual_seed(1))
+    sides = (tokens, torch.arange(20).expand_as(tokens), None)
+    with torch.no_grad():
+        hidden = model(*sides, *sides) if config.family == "t5_pegasus" else model(*sides)
+    values = torch.linalg.svdvals(hidden.flatten(0, 1))
+    return int((values > 1e-6 * values[0]).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_uses_more_than_the_old_dimensions(family: str) -> None:
+    """After 50 steps, as GROWTH of record 10 asks: locked copies stay in the small model's 32."""
+    config, ranks = larger(family, {"hidden": 64}), {}
+    for name, way in {"locked": LOCKED, **WAYS}.items():
+        grown = grow(small(family), config, 1, way, rounded=False)
+        ranks[name] = stream_rank(trained_on(grown, 50), model_config(grown))
+    assert ranks["locked"] <= 32  # the negative control
+    assert all(ranks[name] > 48 for name in WAYS), ranks
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_silent_layers_part_at_once_with_noise(family: str) -> None:
     """Copies of one layer: their first update is the same without noise, not with it."""

@@ -22,11 +22,17 @@ def test_tensor_two_by_data_two_equals_one_process(world1: World, world4: World,
         assert max(abs(a - b) / b for a, b in pairs) < most, what
 
 
-def test_a_cut_model_says_what_a_whole_one_says(world1: World, world2: World) -> None:
-    one = world1.run(jobs.train, zero=1, steps=0, look=True)[0]
-    two = world2.run(jobs.train, zero=1, tensor=2, steps=0, look=True)
+@pytest.mark.parametrize("said", [None, 60, 30])
+def test_a_cut_model_says_what_a_whole_one_says(
+    world1: World, world2: World, said: int | None
+) -> None:
+    """Masked words too, where the mask begins in the second half and in the first."""
+    config = replace(jobs.TINY, words_said=said)
+    one = world1.run(jobs.train, zero=1, steps=0, look=True, config=config)[0]
+    two = world2.run(jobs.train, zero=1, tensor=2, steps=0, look=True, config=config)
     halves = torch.cat([rank["logits"] for rank in two], dim=-1)
     assert (halves - one["logits"]).abs().max() < 1e-5  # fp32, logits of size 1
+    assert bool((halves[:, said or 96 :] == -1e4).all())
     assert two[0]["evaluated"] == pytest.approx(one["evaluated"], rel=1e-6)
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from pretrain.state import State
 from tests.run_jobs import losses, metrics, page, rewrite
+from tests.test_run_of_every_objective import corpus  # noqa: F401
+from tests.test_run_of_every_objective import page as page_of
 from tests.worlds import World
 
 GO = "tests.run_jobs:go"
@@ -66,3 +68,43 @@ def test_a_run_widened_by_tiling_follows_the_small_one(
         found = losses(tmp_path / "wide")
         far = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
         assert far > 5e-5, change.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("family", ["cpm", "t5", "v1", "v2"])
+def test_in_every_family_under_zero(
+    tmp_path: Path,
+    tiny_corpus: Path,
+    corpus: Path,  # noqa: F811
+    world2: World,
+    family: str,
+    zero: int,
+) -> None:
+    """20 clipped AdamW steps behind the border; the control brings the rates back to 1 at once."""
+    plain = page(tmp_path, tiny_corpus)
+    if family != "cpm":
+        plain = page_of(tmp_path, corpus, "span_corruption" if family == "t5" else "masked")
+    plain["model"] |= {"dropout": 0.0, "attention_dropout": 0.0}
+    plain["model"] |= {"version": 2} if family == "v2" else {}
+    wider = {"hidden": 2 * plain["model"]["hidden"]}
+
+    def run(name: str, *stages: dict[str, Any]) -> list[float]:
+        changes = {"out": str(tmp_path / name), "steps": None, "save_every_steps": 99}
+        sections = plain | {"stages": list(stages), "parallel": {"zero": zero}}
+        sections["run"] = plain["run"] | changes
+        sections["schedule"] = {"name": "constant", "warmup_steps": 2}
+        sections["optimizer"] = plain["optimizer"] | {"clip_norm": CLIP}
+        world2.run(GO, config=sections)
+        return losses(tmp_path / name)
+
+    small = run("small", {"steps": 24})
+    assert all(line["grad_norm"] > CLIP for line in metrics(tmp_path / "small"))
+    assert run("wide", {"steps": 4}, {"steps": 20, "model": wider}) == pytest.approx(
+        small, rel=2e-5
+    )
+    control = run(
+        "control", {"steps": 4}, {"steps": 20, "model": wider, "grow": {"rewarm_steps": 1}}
+    )
+    gaps = [abs(one / other - 1) for one, other in zip(control, small, strict=True)]
+    assert max(gaps[:4]) < 2e-5 < 1e-3 < max(gaps)

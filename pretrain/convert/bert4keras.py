@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig
 from pretrain.convert import bundle
-from pretrain.convert.rules import ConversionError, Foreign, Rule, same
+from pretrain.convert.rules import ConversionError, Foreign, Rule, masked, same
 
 BESIDE = {"bert/pooler/": "the pooler", "cls/seq_relationship/": "the next-sentence head"}
 """What a file of BERT's may hold beside the model."""
@@ -240,7 +240,7 @@ def page_of(config: ModelConfig) -> dict[str, Any]:
 
 def unsayable(config: ModelConfig) -> list[str]:
     """What bert4keras computes otherwise, whatever the file says."""
-    found = [f"model.log_n is {config.log_n}"] if config.log_n else []
+    found = masked(config) + ([f"model.log_n is {config.log_n}"] if config.log_n else [])
     if isinstance(config, T5PegasusConfig):
         wanted = {"activation": "gelu_erf", "cross_position_bias": True, "logit_scale": None}
         wanted |= {"max_distance": 128, "softmax_scale": 1.0}

@@ -10,7 +10,7 @@ from typing import Any
 from configs.load import from_dict, override, to_dict
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
 from configs.positions import PositionTable, Rope
-from pretrain.convert.rules import ConversionError
+from pretrain.convert.rules import ConversionError, masked
 
 ROFORMER_POSITIONS = 1536
 """Rows of the table of sines that transformers saves; it limits no length of ours."""
@@ -141,7 +141,7 @@ def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
 
 
 def _unsayable(config: ModelConfig) -> list[str]:
-    found = []
+    found = masked(config)
     if config.log_n:
         found.append(f"model.log_n is {config.log_n}")
     table, rope = getattr(config, "position_table", None), getattr(config, "rope", None)

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from configs.grown import said
 from configs.model import ModelConfig, shape, tensors
 from pretrain.state import Entry
 
@@ -28,6 +29,14 @@ Foreign = Mapping[str, Callable[[], Tensor]]
 
 class ConversionError(ValueError):
     """A file cannot be converted; the message names the tensor or the setting."""
+
+
+def masked(config: ModelConfig) -> list[str]:
+    """Why a format without `words_said` cannot have a model that masks words; empty for others."""
+    if said(config) == config.vocab:
+        return []
+    why = f"model.words_said is {config.words_said}, the words from it on would be said"
+    return [f"{why}; train them with words_said={config.vocab}, or grow to that, first"]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from configs.load import to_dict
 from configs.model import ModelConfig, shape, tensors
-from pretrain.convert.rules import ConversionError
+from pretrain.convert.rules import ConversionError, masked
+from pretrain.mixing import Mixture, mixed
 from pretrain.state import Entry, State
 
 PUBLISHED_HEAD = 106
@@ -47,13 +46,9 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Mixture):
     """Where the row of each new token comes from."""
 
-    rows: tuple[tuple[int, ...], ...]
-    """Rows of the old table."""
-    weights: tuple[tuple[float, ...], ...]
-    """Their shares, 1 together."""
     kept: tuple[bool, ...]
     """Whether it is a token of the old vocabulary too: the copy of its row."""
 
@@ -174,7 +169,9 @@ def applied(state: State, config: ModelConfig, made: Plan) -> State:
             f"the old vocabulary has a token {last}, model.vocab is {config.vocab}; the tokenizer "
             "does not belong to the checkpoint (分词器与模型不符)"
         )
-    to = replace(config, vocab=len(made.rows))
+    if wrong := masked(config):
+        raise ConversionError(f"{wrong[0]} (先解除屏蔽)")
+    to = replace(config, vocab=len(made.rows), words_said=None)
     entries = dict(state.weights_only().entries)
     for tensor in tensors(to):
         if "vocab" not in tensor.out:
@@ -189,22 +186,6 @@ def _reader(entry: Entry, made: Plan) -> Callable[[], Tensor]:
     def read() -> Tensor:
         old = entry.read()
         table = old if old.ndim == 2 else old[:, None]
-        new = table[torch.tensor([one[0] for one in made.rows])].float()
-        mixed = [number for number, one in enumerate(made.rows) if len(one) > 1]
-        if mixed:
-            parts = [made.rows[number] for number in mixed]
-            sizes = np.array([len(one) for one in parts])
-            bags = torch.nn.functional.embedding_bag(
-                torch.tensor([i for one in parts for i in one]),
-                table.double(),
-                torch.from_numpy(sizes.cumsum() - sizes),
-                mode="sum",
-                per_sample_weights=torch.tensor(
-                    [share for number in mixed for share in made.weights[number]],
-                    dtype=torch.float64,
-                ),
-            )
-            new[torch.tensor(mixed)] = bags.float()
-        return new.reshape(len(made.rows), *old.shape[1:])
+        return mixed(table, made).float().reshape(len(made.rows), *old.shape[1:])
 
     return read

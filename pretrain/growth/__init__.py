@@ -17,15 +17,17 @@ kexue.fm/archives/8444).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-from configs.grown import CARRIED, EXACT, PRESERVING, Growing, carried, completed, times
+from configs.grown import CARRIED, EXACT, PRESERVING, Growing, carried, completed, said, times
 from configs.load import from_dict, to_dict
 from configs.model import ModelConfig, RoFormerConfig, tensors
 from pretrain.growth import width
 from pretrain.growth.depth import deeper
 from pretrain.growth.moments import settled, slots, unknown
+from pretrain.mixing import Mixture
 from pretrain.state import Entry, State
 
 Operator = Callable[[State, ModelConfig, ModelConfig, int, Growing], State]
@@ -40,7 +42,11 @@ OPERATORS: dict[str, Operator] = {
 }
 """What can be enlarged, and by which operator, in the order of application."""
 GROWS = tuple(OPERATORS)
-FOLLOWS = {"hidden": ("norm_eps", "logit_scale"), "head_dim": ("rope_base",)}
+FOLLOWS = {
+    "hidden": ("norm_eps", "logit_scale"),
+    "head_dim": ("rope_base",),
+    "vocab": ("words_said",),
+}
 """Numbers of the config that change together with a size."""
 FREE = ("dropout", "attention_dropout", "init_std")
 """What may differ because it changes neither a tensor nor the function at inference."""
@@ -59,6 +65,7 @@ def grow(
     how: Growing = EXACT,
     *,
     rounded: bool = True,
+    pieces: Mixture | None = None,
 ) -> State:
     """The state enlarged to the config `to`; logits are the same in exact arithmetic, dropout off,
     under the methods of configs.grown.PRESERVING.
@@ -72,6 +79,7 @@ def grow(
 
     Args:
         how: the method and its options.
+        pieces: what new words are made of, from the first new row on; without, the mean of all.
         rounded: to float32, once; without, what needs rounding stays in float64, for proofs.
 
     Raises GrowthError for a target out of reach.
@@ -86,8 +94,9 @@ def grow(
             "weights alone and start with `init: {what: weights}` (该优化器的状态不能随模型生长)"
         )
     to = completed(now, to, how)
+    operators = OPERATORS | {"vocab": functools.partial(width.more_words, pieces=pieces)}
     names, grown, at = [], State(state.entries, settled(state.record)), now
-    for size, operator in OPERATORS.items():
+    for size, operator in operators.items():
         if getattr(at, size) == getattr(to, size):
             continue
         keys = [key for key in (size, *FOLLOWS.get(size, ())) if hasattr(to, key)]
@@ -95,6 +104,8 @@ def grow(
         grown = operator(grown, at, target, seed, how)
         names.append(f"{size} {getattr(at, size)} -> {getattr(to, size)}")
         at = target
+    if said(at) != said(to):
+        names.append(f"words said {said(at)} -> {said(to)}")
     step = state.record.get("step", 0)
     line = {
         "step": step,
@@ -151,6 +162,10 @@ def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | No
             nearest[key] = max(old, new)
             if new < old:
                 wrong.append(f"{key} would shrink from {old} to {new}")
+        elif key == "words_said":
+            if said(to) < said(now):
+                nearest[key] = needed[key]
+                wrong.append(f"words_said is {new}, {said(now)} words are said and would be masked")
         elif key in CARRIED:
             other = now.rope_base ** (to.head_dim / now.head_dim) if key == "rope_base" else None  # type: ignore[union-attr]
             if new not in (needed[key], other):
@@ -163,8 +178,6 @@ def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | No
         wrong += _post_norm(now, to, how, nearest)
     if how.method == "su":
         wrong += _repeated(now, to, nearest)
-    if how.new_words == "masked" and not (isinstance(now, RoFormerConfig) and now.version == 1):
-        wrong.append("new words can be masked where logits have a bias, in RoFormer v1")
     if not wrong:
         return None
     sizes = ", ".join(f"{key}={value}" for key, value in nearest.items())

@@ -4,8 +4,7 @@ r"""One axis of a tensor made longer: where its old entries go, and what stands 
 
         zero       nobody listens yet, or nothing is said
         random     as large as the old entries: what computes something that nobody reads
-        mean       of the old ones along the axis
-        constant   one number
+        mean       of the old ones along the axis, or of some of them
         copies     the old ones again: copies.py
 
 A factored axis (heads x head_dim) is one dimension of the tensor; `pre` and `post` hold what lies
@@ -24,9 +23,10 @@ import torch
 from configs.model import ModelConfig, Tensor, axis_size, shape, tensors
 from pretrain.growth.copies import Copies, zero_sum
 from pretrain.growth.moments import power, rescaled, slots
+from pretrain.mixing import Mixture, mixed
 from pretrain.state import Entry, State, draw
 
-How = Literal["zero", "random", "mean", "constant", "copies"]
+How = Literal["zero", "random", "mean", "copies"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Fill:
 
     how: How
     factor: float = 1.0
-    value: float = 0.0
-    """The number of `constant`."""
     copies: Copies | None = None
     """Of `copies`: which is whose."""
     divided: bool = False
     """Of `copies`: they have their share each (a reader), or are all the same (a writer)."""
     noise: float = 0.0
     """Of `copies`: zero-sum noise, as a share of what each has."""
+    pieces: Mixture | None = None
+    """Of `mean`: what the first of the new entries are the mean of, where not of all."""
     above: bool = False
     """Of `copies`: the new ones are those of the layer above (bert2BERT's AKI)."""
 
@@ -209,10 +209,15 @@ def _inexact(factor: float) -> bool:
 
 def _new(values: torch.Tensor, size: tuple[int, ...], cut: _Longer, fill: Fill) -> torch.Tensor:
     if fill.how == "mean":
-        return values.mean(1, keepdim=True)
+        mean = values.mean(1, keepdim=True)
+        if fill.pieces is None:
+            return mean
+        grown = mean.repeat(1, size[1], 1)
+        grown[0, : len(fill.pieces.rows)] = mixed(values[0], fill.pieces)
+        return grown
     if fill.how == "random":
         # in float64, so that the float32 that is drawn from it does not depend on the thread count
         rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / values.numel() ** 0.5
         if rms > 0:  # zeros (a fresh bias) beget zeros
             return draw(cut.label, cut.seed, size, rms)
-    return torch.full((1, 1, 1), fill.value, dtype=values.dtype)
+    return values.new_zeros(1, 1, 1)

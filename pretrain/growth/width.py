@@ -4,7 +4,7 @@
     ffn        random: units that compute           zero: nobody listens yet
     heads      random q, k, v; random T5 bias       zero in o
     head_dim   random q, v; zero k; q x scale       zero in o
-    vocab      the mean of the rows, or masked
+    vocab      the mean of the rows, of its pieces' rows for a word made of several
     hidden     see below
 
 The zero side gets a gradient from the first step on, the random side from the second; zero on both
@@ -38,10 +38,8 @@ from configs.grown import Growing, averages, scale_of_scores, times
 from configs.model import ModelConfig, RoFormerConfig, Tensor, tensors
 from pretrain.growth.axis import Fill, Rule, longer
 from pretrain.growth.copies import Copies, drawn, evenly
+from pretrain.mixing import Mixture
 from pretrain.state import State
-
-MASKED = -1e4
-"""A logit's bias under which a token is never said: exp of it is 0 in every precision."""
 
 
 def more_units(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
@@ -149,15 +147,17 @@ def _padded(now: ModelConfig, to: ModelConfig) -> Rule:
     return rule
 
 
-def more_words(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
-    """to.vocab rows; a new word begins as the mean of all: the old logits stay as they are.
+def more_words(
+    state: State,
+    now: ModelConfig,
+    to: ModelConfig,
+    seed: int,
+    how: Growing,
+    pieces: Mixture | None = None,
+) -> State:
+    """to.vocab rows: the first are means of their `pieces`, the others of all. Old logits stay.
 
-    The log-probability of an old word falls by at most log(1 + new / old). Masked words have a
-    bias under which they are never said: for rows that only fill up.
+    The log-probability of an old word falls, where new ones are means of all by at most log(1 + new
+    / old); not at all where they are masked (`words_said`; pretrain/models/words.py).
     """
-
-    def rule(tensor: Tensor, dim: int) -> Fill:
-        masked = how.new_words == "masked" and tensor.op == "vector"
-        return Fill("constant", 1.0, MASKED) if masked else Fill("mean")
-
-    return longer(state, now, to, seed, "vocab", rule)
+    return longer(state, now, to, seed, "vocab", lambda tensor, dim: Fill("mean", pieces=pieces))

@@ -27,6 +27,7 @@ from pretrain.models.layers import (
 )
 from pretrain.models.longer import LearnedPositions
 from pretrain.models.part import WHOLE
+from pretrain.models.words import masked
 
 
 class Block(nn.Module):
@@ -90,6 +91,7 @@ class CPM(nn.Module):
     def __init__(self, config: CPMConfig, attention: Attention = attention_by_device) -> None:
         super().__init__()
         self.config = config
+        self.first_word = 0
         self.embed = Embeddings(config)
         self.dropout = Dropout(config.dropout)
         self.decoder = Decoder(config, attention)
@@ -137,4 +139,5 @@ class CPM(nn.Module):
         """Hidden states [..., D] -> logits [..., V] (this rank's part of V, where it is cut)."""
         logits_NV = self.embed.tokens(hidden_ND, project=True)
         scale = self.config.logit_scale
-        return logits_NV if scale == 1.0 else logits_NV * scale
+        scaled_NV = logits_NV if scale == 1.0 else logits_NV * scale
+        return masked(scaled_NV, self.config, self.first_word)

@@ -40,6 +40,7 @@ from pretrain.models.longer import LearnedPositions, regions_of
 from pretrain.models.norms import rms_norm
 from pretrain.models.part import WHOLE
 from pretrain.models.positions import Turn, same_positions, turn_of
+from pretrain.models.words import masked
 
 
 class PlainRMSNorm(nn.Module):
@@ -169,6 +170,7 @@ class RoFormer(nn.Module):
     def __init__(self, config: RoFormerConfig, attention: Attention = attention_by_device) -> None:
         super().__init__()
         self.config = config
+        self.first_word = 0
         self.embed = Embeddings(config)
         self.dropout = Dropout(config.dropout)
         self.encoder = Encoder(config, attention)
@@ -245,4 +247,5 @@ class RoFormer(nn.Module):
         else:
             logits_NV = self.embed.tokens(hidden_ND, project=True)
         scale = self.config.logit_scale
-        return logits_NV if scale == 1.0 else logits_NV * scale
+        scaled_NV = logits_NV if scale == 1.0 else logits_NV * scale
+        return masked(scaled_NV, self.config, self.first_word)

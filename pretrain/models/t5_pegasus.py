@@ -40,6 +40,7 @@ from pretrain.models.layers import (
 from pretrain.models.norms import RMSNorm
 from pretrain.models.part import WHOLE
 from pretrain.models.positions import RelativeBias, same_positions, shared_positions
+from pretrain.models.words import masked
 
 
 class EncoderBlock(nn.Module):
@@ -134,6 +135,7 @@ class T5Pegasus(nn.Module):
     def __init__(self, config: T5PegasusConfig, attention: Attention = attention_by_device) -> None:
         super().__init__()
         self.config = config
+        self.first_word = 0
         self.embed = Embeddings(config)
         self.dropout = Dropout(config.dropout)
         self.encoder = Stack(config, EncoderBlock, attention)
@@ -241,7 +243,7 @@ class T5Pegasus(nn.Module):
         scale = self.config.logit_scale
         scale = self.config.hidden**-0.5 if scale is None else scale
         logits_NV: Tensor = self.head(hidden_ND if scale == 1.0 else hidden_ND * scale)
-        return logits_NV
+        return masked(logits_NV, self.config, self.first_word)
 
 
 def log_n_of(config: T5PegasusConfig) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""`grow --tokenizer`: a longer vocabulary, each new word begun as the mean of what it is made of.
+
+The rows are those of revocab's plan, computed here from the tokens' spelling; old logits stay to
+1e-12 of their deviation in float64. It is no growth that keeps the function: an old word's chance
+falls by what the new ones take; masked (`new_words: masked`) it stays. The control tells the proof
+nothing of the pieces, and it finds rows that are not the growth's.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import dump, to_dict
+from configs.model import ModelConfig, tensors
+from data_pipeline import wordpiece
+from launch.cli import main
+from pretrain import checkpoint, proof
+from pretrain.growth import model_config
+from tests.growing import trained
+from tests.test_growth_of_every_family import FAMILIES
+
+LETTERS = [chr(ord("一") + i) for i in range(40)]
+OLD = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, "。", "，"]
+MORE = [LETTERS[3] + LETTERS[7], LETTERS[1] + LETTERS[2] + LETTERS[30], "琊"]
+MADE_OF = [(8, 12), (6, 7, 35), (1,)]
+SPARE = 2
+
+
+def saved(folder: Path, tokens: list[str]) -> Path:
+    words = wordpiece.WordPiece("".join(f"{token}\n" for token in tokens).encode(), True)
+    words.save(folder)
+    return folder
+
+
+def begun(folder: Path, family: str) -> tuple[ModelConfig, Path]:
+    """A model of exactly the old words, with its tokenizer, and the page of the larger one."""
+    config = dataclasses.replace(FAMILIES[family], vocab=len(OLD))
+    checkpoint.write_state(folder / "small", trained(config), saved(folder / "old", OLD))
+    larger = dataclasses.replace(config, vocab=len(OLD) + len(MORE) + SPARE, ffn=100)
+    (folder / "page.yaml").write_text(dump({"model": to_dict(larger)}), "utf-8")
+    saved(folder / "new", OLD + MORE)
+    return config, folder / "page.yaml"
+
+
+def call(folder: Path, out: str, *words: str) -> int:
+    line = ["grow", str(folder / "small"), "--to", str(folder / "page.yaml")]
+    return main([*line, "--tokenizer", str(folder / "new"), "--out", str(folder / out), *words])
+
+
+@pytest.mark.parametrize("family", ["cpm", "t5", "v1", "v2"])
+def test_a_word_begins_as_the_mean_of_its_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    config, _ = begun(tmp_path, family)
+    assert call(tmp_path, "grown") == 0
+    said = capsys.readouterr().out
+    assert "47 -> 52 are said, 2 made of several old ones, 1 of one" in said
+    before, after = (checkpoint.read(tmp_path / name) for name in ("small", "grown"))
+    for tensor in tensors(config):
+        if "vocab" not in tensor.out:
+            continue
+        old, new = (state.read(f"weights/{tensor.name}") for state in (before, after))
+        assert torch.equal(new[: len(OLD)], old)
+        for number, rows in enumerate(MADE_OF):
+            mean = old[list(rows)].double().mean(0)
+            assert torch.allclose(new[len(OLD) + number].double(), mean, rtol=1e-7, atol=1e-9)
+        spare = old.double().mean(0).expand_as(new[-SPARE:])
+        assert torch.allclose(new[-SPARE:].double(), spare, rtol=1e-7, atol=1e-9)
+    found = json.loads((tmp_path / "grown/proof.json").read_text("utf-8"))
+    assert found["kept"] and found["float64"]["max_difference"] <= 1e-12 * found["float64"]["std"]
+    assert found["old_words_fall_by"] > 1e-3
+    assert (tmp_path / "grown/tokenizer/vocab.txt").read_text("utf-8").split()[-1] == MORE[-1]
+    assert after.record["tokenizer"] == found["new_words"]["fingerprint"]
+    probes = proof.probes(None, model_config(before))
+    told = proof.prove(before, after, probes)  # the control
+    assert not told["kept"] and told["not_as_computed"] == "embed.tokens.weight"
+
+
+def test_masked_words_take_nothing(tmp_path: Path) -> None:
+    begun(tmp_path, "t5")
+    assert call(tmp_path, "grown", "--new-words", "masked") == 0
+    found = json.loads((tmp_path / "grown/proof.json").read_text("utf-8"))
+    assert found["kept"] and abs(found["old_words_fall_by"]) < 1e-12
+    assert found["to"]["words_said"] == len(OLD)
+    assert found["loss"]["after"] == pytest.approx(found["loss"]["before"], rel=1e-14)
+
+
+def test_another_vocabulary_and_too_few_rows_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tmp_path, "cpm")
+    assert call(tmp_path, "grown", "--set", f"vocab={len(OLD) + 1}") == 2
+    assert "has 50 tokens, model.vocab is 48; --set vocab=50" in capsys.readouterr().err
+    saved(tmp_path / "new", [*OLD[:9], "琊", *OLD[10:], *MORE])
+    assert call(tmp_path, "grown") == 2
+    assert "differs from the checkpoint's at id 9" in capsys.readouterr().err
+    assert not (tmp_path / "grown").exists()
