@@ -9,7 +9,8 @@ class Monitoring:
 
     parts_every_steps: int = 100
     """Steps between the norms of gradients, and of updates beside weights, by part of the model;
-    an update that is measured keeps a copy of its fp32 weights meanwhile; 0: none (分部位范数)."""
+    an update that is measured keeps a copy of its fp32 weights meanwhile, so the first one of a
+    start and of a stage is measured too; 0: none (分部位范数)."""
     profile_steps: tuple[int, int] | None = None
     """First and last step that torch's profiler records, e.g. [100, 103]: a Chrome trace of each
     rank and a table of operations in RUN/profiles. `echo 100 103 > RUN/profile` asks a run that is

@@ -212,7 +212,8 @@ def _report(
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"\nlook at it:  tensorboard --logdir {shlex.quote(str(demo.run / 'tensorboard'))}")
+    print(f"\nlook at it:  python -m launch report {shlex.quote(str(demo.run))}")
+    print(f"             tensorboard --logdir {shlex.quote(str(demo.run / 'tensorboard'))}")
     return learnt and same and bool(twice) and bool(proof["kept"])
 
 

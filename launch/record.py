@@ -175,7 +175,7 @@ def _profiles(folder: Path) -> list[tuple[str, str]]:
 
 def _status(folder: Path, events: list[dict[str, Any]]) -> str:
     """How the last start ended, or that it has not."""
-    of_last = []
+    of_last: list[dict[str, Any]] = []
     for event in events:
         of_last = [] if event["event"] == "start" else [*of_last, event]
     ends = [event for event in of_last if event["event"] == "end"]

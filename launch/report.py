@@ -118,6 +118,8 @@ def _figures(record: Record) -> dict[str, float | str]:
         figures["loader wait a step, mean 等待数据"] = f"{1e3 * statistics.fmean(waits):,.1f} ms"
     if memory := _of(record.lines, "memory_gb"):
         figures["peak memory of a device 显存峰值"] = f"{max(memory):,.2f} GB"
+    if skipped := sum(bool(line.get("skipped")) for line in record.steps):
+        figures["updates skipped 跳过的更新"] = skipped
     figures["restarts 重启"] = max(0, len(record.happened("start")) - 1)
     figures["faults 异常"] = len(record.happened("fault"))
     return figures

@@ -80,7 +80,9 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
         for prepared in prefetched:
             lr = schedule(step - begin, config.schedule, config.optimizer.lr, span)
-            result = _step(job, engine, prepared, lr, step)
+            every = job.config.monitor.parts_every_steps
+            measure = _due(step + 1, every) or (every > 0 and step == begun)  # has it the memory?
+            result = _step(job, engine, prepared, lr, step, measure)
             job.watch.beat(step + 1)
             step, samples = step + 1, samples + count
             progress = {
@@ -135,11 +137,15 @@ def _steps(
 
 
 def _step(
-    job: Job, engine: "Engine", prepared: tuple[list["Batch"], list[int]], lr: float, step: int
+    job: Job,
+    engine: "Engine",
+    prepared: tuple[list["Batch"], list[int]],
+    lr: float,
+    step: int,
+    measure: bool,
 ) -> "StepResult":
     """One update, measured by part and profiled where that is asked for."""
     batches, firsts = prepared
-    measure = _due(step + 1, job.config.monitor.parts_every_steps)
     with job.profiler.step(step + 1):
         return engine.train_step(batches, lr=lr, step=step, first_samples=firsts, measure=measure)
 
