@@ -137,8 +137,9 @@ def compared(words: argparse.Namespace, seed: int) -> dict[str, Any]:
         more = page(words, checkpoint.read(place).record["model"], run, long, seed)
         more |= {"init": {"from": str(place), "what": "all"}}
         more["run"] |= {"steps": words.base_steps + words.steps}
-        before = measured(place, words, long)
-        found[name] = {"before": before, "after": measured(trained(more), words, long)}
+        before, last = measured(place, words, long), trained(more)
+        found[name] = {"before": before, "after": measured(last, words, long)}
+        found[name]["short"] = measured(last, words, words.known)
         print(
             f"seed {seed} {name}: {before['loss']:.4f} -> {found[name]['after']['loss']:.4f}",
             flush=True,
@@ -211,6 +212,12 @@ def show(found: dict[int, dict[str, Any]], words: argparse.Namespace) -> None:
             both = [[p["loss"] for p in one[name][when]["buckets"]] for one in found.values()]
             series[name] = list(zip(middles, np.mean(both, 0).tolist(), strict=True))
         (words.out / f"{when}.svg").write_text(plot(series, "position", f"loss {when}"), "utf-8")
+    print(
+        f"\nrows of {words.known} tokens after training at {words.times * words.known}, each seed"
+    )
+    for name in methods:
+        short = " ".join(f"{one[name]['short']['loss']:>8.3f}" for one in found.values())
+        print(f"{name:20}{short}")
 
 
 if __name__ == "__main__":
