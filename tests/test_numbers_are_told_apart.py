@@ -171,6 +171,20 @@ def test_the_loss_by_corpus_is_that_of_its_rows(mixed: tuple[Path, dict[str, Any
     assert lines[1]["loss_by_source"] != pytest.approx(shifted, rel=1e-5)
 
 
+@pytest.mark.parametrize("shared", ["sequence", "tensor"])
+def test_two_devices_that_share_rows_tell_the_same(
+    mixed: tuple[Path, dict[str, Any]], world2: World, tmp_path: Path, shared: str
+) -> None:
+    """Positions of a row, or the vocabulary, on two devices: 1e-5, the order of the sums."""
+    run, config = mixed
+    config = config | {"parallel": {shared: 2}, "run": config["run"] | {"out": str(tmp_path)}}
+    world2.run("tests.run_jobs:go", config=config)
+    for mine, theirs in zip(metrics(tmp_path), metrics(run), strict=True):
+        assert mine["loss_by_source"] == pytest.approx(theirs["loss_by_source"], rel=1e-5)
+    first, other = (metrics(folder)[0]["grad_norm_by_part"] for folder in (tmp_path, run))
+    assert first == pytest.approx(other, rel=1e-4)
+
+
 def test_one_corpus_is_not_told_apart(tmp_path: Path, tiny_corpus: Path, world1: World) -> None:
     config = page(tmp_path, tiny_corpus, run__steps=6, schedule={}, monitor__parts_every_steps=3)
     world1.run("tests.run_jobs:go", config=config)
