@@ -191,9 +191,9 @@ def _formula(record: Record) -> str:
     peaks = [str(e["peak"]) for e in record.happened("start") if "peak" in e]
     over = peaks[-1] if peaks else "the peak of the devices"
     return (
-        "MFU = tokens/s x FLOPs a token / peak; FLOPs a token = 6 N + 12 L H Q T, forward and "
-        f"backward, attention counted in full (the causal half as well); peak: {over}. Validation "
-        "and saving are left out of tokens/s. (MFU 公式)"
+        "MFU = tokens/s x FLOPs a token / peak; FLOPs a token = 6 N + 12 L H Q T (of an "
+        "encoder-decoder side by side), forward and backward, attention counted in full; peak: "
+        f"{over}. Validation and saving are left out of tokens/s. (MFU 公式)"
     )
 
 
@@ -403,11 +403,11 @@ def _plan(record: Record) -> tuple[str, str] | None:
     number = int(starts[-1].get("processes", 1)) if starts else 1
     peak = str(starts[-1].get("peak", "")) if starts else ""
     try:
-        name, _ = plan.card(peak.split(" ")[0])
+        (name, _), as_if = plan.card(peak.split(" ")[0]), ""
     except ValueError:
-        name = "h200"
+        name, as_if = "h200", ", as if it were one"
     try:
         words = plan.text(plan.plan(record.config, number, name))
     except (ConfigError, ValueError):
         return None
-    return f"plan --gpus {number} --gpu {name} (训练预算)", page.plain(words)
+    return f"plan --gpus {number} --gpu {name}{as_if} (训练预算)", page.plain(words)
