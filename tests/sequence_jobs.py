@@ -54,7 +54,7 @@ def kept(
         given += [batch.encoder_tokens_BT, batch.encoder_positions_BT]
         given += [batch.encoder_document_ids_BT]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
-        model(*given)
+        keep(model(*given))  # the head keeps it
     gradients = sum(bias.untyped_storage().nbytes() for bias in biases.values())
     kept = (v.untyped_storage().nbytes() for at, v in storages.items() if at not in own)
     return gradients + sum(kept)
