@@ -358,10 +358,11 @@ def test_dropout_falls_where_the_original_has_it(
     config: RoFormerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Embeddings, each sub-layer, the probabilities; v2 in front of its head too."""
-    from pretrain.models import layers
+    from pretrain.models import dropout, layers
 
     calls: list[float] = []
-    monkeypatch.setattr(layers, "drop", lambda x, p: calls.append(p) or x)
+    for room in (layers, dropout):
+        monkeypatch.setattr(room, "drop", lambda x, p: calls.append(p) or x)
     model = RoFormer(replace(config, dropout=0.25, attention_dropout=0.5)).train()
     random_weights(model, 0)
     ours_on(model, PADDED)

@@ -373,10 +373,11 @@ def test_recompute_changes_nothing(how: str) -> None:
 
 def test_dropout_falls_where_the_original_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings, both final norms, each sub-layer and each gated activation; the probabilities."""
-    from pretrain.models import layers
+    from pretrain.models import dropout, layers
 
     calls: list[float] = []
-    monkeypatch.setattr(layers, "drop", lambda x, p: calls.append(p) or x)
+    for room in (layers, dropout):
+        monkeypatch.setattr(room, "drop", lambda x, p: calls.append(p) or x)
     model = T5Pegasus(replace(TINY, dropout=0.25, attention_dropout=0.5)).train()
     random_weights(model, 0)
     encoder, decoder = rows(PADDED, 97)
