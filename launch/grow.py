@@ -119,8 +119,9 @@ def grow(
     if more_words is not None:
         pieces, made = _compounds(tokenizer, more_words, growth.model_config(before), to)
     grown = growth.grow(before, to, seed, how, pieces=pieces)
-    if made:
-        grown = State(grown.entries, grown.record | {"tokenizer": made["fingerprint"]})
+    if made:  # what it was trained on is no longer encoded as it would be now
+        of = {"tokenizer": made["fingerprint"], "data": []}
+        grown = State(grown.entries, grown.record | of)
     batch, why = _recorded(before.record)
     precision = before.record.get("config", {}).get("precision", "fp32")
     checkpoint.write_state(out, grown, more_words or tokenizer)
@@ -205,6 +206,8 @@ def _table(proof: dict[str, Any]) -> str:
     changed = [k for k in CARRIED if proof["from"].get(k) != proof["to"].get(k)]
     follow = "; ".join(f"model.{k}: {proof['to'][k]!r}" for k in changed)
     verdict = "kept" if proof["kept"] else f"CHANGED, first at {proof['differs_at']}"
+    if proof["kept"] and abs(proof["old_words_fall_by"]) > 1e-9:
+        verdict = "kept in the logits of the old words, NOT in their probabilities (旧词概率下降)"
     if not proof["means_to_keep"]:
         far = f"logits moved by {proof['moved']:.2g} of their deviation"
         verdict = f"NOT kept, as method {proof['method']} does not: {far} (不保持函数)"

@@ -142,7 +142,8 @@ def bits(
     section = Causal()
     _check(samples, int(length), state.record["model"].get("positions"))
     data = Data((CorpusShare(str(corpus)),), int(length))
-    corpora = open_corpora(data, section, 0, state.record["model"]["vocab"])
+    sizes = state.record["model"]
+    corpora = open_corpora(data, section, 0, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model, task = load_model(state), objectives.build(section)
     nats, predicted = 0.0, 0

@@ -138,7 +138,10 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
         else:
             step, ends = found.record["step"], accumulate(stage.steps for stage in stages(config))
             stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)
-            found = State(found.entries, found.record | {"stage": stage}, found.verify)
+            # Grown onto more words (launch/grow.py): its corpora are encoded anew.
+            data = found.record["data"] or corpora.whole_record
+            placed = found.record | {"stage": stage, "data": data}
+            found = State(found.entries, placed, found.verify)
         _check(config, found, source, corpora, resumes=False)
         out.say(f"starting from {source} ({config.init.what})")
     else:

@@ -87,7 +87,8 @@ def masked(
             "(超过位置数)"
         )
     data = Data((CorpusShare(str(corpus)),), int(length))
-    corpora = open_corpora(data, objective, 0, state.record["model"]["vocab"])
+    sizes = state.record["model"]
+    corpora = open_corpora(data, objective, 0, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model: Any = load_model(state)
     names = ("masked", "kept", "replaced")

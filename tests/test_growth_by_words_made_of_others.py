@@ -8,19 +8,27 @@ nothing of the pieces, and it finds rows that are not the growth's.
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from configs.load import dump, to_dict
+from configs.corpus import CorpusConfig
+from configs.load import dump, from_dict, to_dict
 from configs.model import ModelConfig, tensors
 from data_pipeline import wordpiece
+from data_pipeline.build import build
+from data_pipeline.tokenizer import load as load_tokenizer
 from launch.cli import main
 from pretrain import checkpoint, proof
 from pretrain.growth import model_config
 from tests.growing import trained
+from tests.run_jobs import losses
 from tests.test_growth_of_every_family import FAMILIES
+from tests.test_run_of_every_objective import corpus  # noqa: F401
+from tests.test_run_of_every_objective import page as page_of
+from tests.worlds import World
 
 LETTERS = [chr(ord("一") + i) for i in range(40)]
 OLD = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, "。", "，"]
@@ -98,3 +106,57 @@ def test_another_vocabulary_and_too_few_rows_are_refused(
     assert call(tmp_path, "grown") == 2
     assert "differs from the checkpoint's at id 9" in capsys.readouterr().err
     assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_longer_vocabulary(
+    tmp_path: Path,
+    corpus: Path,  # noqa: F811
+    world2: World,
+) -> None:
+    """A RoFormer on two processes, ZeRO 2, grown by the command and trained on, moments and all,
+    on the same documents encoded with 30 of their commonest pairs of tokens as words."""
+    go, words = "tests.run_jobs:go", load_tokenizer(corpus / "tokenizer")
+    tokens = [str(piece) for piece in words.pieces(range(words.vocab_size))]
+    lines = (corpus.parent / "plain.jsonl").read_text("utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    han = {token for token in tokens if len(token) == 1 and "一" <= token <= "鿿"}
+    pairs = Counter(
+        text[at : at + 2]
+        for text in texts
+        for at in range(len(text))
+        if set(text[at : at + 2]) <= han
+    )
+    more = [pair for pair, _ in pairs.most_common(99) if len(pair) == 2 and pair not in tokens][:30]
+    longer = saved(tmp_path / "longer", tokens + more)
+    build(
+        from_dict(
+            CorpusConfig,
+            {
+                "data": {"out": str(tmp_path / "again"), "documents": str(corpus), "workers": 1},
+                "tokenizer": {"kind": "wordpiece", "model": str(longer)},
+                "split": {"valid_fraction": 0.1},
+            },
+        )
+    )
+    plain = page_of(tmp_path / "small", corpus, "masked", 20)
+    plain["model"] = plain["model"] | {"vocab": len(tokens)}
+    plain["parallel"] = {"zero": 2}
+    world2.run(go, config=plain)
+    page = tmp_path / "page.yaml"
+    page.write_text(dump({"model": plain["model"] | {"vocab": len(tokens + more)}}), "utf-8")
+    out = tmp_path / "grown"
+    line = ["grow", str(tmp_path / "small"), "--to", str(page), "--out", str(out)]
+    assert main([*line, "--tokenizer", str(tmp_path / "again/tokenizer")]) == 0
+    on = page_of(tmp_path / "on", tmp_path / "again", "masked", 60)
+    on["model"], on["parallel"] = on["model"] | {"vocab": len(tokens + more)}, {"zero": 2}
+    on["init"] = {"from": str(out), "what": "all"}
+    world2.run(go, config=on)
+    found = losses(tmp_path / "on")
+    assert len(found) == 40 and sum(found[-5:]) < sum(found[:5]) - 0.5
+    folder = tmp_path / "on/checkpoints/stage-00-step-00000060"
+    table, begun_as = (
+        checkpoint.read(at).read("weights/embed.tokens.weight")[len(tokens) :]
+        for at in (folder, out)
+    )
+    assert float((table - begun_as).abs().amax(1).min()) > 1e-3  # every new word has learnt
