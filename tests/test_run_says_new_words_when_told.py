@@ -36,7 +36,7 @@ def check(
         sections["run"] |= {"out": str(folder / name), **changes}
         sections["schedule"] = {"name": "constant", "warmup_steps": 2}
         sections["parallel"] = {"zero": zero}
-        world2.run(GO, config=sections)
+        world2.run(GO, config=sections, timeout_s=400)
         return losses(folder / name)
 
     small = run("small", copy.deepcopy(plain), steps=8)

@@ -87,19 +87,19 @@ def test_in_every_family_under_zero(
         plain = page_of(tmp_path, corpus, "span_corruption" if family == "t5" else "masked")
     plain["model"] |= {"dropout": 0.0, "attention_dropout": 0.0}
     plain["model"] |= {"version": 2} if family == "v2" else {}
-    wider = {"hidden": 2 * plain["model"]["hidden"]}
+    wider, clip = {"hidden": 2 * plain["model"]["hidden"]}, CLIP / (10 if family == "t5" else 1)
 
     def run(name: str, *stages: dict[str, Any]) -> list[float]:
         changes = {"out": str(tmp_path / name), "steps": None, "save_every_steps": 99}
         sections = plain | {"stages": list(stages), "parallel": {"zero": zero}}
         sections["run"] = plain["run"] | changes
         sections["schedule"] = {"name": "constant", "warmup_steps": 2}
-        sections["optimizer"] = plain["optimizer"] | {"clip_norm": CLIP}
-        world2.run(GO, config=sections)
+        sections["optimizer"] = plain["optimizer"] | {"clip_norm": clip}
+        world2.run(GO, config=sections, timeout_s=400)
         return losses(tmp_path / name)
 
     small = run("small", {"steps": 24})
-    assert all(line["grad_norm"] > CLIP for line in metrics(tmp_path / "small"))
+    assert all(line["grad_norm"] > clip for line in metrics(tmp_path / "small"))
     assert run("wide", {"steps": 4}, {"steps": 20, "model": wider}) == pytest.approx(
         small, rel=2e-5
     )
