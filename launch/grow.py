@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
     parser.add_argument(
         "--tokenizer",
-        help="the old tokenizer with more words: each begins as the mean of its parts",
+        help="the old tokenizer with more words: those with a new row begin as the mean of their "
+        "parts, those in a spare row as it stands",
     )
     parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
     fields = dataclasses.fields(Growing)
@@ -234,10 +235,12 @@ def _table(proof: dict[str, Any]) -> str:
 def _words(proof: dict[str, Any]) -> str:
     """What new words take of the old ones' probability."""
     small, large = (said(_typed(proof[side])) for side in ("from", "to"))
-    if small == large:
-        return f"{small:,} are said, as before"
     made = proof.get("new_words")
     of = ", {means} made of several old ones, {copies} of one".format(**made) if made else ""
+    if made and (spare := made["spare_rows_taken"]):
+        of += f", {spare} new ones have rows that were spare, as they stand (占用备用行)"
+    if small == large:
+        return f"{small:,} are said, as before{of}"
     fall = f"log p of an old one falls by at most {proof['old_words_fall_by']:.2g} on the probes"
     return f"{small:,} -> {large:,} are said{of}: {fall} (概率略降)"
 

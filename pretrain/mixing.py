@@ -23,7 +23,8 @@ class Mixture:
 
 def mixed(table: Tensor, made: Mixture) -> Tensor:
     """The rows [len(made.rows), D] of an old table [V, D]: sums in float64, copies as they are."""
-    new = table[torch.tensor([one[0] for one in made.rows])].double()
+    first = torch.tensor([one[0] for one in made.rows], dtype=torch.int64)  # there may be none
+    new = table[first].double()
     several = [number for number, one in enumerate(made.rows) if len(one) > 1]
     if several:
         parts = [made.rows[number] for number in several]

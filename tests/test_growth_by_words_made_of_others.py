@@ -43,9 +43,9 @@ def saved(folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
-def begun(folder: Path, family: str) -> tuple[ModelConfig, Path]:
-    """A model of exactly the old words, with its tokenizer, and the page of the larger one."""
-    config = dataclasses.replace(FAMILIES[family], vocab=len(OLD))
+def begun(folder: Path, family: str, spare: int = 0) -> tuple[ModelConfig, Path]:
+    """A model of the old words and spare rows, with its tokenizer, and the page of the larger."""
+    config = dataclasses.replace(FAMILIES[family], vocab=len(OLD) + spare)
     checkpoint.write_state(folder / "small", trained(config), saved(folder / "old", OLD))
     larger = dataclasses.replace(config, vocab=len(OLD) + len(MORE) + SPARE, ffn=100)
     (folder / "page.yaml").write_text(dump({"model": to_dict(larger)}), "utf-8")
@@ -94,6 +94,22 @@ def test_masked_words_take_nothing(tmp_path: Path) -> None:
     assert found["kept"] and abs(found["old_words_fall_by"]) < 1e-12
     assert found["to"]["words_said"] == len(OLD)
     assert found["loss"]["after"] == pytest.approx(found["loss"]["before"], rel=1e-14)
+
+
+@pytest.mark.parametrize(("spare", "made"), [(1, 2), (4, 0)])
+def test_words_in_spare_rows_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: int, made: int
+) -> None:
+    """Rows that the old tokenizer left over stay as they are; with four none is made of others."""
+    begun(tmp_path, "cpm", spare)
+    assert call(tmp_path, "grown") == 0
+    taken = min(spare, len(MORE))
+    assert f"{taken} new ones have rows that were spare, as they stand" in capsys.readouterr().out
+    told = json.loads((tmp_path / "grown/proof.json").read_text("utf-8"))["new_words"]
+    assert told["means"] + told["copies"] == made and told["spare_rows_taken"] == taken
+    old, new = (checkpoint.read(tmp_path / n).read("weights/embed.tokens.weight")
+                for n in ("small", "grown"))  # fmt: skip
+    assert torch.equal(new[: len(old)], old)
 
 
 def test_another_vocabulary_and_too_few_rows_are_refused(
