@@ -49,7 +49,12 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`: begin before it, write after it, where it is the first or last."""
+        """Around step `number`: begin before it, write after it, where it is the first or last.
+
+        A run that has gone back to an earlier step has had its profile: of the steps so far.
+        """
+        if self._running is not None and number <= self._done:
+            self.close()
         if self._asked is None or not self._asked[0] <= number <= self._asked[1]:
             yield
             return
@@ -70,7 +75,7 @@ class Profiler:
     def _wanted(self, done: int) -> tuple[float, float]:
         path = self.run / "profile"
         try:
-            text = path.read_text("utf-8")[:200]
+            text = path.read_text("utf-8", "replace")[:200]
             path.unlink()
         except OSError:
             return 0.0, 0.0

@@ -73,6 +73,9 @@ def test_a_request_that_comes_late_or_wrong(tmp_path: Path) -> None:
         (tmp_path / "profile").write_text(words)
         profiler.look(3)
         assert f"says '{words}', must be two numbers" in said.pop()
+    (tmp_path / "profile").write_bytes("100 103\n".encode("utf-16"))  # as PowerShell's echo
+    profiler.look(3)
+    assert "must be two numbers" in said.pop()
     (tmp_path / "profile").write_text("3 5")
     profiler.look(20)  # three steps, from the next on; the run ends after two of them
     for number in range(21, 23):
@@ -86,6 +89,19 @@ def test_a_request_that_comes_late_or_wrong(tmp_path: Path) -> None:
         with profiler.step(number):
             pass
     assert len(list((tmp_path / "profiles").iterdir())) == 1
+
+
+def test_a_run_that_goes_back_ends_its_profile(tmp_path: Path) -> None:
+    """Asked for steps 7 to 9; after 8 the run goes back to 5 and makes all of them again."""
+    profiler = Profiler(tmp_path, 0, torch.device("cpu"), lambda text: None, (7, 9))
+    for number in (7, 8, 5, 6, 7, 8, 9):
+        with profiler.step(number):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+    [folder] = (tmp_path / "profiles").iterdir()
+    assert folder.name == "steps-00000007-00000008"
+    with gzip.open(folder / "rank-0000.json.gz", "rt", encoding="utf-8") as file:
+        words = [e.get("name", "") for e in json.load(file)["traceEvents"]]
+    assert [words.count(f"step {number}") for number in (7, 8)] == [1, 1]
 
 
 @pytest.mark.parametrize(
