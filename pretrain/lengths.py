@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.grown import said
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, longest_row
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import check_learnt
@@ -166,14 +167,14 @@ def by_span(
     rows_BT: token ids of the sources; edges: borders of the buckets, each cut out by itself; words:
     the tokenizer, for [CLS], [SEP], padding and sentinels.
     """
-    sentinels = sentinels_of(words, model.config.vocab)
+    sentinels = sentinels_of(words, said(model.config))  # those that it learns by
     found_BT, counted_BT = np.zeros(rows_BT.shape), np.zeros(rows_BT.shape, bool)
     for begin, end in pairwise(edges):
         spans = _spans(begin, end)
         if len(spans) > len(sentinels):
             raise LengthError(
                 f"--task length: a bucket of {end - begin} positions needs {len(spans)} sentinels, "
-                f"the vocabulary of {model.config.vocab} has {len(sentinels)}; ask for shorter "
+                f"the vocabulary of {said(model.config)} has {len(sentinels)}; ask for shorter "
                 "lengths or a larger model.vocab (哨兵符不足)"
             )
         cut_X = np.concatenate([np.arange(a, b) for a, b in spans])

@@ -4,6 +4,7 @@ Sums of float32 losses, in another order than the reference's: 1e-5.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs.grown import Growing
 from configs.model import CPMConfig, RoFormerConfig, T5PegasusConfig
 from launch.cli import main
 from pretrain import checkpoint, lengths
 from pretrain.generate import load_model
+from pretrain.growth import grow
 from pretrain.state import State
 from tests.growing import trained
 
@@ -201,3 +204,21 @@ def test_a_t5_is_measured_where_spans_are_cut_out() -> None:
     assert not np.allclose(losses[1, a:b], losses[1, c:d], rtol=1e-3)
     with pytest.raises(lengths.LengthError, match="needs 30 sentinels"):
         lengths.by_span(model, np.resize(rows, (1, 600)), [0, 600], Words)
+
+
+def test_words_that_wait_are_no_sentinels() -> None:
+    """A T5 that got 80 rows which are not said yet is measured as before: the spans are cut out
+    with the sentinels that it learns by. The control takes the rows that wait."""
+
+    class Words:
+        kind, vocab_size, pad_id, bos_id, eod_id = "byte_bpe", 300, 0, 1, 2
+
+    small = trained(T5)
+    more = grow(small, replace(T5, vocab=400), 1, Growing(new_words="masked"))
+    rows = np.random.default_rng(1).integers(5, 300, (3, 80))
+    before, after = (
+        lengths.by_span(load_model(state), rows, [0, 40, 80], Words)[0] for state in (small, more)
+    )
+    assert np.allclose(after, before, rtol=1e-5)
+    shown = load_model(grow(small, replace(T5, vocab=400), 1))
+    assert not np.allclose(lengths.by_span(shown, rows, [0, 40, 80], Words)[0], before, rtol=1e-3)
