@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.grown import said
 from configs.load import ConfigError, dump, to_dict
 from configs.model import longest_row
 from configs.run import RunConfig, stage_model, stages, total_steps
@@ -169,8 +170,8 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
         found.append(f"stages: {path} stands in stage {record['stage']}, the config has fewer")
     else:
         # A checkpoint from before an option existed has the option's default.
-        have = to_dict(model_config(state))
-        want = to_dict(stage_model(config, record["stage"]))
+        models = model_config(state), stage_model(config, record["stage"])
+        have, want = (to_dict(model) | {"words_said": said(model)} for model in models)
         found += [
             f"model.{key}: is {want.get(key)}, the checkpoint {path} has {have.get(key)}"
             for key in sorted(have | want)

@@ -62,6 +62,22 @@ def test_new_words_wait_and_then_learn(tmp_path: Path, tiny_corpus: Path, world2
     check(tmp_path, world2, plain["model"]["vocab"], "embed.tokens.weight", plain, zero=2)
 
 
+def test_all_words_said_is_no_change(tmp_path: Path, tiny_corpus: Path, world1: World) -> None:
+    """A run whose page says nothing of it goes on where the page names the whole vocabulary; with
+    fewer it is refused."""
+    vocab = 330  # ten more than the tokenizer has
+    changes: dict[str, Any] = {"run__steps": 4, "run__stop_at_step": 2, "schedule": {}}
+    plain = page(tmp_path, tiny_corpus, **changes, model__vocab=vocab)
+    world1.run(GO, config=plain)
+    plain["run"]["stop_at_step"] = 3
+    plain["model"] = plain["model"] | {"words_said": vocab - 1}
+    with pytest.raises(ValueError, match=rf"words_said: is {vocab - 1}, the checkpoint .* {vocab}"):
+        world1.run(GO, config=plain)
+    plain["model"] = plain["model"] | {"words_said": vocab}
+    world1.run(GO, config=plain)
+    assert len(losses(tmp_path)) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "v1", "v2"])
 def test_in_every_family(
