@@ -195,6 +195,8 @@ def _status(folder: Path, events: list[dict[str, Any]]) -> str:
         return f"was at work on {host} when last heard of (在另一台机器上运行)"
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        pass  # somebody else's, and there
     except OSError:
         return "was killed, or died without a word (被终止)"
     return "is at work (运行中)"

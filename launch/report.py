@@ -88,7 +88,8 @@ def _head(record: Record, several: bool) -> Iterator[str]:
         now = starts[-1]
         told.append(
             f"{now.get('processes')} processes, ZeRO {now.get('zero')}, tensor parallel "
-            f"{now.get('tensor')}, {now.get('precision')}"
+            f"{now.get('tensor')}, sequence parallel {now.get('sequence', 1)}, "
+            f"{now.get('precision')}"
         )
     yield page.paragraph(" · ".join(told))
     if not record.steps:

@@ -114,6 +114,7 @@ def train(
                 monitor.begin(step := int(state.record["step"]))
                 about = {"processes": mesh.world, "precision": config.precision}
                 about |= {"zero": config.parallel.zero, "tensor": config.parallel.tensor}
+                about |= {"sequence": config.parallel.sequence}
                 about |= {"peak": monitor.speed.peak_note}
                 monitor.event("rewind" if summary else "start", step, **about)
                 spikes = faults.Spikes(config.faults, run, step)

@@ -76,6 +76,7 @@ def test_the_page_shows_what_happened(run: Path, html: str) -> None:
     assert "stage 1 begins after step 24" in text
     assert text.count("fault, step 19: ") == html.count('class="mark fault"') / 2  # and the rewind
     assert "sample 144 · " in text and "finished (完成)" in text
+    assert "1 processes, ZeRO 1, tensor parallel 1, sequence parallel 1, fp32" in text
     assert "36 / 36" in text and "plan --gpus 1 --gpu h200" in text
     for caption in ("training loss", "validation loss", "learning rate", "gradient norm", "MFU",
                     "tokens/s", "peak memory", "loader wait", "by kind of part"):  # fmt: skip
@@ -130,6 +131,23 @@ def test_a_run_on_its_way_or_killed_is_shown(run: Path, tmp_path: Path) -> None:
         shown = Checked(report.html([found]))
         assert shown.open == [] and "i" in shown.tags and words in shown.text
     assert "NotFinite: <i>" not in report.html([found])
+
+
+def test_the_run_of_another_user_is_at_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system does not let a signal through, which says that there is somebody."""
+
+    def refused(pid: int, signal: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    here = _changed(run, tmp_path / "theirs")
+    (here / "events.jsonl").write_text('{"event": "start", "step": 0}\n', "utf-8")
+    entry = {"state": "running", "host": os.uname().nodename, "pid": 1}
+    (here / "logs").mkdir(exist_ok=True)
+    (here / "logs" / "rank-0000.json").write_text(json.dumps(entry), "utf-8")
+    monkeypatch.setattr(os, "kill", refused)
+    assert record.read(here).status.startswith("is at work")
 
 
 def test_an_older_run_is_shown_by_what_its_files_tell(run: Path, tmp_path: Path) -> None:
