@@ -75,13 +75,15 @@ def test_killed_and_resumed_around_the_border(
     assert digests(run / final) == digests(extended / final)
 
 
-@pytest.mark.parametrize("method", ["hierarchical", "interpolated"])
+@pytest.mark.parametrize(("method", "sequence"), [("hierarchical", 1), ("interpolated", 2)])
 def test_resumed_on_one_process_under_zero_3(
-    method: str, tmp_path: Path, tiny_corpus: Path, world1: World, world2: World
+    method: str, sequence: int, tmp_path: Path, tiny_corpus: Path, world1: World, world2: World
 ) -> None:
+    """The longer rows shared by both processes, too, before they are whole on one."""
     how = {"method": method}
     world2.run(GO, config=config(tmp_path / "whole", tiny_corpus, how))
-    stop = config(tmp_path / "broken", tiny_corpus, how, run__stop_at_step=8)
+    parts = {"run__stop_at_step": 8, "parallel__sequence": sequence}
+    stop = config(tmp_path / "broken", tiny_corpus, how, **parts)
     world2.run(GO, config=stop)
     rest = config(tmp_path / "broken", tiny_corpus, how, parallel__zero=3)
     world1.run(GO, config=rest)

@@ -270,7 +270,8 @@ def page(run: Path, corpus: Path, steps: int = 20, **model: Any) -> dict[str, An
 def test_a_run_learns_labels_on_any_layout(
     tmp_path: Path, corpus: Path, world1: World, world2: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two processes, tensor 2 and ZeRO 3 agree with one; rows of ragged numbers of documents."""
+    """Tensor 2, ZeRO 3 and shared rows agree with one process; rows of ragged numbers of
+    documents."""
     world1.run(GO, config=page(tmp_path / "one", corpus))
     run, lines = str(tmp_path / "one"), (corpus.parent / "pairs.jsonl").read_text("utf-8")
     whole = evaluated(capsys, run, "--task", "labels", "--data", str(corpus))
@@ -292,7 +293,8 @@ def test_a_run_learns_labels_on_any_layout(
     assert len(found) == 20 and sum(found[-3:]) < 0.5 * sum(found[:3])
     last = metrics(tmp_path / "one")[-1]
     assert last["valid_accuracy"] >= 0.9 and "valid_bits_per_character" not in last
-    for name, layout in (("zero3", {"zero": 3}), ("tensor", {"tensor": 2})):
+    layouts = {"zero3": {"zero": 3}, "tensor": {"tensor": 2}, "shared": {"sequence": 2}}
+    for name, layout in layouts.items():
         asked = page(tmp_path / name, corpus)
         asked["parallel"] = layout
         world2.run(GO, config=asked)
