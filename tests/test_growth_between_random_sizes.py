@@ -12,7 +12,7 @@ from configs.model import ModelConfig
 from pretrain import proof
 from pretrain.growth import grow, refusal
 from tests.growing import trained
-from tests.test_growth_of_every_family import FAMILIES
+from tests.test_growth_of_every_family import FAMILIES, POST_NORM
 
 PAIRS = 100
 PROBES = torch.arange(40).view(2, 20) % 40
@@ -37,13 +37,13 @@ def test_a_hundred_pairs(family: str) -> None:
     adds once, more where a stream's variance is small."""
     dice = random.Random(family)
     proven = refused = 0
-    tolerance = 3e-12 if family in ("v1", "v2") else 1e-12
+    tolerance = 3e-12 if family in (*POST_NORM, "v2") else 1e-12
     while proven + refused < PAIRS:
         now, to = sized(FAMILIES[family], dice), sized(FAMILIES[family], dice)
         if dice.random() < 0.75:  # most pairs upwards, or hardly any could be reached
             sizes = {k: max(getattr(now, k), getattr(to, k)) for k in ("hidden", "layers", "heads")}
             sizes |= {k: max(getattr(now, k), getattr(to, k)) for k in ("head_dim", "ffn", "vocab")}
-            if family == "v1":
+            if family in POST_NORM:
                 sizes["hidden"] = now.hidden * dice.choice((1, 2))
             to = dataclasses.replace(to, **sizes)
         if sentence := refusal(now, to):
