@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from configs.grown import said
 from configs.load import ConfigError, dump, to_dict
-from configs.model import longest_row
+from configs.model import ModelConfig, longest_row
 from configs.run import RunConfig, stage_model, stages, total_steps
 from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
@@ -143,6 +143,7 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
             data = found.record["data"] or corpora.whole_record
             placed = found.record | {"stage": stage, "data": data}
             found = State(found.entries, placed, found.verify)
+        found = _saying(found, stage_model(config, found.record["stage"]))
         _check(config, found, source, corpora, resumes=False)
         out.say(f"starting from {source} ({config.init.what})")
     else:
@@ -152,6 +153,15 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
     if checkpoint.first_rank():
         (run / "config.yaml").write_text(dump(config), "utf-8")
     return found
+
+
+def _saying(state: State, model: ModelConfig) -> State:
+    """The state with as many words said as the page names, of those that wait in its model."""
+    now = model_config(state)
+    if model.words_said is None or model.vocab != now.vocab or said(model) <= said(now):
+        return state
+    more = {**state.record["model"], "words_said": model.words_said}
+    return State(state.entries, {**state.record, "model": more}, state.verify)
 
 
 def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, resumes: bool) -> None:

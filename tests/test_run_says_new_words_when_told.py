@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from configs.load import dump
+from launch.cli import main
 from pretrain import checkpoint
 from tests.run_jobs import digests, losses, page
 from tests.test_run_of_every_objective import corpus  # noqa: F401
@@ -76,6 +78,29 @@ def test_all_words_said_is_no_change(tmp_path: Path, tiny_corpus: Path, world1: 
     plain["model"] = plain["model"] | {"words_said": vocab}
     world1.run(GO, config=plain)
     assert len(losses(tmp_path)) == 3
+
+
+def test_a_page_says_the_words_that_wait(tmp_path: Path, tiny_corpus: Path, world1: World) -> None:
+    """A grown and masked checkpoint goes on in a run whose page names all words; one that names
+    none of its own is refused."""
+    plain = page(tmp_path / "small", tiny_corpus, run__steps=2, schedule={})
+    world1.run(GO, config=plain)
+    (tmp_path / "page.yaml").write_text(dump({"model": plain["model"]}), "utf-8")
+    old, out = plain["model"]["vocab"], tmp_path / "grown"
+    words = ["--to", str(tmp_path / "page.yaml"), "--set", f"vocab={2 * old}", "--out", str(out)]
+    assert main(["grow", str(tmp_path / "small"), *words, "--new-words", "masked"]) == 0
+    on = page(tmp_path / "on", tiny_corpus, run__steps=4, schedule={}, model__vocab=2 * old)
+    on["init"] = {"from": str(out), "what": "all"}
+    with pytest.raises(ValueError, match=rf"words_said: is {2 * old}, the checkpoint .* {old}"):
+        world1.run(GO, config=on)
+    on["model"] = on["model"] | {"words_said": 2 * old}
+    on["run"] |= {"stop_at_step": 3}
+    world1.run(GO, config=on)
+    on["run"] |= {"stop_at_step": 0}
+    world1.run(GO, config=on)  # and goes on from its own checkpoint
+    last = checkpoint.read(tmp_path / "on/checkpoints/stage-00-step-00000004")
+    assert last.record["model"]["words_said"] == 2 * old
+    assert last.read("optim/exp_avg/embed.tokens.weight")[old:].any()
 
 
 @pytest.mark.slow
