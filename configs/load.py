@@ -6,7 +6,8 @@
     {"data": {...}} -> typed, frozen dataclasses -> .problems() of each
 
 A section that can be one of several dataclasses (a model is a CPM or a T5 PEGASUS ...) is
-annotated as their union; the literal field that they share (`family`) decides.
+annotated as their union; the literal field that they share (`family`) decides. A section with a
+`SHORT` may be given as one word, the value of that key (`recompute: full`).
 """
 
 import dataclasses
@@ -302,6 +303,8 @@ def _build_section(cls: Any, data: Any, where: str, problems: list[str]) -> Any:
         return None
     if data is None:
         data = {}
+    if isinstance(data, str) and hasattr(cls, "SHORT"):
+        data = {cls.SHORT: data}
     if not isinstance(data, dict):
         problems.append(f"{where or cls.__name__}: must be a mapping of keys, is a {_kind(data)}")
         return None

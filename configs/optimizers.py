@@ -176,26 +176,14 @@ def orthogonalised(tensor: Tensor) -> bool:
     return tensor.op == "linear" and tensor.layer is not None
 
 
-def problems_with_model(
-    section: Optimizer, model: ModelConfig, tensor: int, grows: bool
-) -> list[str]:
-    """What the rule cannot do for a model, on `tensor` devices a matrix, or where a stage grows."""
+def problems_with_model(section: Optimizer, model: ModelConfig, grows: bool) -> list[str]:
+    """What the rule cannot do for a model, or where a stage grows."""
     found = []
-    if section.name == "muon" and tensor > 1:
-        found.append(
-            f"name: is muon, which needs whole matrices, and parallel.tensor is {tensor}; set it "
-            "to 1 or take another rule (muon 不支持张量并行)"
-        )
     tied = [t.name for t in tensors(model) if t.op == "lookup" and t.tied_to is not None]
     if section.lazy_rows and tied:
         found.append(
             f"lazy_rows: {tied[0]} of {model.family} is tied to the head, whose gradient reaches "
             "every row; leave it out (词表与输出层共享，没有未用到的行)"
-        )
-    if grows and section.name == "adafactor":
-        found.append(
-            "name: is adafactor, growth does not carry its moments by row and column; take adamw, "
-            "lamb, rms_adamw or muon, or grow by `launch grow` and begin anew (生长不支持该优化器)"
         )
     if grows and section.name == "muon" and section.muon_scale != "spectral":
         found.append(

@@ -21,6 +21,8 @@ class Parallel:
     sequence: int = 1
     """Devices that share each row: everyone holds a part of its tokens, in attention all of them
     for a part of the heads (DeepSpeed-Ulysses); for rows too long for one device (序列并行)."""
+    overlap: bool | None = None
+    """Gradients travel while the backward pass goes on; null: under ZeRO 3 only (通信重叠)."""
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""

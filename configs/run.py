@@ -12,6 +12,7 @@ import fnmatch
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
+from configs.batch import Batch
 from configs.extended import Extend, extended
 from configs.faults import Faults
 from configs.grown import Growing, completed
@@ -21,6 +22,7 @@ from configs.monitoring import Monitoring
 from configs.objectives import Causal, Objective, data_problems, head_problems
 from configs.optimizers import Optimizer, Schedule, moments, problems_with_model
 from configs.parallel import Parallel, layout_problems, problems_on, row_problems
+from configs.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -66,29 +68,6 @@ class Data:
             for first, end in self.skips
             if not 0 <= first < end
         ]
-        return found
-
-
-@dataclass(frozen=True)
-class Batch:
-    """How much is learnt from at a step; devices and accumulation are derived, never asked for."""
-
-    micro: int
-    """Rows that a device holds in one forward pass."""
-    samples: int | None = None
-    """Rows of a step, over all devices; any number, it need not divide."""
-    tokens: int | None = None
-    """The same in tokens: samples = tokens / data.seq_len, rounded down."""
-
-    def problems(self) -> list[str]:
-        """Exactly one of samples and tokens, and a micro-batch."""
-        found = [] if self.micro > 0 else [f"micro: is {self.micro}, must be at least 1"]
-        if (self.samples is None) == (self.tokens is None):
-            found.append("samples, tokens: give exactly one of them (二者择一)")
-        for name in ("samples", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{name}: is {value}, must be at least 1")
         return found
 
 
@@ -211,8 +190,8 @@ class RunConfig:
     """ZeRO stage, tensor and sequence parallelism."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of forward and backward; masters, moments and gradient sums are fp32."""
-    recompute: Literal["none", "full", "sublayer"] = "none"
-    """What is kept for the backward pass: everything, a block's input, each sub-layer's input."""
+    recompute: Recompute = field(default_factory=Recompute)
+    """What is kept for the backward pass; full, sublayer and none are a word alone."""
     stages: tuple[Stage, ...] = ()
     """The stages; none means one of run.steps steps."""
     init: Init | None = None
@@ -259,10 +238,18 @@ class RunConfig:
                 f"{self._key(number, 'schedule')}: warm-up and decay take {spent} steps, it spans "
                 f"{span} steps"
             )
-        if self.batch.tokens is not None and self.batch.tokens < self.data.seq_len:
+        key, batch = self._key(number, "batch"), self.batch
+        sizes = {"tokens": batch.tokens, **{f"ramp.{n}": s for n, (_, s) in enumerate(batch.ramp)}}
+        found += [
+            f"{key}.{name}: is {size}, less than one row of {self.data.seq_len} tokens "
+            "(data.seq_len)"
+            for name, size in sizes.items()
+            if size is not None and batch.tokens is not None and size < self.data.seq_len
+        ]
+        if batch.ramp_steps > (left := total_steps(self) - batch_begin(self, number)):
             found.append(
-                f"{self._key(number, 'batch')}.tokens: is {self.batch.tokens}, less than one row "
-                f"of {self.data.seq_len} tokens (data.seq_len)"
+                f"{key}.ramp: takes {batch.ramp_steps} updates, the run has {left} from there on; "
+                "shorten it (爬坡过长)"
             )
         lengths = (self.data.seq_len, self.data.target_len)
         shared = row_problems(self.parallel, *lengths)
@@ -272,7 +259,7 @@ class RunConfig:
     def _problems_of_rule(self, number: int, rule: Optimizer) -> list[str]:
         """What the update rule of a stage cannot do there."""
         grows, model = bool(stages(self)[number].model), stage_model(self, number)
-        found = problems_with_model(rule, model, self.parallel.tensor, grows)
+        found = problems_with_model(rule, model, grows)
         before = at_stage(self, max(0, number - 1)).optimizer
         if moments(before) != moments(rule):
             found.append(
@@ -386,10 +373,26 @@ def first_step(config: RunConfig, number: int) -> int:
 
 def first_sample(config: RunConfig, number: int) -> int:
     """Samples consumed before stage `number`."""
-    return sum(
-        stage.steps * step_samples(at_stage(config, at))
-        for at, stage in enumerate(stages(config)[:number])
-    )
+    return sum(stage_samples(config, at) for at in range(number))
+
+
+def stage_samples(config: RunConfig, number: int) -> int:
+    """Samples that stage `number` consumes."""
+    first, page = first_step(config, number), at_stage(config, number)
+    begin = batch_begin(config, number)
+    ends = (first - begin, first - begin + stages(config)[number].steps)
+    before, after = (page.batch.taken(updates, page.data.seq_len) for updates in ends)
+    return after - before
+
+
+def batch_begin(config: RunConfig, number: int) -> int:
+    """The step at which the batch that holds in stage `number` began, and its ramp with it."""
+    own = [
+        at
+        for at, stage in enumerate(stages(config)[: number + 1])
+        if at and stage.batch.keys() & {"samples", "tokens", "ramp"}
+    ]
+    return first_step(config, own[-1]) if own else 0
 
 
 def schedule_span(config: RunConfig, number: int) -> tuple[int, int]:
@@ -408,10 +411,8 @@ def total_steps(config: RunConfig) -> int:
 
 
 def step_samples(config: RunConfig) -> int:
-    """Rows of one optimizer step, over all devices."""
-    if config.batch.samples is not None:
-        return config.batch.samples
-    return (config.batch.tokens or 0) // config.data.seq_len
+    """Rows of one optimizer step, over all devices, when the ramp is over."""
+    return config.batch.whole(config.data.seq_len)
 
 
 def with_threads(config: RunConfig, threads: int) -> RunConfig:

@@ -108,8 +108,8 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
     pages = [run_page.at_stage(config, n) for n in range(len(run_page.stages(config)))]
     corpora = list(dict.fromkeys(share.corpus for page in pages for share in page.data.train))
     tokens = [
-        stage.steps * run_page.step_samples(page) * page.data.seq_len
-        for stage, page in zip(run_page.stages(config), pages, strict=True)
+        run_page.stage_samples(config, number) * page.data.seq_len
+        for number, page in enumerate(pages)
     ]
     return found | {
         "corpora": corpora,

@@ -18,8 +18,8 @@ PAGES = {
     "run": (
         "RunConfig",
         (
-            *("positions", "extended", "model", "objectives", "faults", "monitoring"),
-            *("optimizers", "parallel", "run"),
+            *("positions", "batch", "extended", "model", "objectives", "faults", "monitoring"),
+            *("optimizers", "parallel", "recompute", "run"),
         ),
     ),
     "corpus": (

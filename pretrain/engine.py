@@ -57,6 +57,8 @@ class Engine:
         born: updates before a tensor came into being; 0 where it says nothing.
         scales: factors on lr, decay and eps of tensors that growth changed, as a record keeps them.
         rewarm: from which step on, and over how many, those on lr and decay return to 1.
+        overlap: whether gradients travel during the backward pass, on a stream of their own; None:
+            as DeepSpeed does by default, under ZeRO 3 only.
         hold: after a gradient that was not finite change nothing any more, until load(): the state
             stays the one before it, for whoever reads of it some steps later.
         sources: corpora of the mixture, whose losses are told apart.
@@ -81,6 +83,7 @@ class Engine:
         scales: Mapping[str, Mapping[str, float]] | None = None,
         rewarm: dict[str, int] | None = None,
         hold: bool = False,
+        overlap: bool | None = None,
         sources: int = 1,
     ) -> None:
         import deepspeed
@@ -90,7 +93,7 @@ class Engine:
         self.model, self.config, self.mesh = model, config, mesh
         self.precision, self.zero, self.seed = precision, zero, seed
         self.clip_norm = float(optimizer.clip_norm)
-        self.micro_rows, self._hold = micro_rows, hold
+        self.micro_rows, self._hold, self._overlap = micro_rows, hold, overlap
         # ranks that share rows draw their own dropout; all others by the first sample alone
         self._apart = (mesh.sequence_rank,) if mesh.sequence > 1 else ()
         self._count_updates(0)
@@ -99,6 +102,8 @@ class Engine:
         groups.mpu = glue = parallel.Glue(mesh) if mesh.tensor > 1 else None
         json = self._json()
         materialise(model, json, mesh, DTYPES[precision])
+        if precision == "fp16" and (keep_in_range := getattr(model, "keep_in_range", None)):
+            keep_in_range()
         parallel.mark(model, config, mesh)
         parameters = dict(model.named_parameters())
         self._objective = objective
@@ -116,6 +121,8 @@ class Engine:
         )
         self._zero = self._deepspeed.optimizer
         self._partitions = Partitions(self._zero, parameters, config, mesh, self.born)
+        if self._quiet():
+            self._partitions.base.judge = self._judge
         _alive.add(self)
 
     # -- a step --------------------------------------------------------------------------------
@@ -215,18 +222,20 @@ class Engine:
         self._sick: Tensor = torch.zeros((), device=self.mesh.device)
 
     def _update(self) -> tuple[Tensor | float, Tensor | bool]:
-        if self._partitions.kind != "torch":
-            self._deepspeed.step()  # waits for the device, and changes nothing if it is sick
-            skipped, norm = bool(self._zero.overflow), self._partitions.base.norm
-            return (float("inf") if skipped or norm is None else norm), skipped
         base = self._partitions.base
-        norm = base.look()
-        sick = (~torch.isfinite(norm)).float()
-        if self._hold:
-            sick = self._sick = torch.maximum(sick, self._sick)
-        base.found_inf = sick
+        if base.judge is None:
+            self._deepspeed.step()  # waits for the device, and changes nothing if it is sick
+            skipped, norm = bool(self._zero.overflow), base.norm
+            return (float("inf") if skipped or norm is None else norm), skipped
         self._deepspeed.step()
-        return norm, sick.bool()
+        assert base.norm is not None
+        return base.norm, self._sick.bool()
+
+    def _judge(self, norm: Tensor) -> Tensor:
+        """Not 0 where an update must change nothing; 0-d float32, and nobody waits for it."""
+        sick = (~torch.isfinite(norm)).float()
+        self._sick = torch.maximum(sick, self._sick) if self._hold else sick
+        return self._sick
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -339,13 +348,19 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": self._zero_stage,
+                # ours, and without waiting for the device: pretrain/optimizers/update.py
+                "compute_grad_norm": not self._quiet() or self._zero_stage == 0,
+                "overlap_comm": self._overlap,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": 2 * ((most + 1) // 2),
                 "stage3_prefetch_bucket_size": bucket,
                 "stage3_param_persistence_threshold": 10 * self.config.hidden,
                 "memory_efficient_linear": False,  # it would replace F.linear for the whole process
             },
-            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
+            "bf16": {
+                "enabled": self.precision == "bf16",
+                "check_grad_overflow": not self._quiet(),
+            },
             "fp16": {
                 "enabled": self.precision == "fp16",
                 "loss_scale": 0,
@@ -359,8 +374,14 @@ class Engine:
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device every step
         }
 
-    def _plain(self) -> bool:
-        return self._zero_stage == 0
+    def _quiet(self) -> bool:
+        """Whether our update judges gradients, on the device, and DeepSpeed does not.
+
+        Where it cannot be told not to, under ZeRO 3, in ZeRO 1 for bf16 and with a loss scaler, it
+        does, and waits for the device at every update.
+        """
+        noisy = self._zero_stage == 3 or (self._zero_stage == 1 and self.precision == "bf16")
+        return not noisy and self.precision != "fp16"
 
 
 def materialise(model: nn.Module, json: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.load import to_dict
-from configs.run import RunConfig, schedule_span, stages, step_samples, total_steps
+from configs.run import RunConfig, batch_begin, schedule_span, stages, total_steps
 
 if TYPE_CHECKING:
     from pretrain.batches import Batch
@@ -69,7 +69,6 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     stage = int(state.record["stage"])
     last = list(accumulate(s.steps for s in stages(config)))[stage]
     step, samples = int(state.record["step"]), int(state.record["samples"])
-    count = step_samples(config)
     begin, span = schedule_span(config, stage)
     trained = int(state.record["tokens"]) - samples * config.data.seq_len
     path, loss, stopped, fault = checkpoint_path(job, stage, step), None, None, None
@@ -77,8 +76,8 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
     if step == 0 and run.validate_every_steps:
         with job.monitor.aside():
             _validate(job, engine, step)
-    with Prefetcher(_steps(job, samples, count, last - step), depth=2) as prefetched:
-        for prepared in prefetched:
+    with Prefetcher(_steps(job, stage, step, last, samples), depth=2) as prefetched:
+        for count, prepared in prefetched:
             lr = schedule(step - begin, config.schedule, config.optimizer.lr, span)
             every = job.config.monitor.parts_every_steps
             measure = _due(step + 1, every) or (every > 0 and step == begun)  # has it the memory?
@@ -127,13 +126,22 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
 
 
 def _steps(
-    job: Job, samples: int, count: int, steps: int
-) -> Iterator[tuple[list["Batch"], list[int]]]:
-    """The batches of each step to come, made ahead in the prefetcher's thread."""
+    job: Job, stage: int, step: int, last: int, samples: int
+) -> Iterator[tuple[int, tuple[list["Batch"], list[int]]]]:
+    """Rows and batches of each step to come, made ahead in the prefetcher's thread."""
     mesh, micro = job.mesh, job.config.batch.micro
-    for number in range(steps):
-        first = samples + number * count
-        yield job.corpora.step(first, count, mesh.reader, mesh.readers, micro)
+    for at in range(step, last):
+        count = _samples(job, stage, at, at + 1)
+        yield count, job.corpora.step(samples, count, mesh.reader, mesh.readers, micro)
+        samples += count
+
+
+def _samples(job: Job, stage: int, first: int, end: int) -> int:
+    """Samples that steps [first, end) of a stage take."""
+    begin = batch_begin(job.whole, stage)
+    ends = (job.config.batch.taken(at - begin, job.config.data.seq_len) for at in (first, end))
+    before, after = ends
+    return after - before
 
 
 def _step(
@@ -188,8 +196,14 @@ def _look(
 
 def _samples_before(job: Job, record: dict[str, Any], step: int) -> int:
     """Samples consumed before a step of the stage at hand, whose record this is."""
-    steps = step - 1 - int(record["step"])
-    return int(record["samples"]) + steps * step_samples(job.config)
+    done = _samples(job, int(record["stage"]), int(record["step"]), step - 1)
+    return int(record["samples"]) + done
+
+
+def _samples_at(job: Job, record: dict[str, Any], step: int) -> tuple[int, int]:
+    """(first sample, samples) of a step of the stage at hand."""
+    first = _samples_before(job, record, step)
+    return first, _samples(job, int(record["stage"]), step - 1, step)
 
 
 def _dump(job: Job, record: dict[str, Any], fault: "Fault") -> None:
@@ -197,8 +211,7 @@ def _dump(job: Job, record: dict[str, Any], fault: "Fault") -> None:
     from pretrain import faults
 
     if job.mesh.rank == 0:
-        first = _samples_before(job, record, fault.step)
-        path = faults.dump(job.run, job.corpora, fault, first, step_samples(job.config))
+        path = faults.dump(job.run, job.corpora, fault, *_samples_at(job, record, fault.step))
         job.monitor.event("fault", fault.step, what=fault.what, samples=str(path))
         job.monitor.out.say(f"step {fault.step}: {fault.what}; its samples: {path} (异常样本)")
 
@@ -207,7 +220,7 @@ def passed_over(job: Job, record: dict[str, Any], fault: "Fault") -> dict[str, A
     """What a record gains when the run goes back before a fault and passes over its samples."""
     from pretrain import faults
 
-    first, count = _samples_before(job, record, fault.step), step_samples(job.config)
+    first, count = _samples_at(job, record, fault.step)
     most = job.config.faults.most_rewinds
     record = faults.passed_over(record, fault, first, count, most)
     job.monitor.out.say(

@@ -28,16 +28,19 @@ from configs.model import ModelConfig, T5PegasusConfig, local_shape, parameter_c
 from configs.model import tensors as table_of
 from configs.objectives import Masked
 from configs.optimizers import moment_bytes
+from configs.recompute import Recompute
 from configs.run import (
     RunConfig,
     at_stage,
     stage_model,
+    stage_samples,
     stages,
     step_samples,
     world_problems,
 )
 from pretrain import staged
-from pretrain.costs import WIDTH, Row, activation_bytes, flops_per_token, parameters_by_part
+from pretrain.costs import WIDTH, Row, flops_per_token, parameters_by_part
+from pretrain.kept import Kept, kept_of
 
 MFU = 0.40
 """Assumed share of the peak; plain decoders on one node reach 0.35 to 0.52."""
@@ -115,16 +118,39 @@ def row_of(config: RunConfig) -> Row:
     return Row(config.data.seq_len, config.data.target_len, share)
 
 
+def kept(
+    config: RunConfig, model: ModelConfig, recompute: Recompute | None = None, micro: int = 0
+) -> Kept:
+    """What a micro-batch keeps for its backward pass, and what is computed again, on every rank.
+
+    ConfigError for a budget that nothing fits.
+    """
+    return kept_of(
+        model,
+        row_of(config),
+        micro or config.batch.micro,
+        config.precision,
+        recompute or config.recompute,
+        config.parallel.tensor,
+        config.objective.document_boundaries,
+        config.parallel.sequence,
+    )
+
+
 def memory(
-    config: RunConfig, model: ModelConfig, zero: int, data: int, recompute: str = "", micro: int = 0
+    config: RunConfig,
+    model: ModelConfig,
+    zero: int,
+    data: int,
+    recompute: Recompute | None = None,
+    micro: int = 0,
 ) -> dict[str, float]:
     """Bytes on one device by part, for `data` ranks among which ZeRO stage `zero` partitions.
 
     recompute and micro are the run's own unless given.
     """
     tensor, sequence = config.parallel.tensor, config.parallel.sequence
-    precision = config.precision
-    recompute, micro = recompute or config.recompute, micro or config.batch.micro
+    precision, micro = config.precision, micro or config.batch.micro
     if zero == 0 and precision != "fp32":
         zero = 1  # as the engine runs it
     sizes = [prod(local_shape(model, t, tensor)) for t in table_of(model)]
@@ -133,16 +159,16 @@ def memory(
     tokens = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
     tokens = micro * tokens * row.predicted / sequence
     logits = min(tokens * model.vocab / tensor, LOGITS_AT_ONCE)
-    shared = (tensor, config.objective.document_boundaries, sequence)
     parts = {
         # under ZeRO 3 the largest matrix is whole while it is used
         "weights": width * (values / data + max(sizes) if zero == 3 else values),
         "gradients (fp32)": 4 * values / (data if zero >= 2 else 1),
         "masters (fp32)": 4 * values / data if zero else 0.0,
         "moments (fp32)": spread / (data if zero else 1) + whole,
-        "activations": activation_bytes(model, row, micro, precision, recompute, *shared),
+        "activations": kept(config, model, recompute, micro).device,
         "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
-        "messages": 4.0 * min(BUCKET_VALUES, values),
+        # two buffers take turns where gradients travel during the backward pass
+        "messages": 4.0 * min(BUCKET_VALUES, values) * (2 if config.parallel.overlap else 1),
         "context": CONTEXT_BYTES,
     }
     return {**parts, "total": sum(parts.values())}
@@ -160,14 +186,9 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     readers = data // config.parallel.sequence
     samples, micro = step_samples(pages[-1]), pages[-1].batch.micro
     tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
-    each = [
-        _stage(model, stage.steps, page, gpus * peak * mfu)
-        for stage, model, page in zip(stages(config), models, pages, strict=True)
-    ]
     rate = gpus * peak * mfu
-    large = [
-        _stage(last, stage["steps"], p, rate)["flops"] for stage, p in zip(each, pages, strict=True)
-    ]
+    each = [_stage(config, n, model, pages[n], rate) for n, model in enumerate(models)]
+    large = [_stage(config, n, last, page, rate)["flops"] for n, page in enumerate(pages)]
     needs = [
         [memory(page, model, zero, data) for zero in range(4)]
         for page, model in zip(pages, models, strict=True)
@@ -192,7 +213,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         },
         "memory": {
             "zero": config.parallel.zero,
-            "recompute": config.recompute,
+            "recompute": _recomputed(pages[most], models[most]),
             "device_bytes": budget,
             "stage": most,
             "by_zero_stage": [{**m, "fits": m["total"] <= budget} for m in needs[most]],
@@ -223,34 +244,52 @@ def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> float:
     return 4 * parameter_count(model) + sum(moment_bytes(config.optimizer, model))
 
 
-def _stage(model: ModelConfig, steps: int, page: RunConfig, rate: float) -> dict[str, Any]:
+def _stage(
+    config: RunConfig, number: int, model: ModelConfig, page: RunConfig, rate: float
+) -> dict[str, Any]:
     """One stage at `rate` FLOP/s of all devices together."""
     full, causal = flops_per_token(model, row_of(page))
-    tokens = step_samples(page) * page.data.seq_len
+    tokens = stage_samples(config, number) * page.data.seq_len
     return {
-        "steps": steps,
+        "steps": stages(config)[number].steps,
         "seq_len": page.data.seq_len,
         "samples": step_samples(page),
+        "ramp": [list(part) for part in page.batch.ramp],
         "parameters": parameter_count(model),
-        "tokens": steps * tokens,
+        "tokens": tokens,
         "flops_per_token": {"full": full, "causal": causal},
-        "flops": steps * tokens * full,
-        "step_s": tokens * full / rate,
-        "days": steps * tokens * full / rate / 86400,
+        "flops": tokens * full,
+        "step_s": step_samples(page) * page.data.seq_len * full / rate,
+        "days": tokens * full / rate / 86400,
+    }
+
+
+def _recomputed(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """What is computed again in a stage, what that costs, and what lies on the host for it."""
+    found = kept(config, model)
+    row = row_of(config)
+    return {
+        **to_dict(config.recompute),
+        "blocks": found.words(),
+        "flops_again": found.flops / (flops_per_token(model, row)[0] * row.seq_len),
+        "host_bytes": found.host,
     }
 
 
 def _advice(config: RunConfig, model: ModelConfig, data: int, budget: float) -> str | None:
     """The smallest change that fits, or None if the run fits as it is."""
-    zero, recompute, micro = config.parallel.zero, config.recompute, config.batch.micro
+    zero, now, micro = config.parallel.zero, config.recompute, config.batch.micro
     kinds = ("none", "sublayer", "full")
+    more = kinds[kinds.index(now.how) + 1 :] if now.how in kinds else ("full",)
+    key = "recompute.how" if now.offload else "recompute"
+    ways = [now, *(Recompute(how, None, now.offload) for how in more)]  # type: ignore[arg-type]
     for rows in (micro >> halved for halved in range(micro.bit_length())):
-        for kind in kinds[kinds.index(recompute) :]:
+        for way in ways:
             for stage in range(zero, 4):
-                if memory(config, model, stage, data, kind, rows)["total"] > budget:
+                if memory(config, model, stage, data, way, rows)["total"] > budget:
                     continue
                 changes = [f"parallel.zero={stage}"] * (stage != zero)
-                changes += [f"recompute={kind}"] * (kind != recompute)
+                changes += [f"{key}={way.how}"] * (way != now)
                 return " ".join(changes + [f"batch.micro={rows}"] * (rows != micro)) or None
     return "more or larger devices, or a larger parallel.tensor or parallel.sequence"
 
@@ -357,11 +396,15 @@ def _memory_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     rows.append(["fits (放得下)", *("yes" if s["fits"] else "NO" for s in stages)])
     if memory["advice"]:
         rows.append([f"this run does not fit; it would with: {memory['advice']}"])
+    again = memory["recompute"]
+    if again["how"] != "none":
+        cost = f"{again['flops_again']:.1%} more FLOPs"
+        rows.append([f"computed again: {again['blocks']}; {cost} (重计算)"])
+    if again["host_bytes"]:
+        rows.append([f"on the host of each rank: {again['host_bytes'] / 2**30:.2f} GiB (内存)"])
     device = f"{memory['device_bytes'] / 2**30:.1f} GiB"
     stage = f", stage {memory['stage']}" if len(found["stages"]) > 1 else ""
-    title = (
-        f"memory of a device of {device}{stage}, recompute {memory['recompute']} (显存; * chosen)"
-    )
+    title = f"memory of a device of {device}{stage}, recompute {again['how']} (显存; * chosen)"
     return title, rows
 
 
@@ -374,6 +417,9 @@ def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         rows_of = f"of {s['samples']:,} x {s['seq_len']:,}"
         steps = f"{s['steps']:,} steps"
         rows.append([f"stage {number}: {size}", steps, rows_of, tokens, pace, days])
+        if s["ramp"]:
+            unit = ", ".join(f"{size:,} for {steps:,} steps" for steps, size in s["ramp"])
+            rows.append([f"  the batch ramps (爬坡): {unit}, then whole"])
     rows.append(["all", "", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
     rows.append(["checkpoint", f"{disk['checkpoint_bytes'] / 1e9:,.2f} GB"])
     kept = f"{disk['checkpoints_kept']} kept, 1 being written"

@@ -256,14 +256,15 @@ def _engine(job: Job, state: "State") -> "Engine":
     """A model of this stage, cut and laid out over the devices, with room for the state."""
     import torch
 
-    from pretrain import models, objectives, parallel, recompute, sequence
+    from pretrain import models, objectives, parallel, plan, recompute, sequence
     from pretrain.engine import Engine
 
     config = job.config
     model_config = stage_model(config, int(state.record["stage"]))
     with torch.device("meta"):
         model = models.build(model_config)
-    recompute.apply(model, config.recompute)
+    kept = plan.kept(config, model_config)
+    recompute.apply(model, kept.by_block(), kept.offload)
     parallel.shard(model, model_config, job.mesh)
     sequence.share(model, job.mesh)
     return Engine(
@@ -274,6 +275,7 @@ def _engine(job: Job, state: "State") -> "Engine":
         optimizer=config.optimizer,
         precision=config.precision,
         zero=config.parallel.zero,
+        overlap=config.parallel.overlap,
         micro_rows=config.batch.micro,
         seed=config.run.seed,
         born=state.record["born"],

@@ -106,6 +106,54 @@ def lively(config: ModelConfig) -> State:
     return State({k: moved(k, e) for k, e in state.entries.items()}, state.record)
 
 
+def loud(config: ModelConfig) -> dict[str, Entry]:
+    """T5 weights by name whose feed-forward outputs and stream reach 1e5, all of them in fp16."""
+    size = {"self.o": 30.0, "cross.o": 30.0, "ffn.down": 60.0, "ffn.gate": 0.5, "ffn.up": 0.5}
+
+    def of(name: str, entry: Entry) -> Entry:
+        generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+        std = next((s for part, s in size.items() if part in name), 0.1)
+        values = torch.randn(entry.shape, generator=generator) * std
+        if len(entry.shape) == 1:
+            values = 1 + 0.1 * values + 3 * ("ffn_norm" in name)
+        return replace(entry, read=lambda: values.half().float())
+
+    entries = fresh(config, 3).entries
+    return {key.removeprefix("weights/"): of(key, e) for key, e in entries.items()}
+
+
+def loud_run(*, precision: str, steps: int, cured: bool = True) -> list[float]:
+    """Losses of a few updates from such weights on the same samples, where the test lifts
+    DeepSpeed's check of fp16."""
+    from deepspeed.accelerator import get_accelerator
+
+    from pretrain.models.t5_pegasus import T5Pegasus
+
+    accelerator, kept = get_accelerator(), get_accelerator().is_fp16_supported
+    accelerator.is_fp16_supported = lambda: True
+    cure = T5Pegasus.keep_in_range
+    if not cured:
+        T5Pegasus.keep_in_range = lambda self: None  # type: ignore[method-assign]
+    try:
+        engine = make(family="t5_pegasus", zero=1, precision=precision)
+        state = fresh(engine.config, 3)
+        weights = {f"weights/{name}": entry for name, entry in loud(engine.config).items()}
+        engine.load(State(weights, state.record))
+        losses: list[float] = []
+        (part,) = step_samples(0, SAMPLES, engine.mesh.data_rank, engine.mesh.data, 8)
+        for _ in range(steps + 24):  # the loss scale is searched from 2^16 downwards
+            done = engine.train_step(
+                [rows(part, "t5_pegasus")], lr=1e-2, step=0, first_samples=[int(part[0])]
+            )
+            losses += [] if done.skipped else [float(done.loss_sum / done.count)]
+            if len(losses) == steps:
+                break
+        return losses
+    finally:
+        accelerator.is_fp16_supported = kept
+        T5Pegasus.keep_in_range = cure  # type: ignore[method-assign]
+
+
 def train(*, family: str, steps: int, micro: int = SAMPLES, **layout: Any) -> dict[str, Any]:
     """Build, load, run; losses, gradient norms, logits of one row, what is held whole."""
     engine = make(family=family, micro=micro, **layout)

@@ -149,7 +149,7 @@ def test_all_problems_are_said_at_once_each_with_its_key() -> None:
         "did you mean 'bf16'",
         "batch.micro: must be a whole number, is text 'many'",
         "data.seq_len: must be a whole number",
-        "recompute: is 'sub-layer'",
+        "recompute.how: is 'sub-layer'",
         "did you mean 'sublayer'",
     ):
         assert words in text

@@ -165,9 +165,7 @@ GROWS = {"stages": [{"steps": 4}, {"steps": 4, "model": {"layers": 2}}], "run": 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"optimizer": {"lr": 0.1, "name": "muon"}, "parallel": {"tensor": 2}}, "whole matrices"),
         ({"optimizer": {"lr": 0.1, "lazy_rows": True}}, "embed.tokens.weight of cpm is tied"),
-        ({"optimizer": {"lr": 0.1, "name": "adafactor"}} | GROWS, "name: is adafactor, growth"),
         ({"optimizer": {"lr": 0.1, "name": "muon"}} | GROWS, "muon_scale: is rms, a grown matrix"),
         (
             {"stages": [{"steps": 4}, {"steps": 4, "optimizer": {"name": "muon"}}],

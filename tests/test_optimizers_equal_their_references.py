@@ -75,6 +75,7 @@ CASES = [("lamb", layout) for layout in LAYOUTS] + [
     ("muon", "plain"),
     ("muon", "zero1"),
     ("muon", "zero3"),
+    ("muon", "tensor"),
     ("muon, spectral", "zero2"),
 ]
 
@@ -87,6 +88,24 @@ def test_a_run_equals_the_plain_reading(world2: World, which: str, layout: str) 
     assert apart(whole, weights) < 1e-6
 
 
+@pytest.mark.parametrize("zero", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_muon_equals_the_plain_reading_where_matrices_are_cut_twice(
+    world4: World, zero: int
+) -> None:
+    """Tensor 2 x data 2: rows and columns on two ranks, each part on one or two of the others."""
+    losses, weights = expected("muon")
+    found, whole, _ = after(world4, "muon", zero=zero, tensor=2)
+    assert found == pytest.approx(losses, rel=1e-6)
+    assert apart(whole, weights) < 1e-6
+
+
+def test_the_comparison_sees_columns_taken_for_rows(world2: World) -> None:
+    """Control: the parts of a matrix that is cut by columns are put together as rows."""
+    losses, _ = expected("muon")
+    ranks = world2.run(jobs.all_cut_by_rows, steps=20, zero=1, tensor=2, **SECTIONS["muon"])
+    assert max(abs(a / b - 1) for a, b in zip(ranks[0]["losses"], losses, strict=True)) > 1e-4
+
+
 @pytest.mark.parametrize("which", ["lamb", "adafactor", "muon"])
 def test_a_run_goes_on_on_other_devices(world1: World, world2: World, which: str) -> None:
     """Ten steps under ZeRO 2 on two processes, six under ZeRO 3 on one, four on two again."""
@@ -95,8 +114,9 @@ def test_a_run_goes_on_on_other_devices(world1: World, world2: World, which: str
     second, whole, progress = after(
         world1, which, zero=3, steps=6, first=10, state=(whole, progress)
     )
-    last = {"zero": 3} if which == "muon" else {"zero": 1, "tensor": 2}
-    third, whole, _ = after(world2, which, steps=4, first=16, state=(whole, progress), **last)
+    third, whole, _ = after(
+        world2, which, steps=4, first=16, state=(whole, progress), zero=1, tensor=2
+    )
     assert first + second + third == pytest.approx(losses, rel=1e-6)
     assert apart(whole, weights) < 1e-6
 

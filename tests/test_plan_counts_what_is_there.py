@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,8 +25,10 @@ from configs.run import RunConfig
 from launch import cli
 from pretrain import models, plan
 from pretrain.costs import Row
+from pretrain.kept import activation_bytes
 from pretrain.models.cpm import CPM
-from pretrain.models.layers import Visibility, attention_sdpa
+from pretrain.models.layers import attention_sdpa
+from tests.saved_bytes import fused, rows_of, saved_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sorted(ROOT.glob("configs/runs/*.yaml"))
@@ -103,17 +104,6 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert causal == full - 12 * 3 * 4 * 32 * 256 * (1 - 257 / 512)
 
 
-def rows_of(config: ModelConfig, row: Row, rows: int) -> list[torch.Tensor | None]:
-    """What the model of a family is called with."""
-
-    def side(length: int) -> list[torch.Tensor | None]:
-        tokens = torch.randint(config.vocab, (rows, length))
-        return [tokens, torch.arange(length).expand_as(tokens), torch.zeros_like(tokens)]
-
-    encoder = side(row.seq_len)
-    return side(row.targets) + encoder if isinstance(config, T5PegasusConfig) else encoder
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("row", [Row(96, 40, 1.0), Row(96, 40, 0.25), Row(60)])
 def test_flops_of_every_family_are_the_products_that_run(family: str, row: Row) -> None:
@@ -157,39 +147,13 @@ def test_activations_are_those_that_autograd_keeps(precision: str, masked: bool)
     """Without dropout, whose mask is a byte on a GPU and a float on a CPU."""
     config = dataclasses.replace(TOY, dropout=0.0, attention_dropout=0.0)
     model = CPM(config, attention_sdpa).to(torch.float32 if precision == "fp32" else torch.bfloat16)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(values: torch.Tensor) -> torch.Tensor:
-        kept[values.untyped_storage().data_ptr()] = values
-        return values
-
     tokens = torch.randint(config.vocab, (2, 256))
     positions = torch.arange(256).expand_as(tokens)
     documents = torch.zeros_like(tokens) if masked else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
-        logits = model.logits(model(tokens, positions, documents))
-    assert logits.requires_grad
-    counted = sum(v.untyped_storage().nbytes() for at, v in kept.items() if at not in own)
-    estimate = plan.activation_bytes(config, 256, 2, precision, "none", masked=masked)
+    counted = saved_bytes(model, lambda: model.logits(model(tokens, positions, documents)))
+    estimate = activation_bytes(config, 256, 2, precision, "none", masked=masked)
     # small things (ids, statistics of norms) differ between devices
     assert counted == pytest.approx(estimate, rel=0.03)
-
-
-class _Fused(torch.autograd.Function):
-    """Attention that keeps what a fused kernel with a bias keeps on a GPU."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        out = torch.zeros_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.zeros(q.shape[:3]), bias)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise AssertionError("only what is kept is looked at")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -197,33 +161,11 @@ class _Fused(torch.autograd.Function):
 def test_activations_of_the_families(family: str, precision: str) -> None:
     """As above; T5's bias and its gradient have the size of one [heads, T, S] a stack and row."""
     config, row, rows = FAMILIES[family], Row(192, 64), 2
-    biases: dict[int, torch.Tensor] = {}
-
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, see: Visibility, *_: float
-    ) -> torch.Tensor:
-        if see.bias is not None:
-            biases[see.bias.data_ptr()] = see.bias
-        bias = see.bias if see.bias is not None else see.additive(q[:1, :1].transpose(1, 2))
-        return _Fused.apply(q, k, v, bias)  # type: ignore[no-any-return]
-
-    model = models.build(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
-    for module in model.modules():
-        if hasattr(module, "attention"):
-            module.attention = attention
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(values: torch.Tensor) -> torch.Tensor:
-        kept[values.untyped_storage().data_ptr()] = values
-        return values
-
+    model, biases = fused(config, torch.float32 if precision == "fp32" else torch.bfloat16)
     given = rows_of(config, row, rows)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
-        model(*given)
-    counted = sum(v.untyped_storage().nbytes() for at, v in kept.items() if at not in own)
+    counted = saved_bytes(model, lambda: model(*given))
     counted += sum(b.untyped_storage().nbytes() for b in biases.values())  # their gradients
-    estimate = plan.activation_bytes(config, row, rows, precision, "none")
+    estimate = activation_bytes(config, row, rows, precision, "none")
     assert counted == pytest.approx(estimate, rel=0.05)
 
 
@@ -231,7 +173,7 @@ def test_activations_of_the_families(family: str, precision: str) -> None:
 def test_recompute_keeps_less(config: ModelConfig) -> None:
     config = dataclasses.replace(config, layers=24)
     none, sub, full = (
-        plan.activation_bytes(config, 256, 16, "bf16", how, masked=False)
+        activation_bytes(config, 256, 16, "bf16", how, masked=False)
         for how in ("none", "sublayer", "full")
     )
     assert full < sub < none and full < none / 2

@@ -16,7 +16,8 @@ from configs.load import ConfigError, from_dict
 from configs.model import CPMConfig, RoFormerConfig, T5PegasusConfig
 from configs.positions import PositionTable, Rope
 from configs.run import RunConfig
-from pretrain.costs import Row, activation_bytes
+from pretrain.costs import Row
+from pretrain.kept import activation_bytes
 from tests import family_jobs, sequence_jobs
 from tests.run_jobs import losses, metrics, page
 from tests.worlds import World

@@ -44,6 +44,23 @@ def test_tensor_2_by_data_2(
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_overlapped_messages_change_no_digit(
+    tmp_path: Path, tiny_corpus: Path, alone: list[float], world2: World, zero: int
+) -> None:
+    """Which stream a message takes is no arithmetic: the same losses to the last digit."""
+    for overlap in (True, False):
+        changes: dict[str, Any] = {
+            "parallel__zero": zero,
+            "parallel__overlap": overlap,
+            "run__steps": 6,
+        }
+        changes["schedule"] = {"warmup_steps": 5}
+        world2.run(GO, config=page(tmp_path / str(overlap), tiny_corpus, **changes))
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+    assert losses(tmp_path / "True")[0] == pytest.approx(alone[0], rel=1e-5)
+
+
 def test_validation_and_its_passage_under_tensor_parallelism(
     tmp_path: Path, tiny_corpus: Path, world1: World, world2: World
 ) -> None:

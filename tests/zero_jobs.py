@@ -15,6 +15,7 @@ from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
 from pretrain.models.cpm import CPM
 from pretrain.objectives.causal import Causal
+from pretrain.optimizers import muon
 from pretrain.optimizers.fragments import Logical
 from pretrain.state import Entry, State, fresh
 
@@ -362,6 +363,17 @@ def unaware(**arguments: Any) -> dict[str, Any]:
         Logical.reduced = reduced  # type: ignore[method-assign]
 
 
+def all_cut_by_rows(**arguments: Any) -> dict[str, Any]:
+    """train() where Muon puts the parts of every matrix together as its rows."""
+    joined, cut = muon._joined, muon._cut
+    muon._joined = lambda logical, name, parts: parts.view(logical.shapes[name])
+    muon._cut = lambda logical, name, matrix: matrix.reshape(-1)
+    try:
+        return train(**arguments)
+    finally:
+        muon._joined, muon._cut = joined, cut
+
+
 class _Waits(TorchDispatchMode):
     """How often a value is asked for."""
 
@@ -372,6 +384,23 @@ class _Waits(TorchDispatchMode):
     ) -> Any:
         self.count += "local_scalar_dense" in str(function)
         return function(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(quiet: bool = True, **layout: Any) -> int:
+    """How often a whole step, forward to update and DeepSpeed's own included, asks for a value."""
+    told = Engine._quiet
+    if not quiet:
+        Engine._quiet = lambda self: False  # type: ignore[method-assign]
+    try:
+        engine = make(**layout)
+    finally:
+        Engine._quiet = told  # type: ignore[method-assign]
+    engine.load(fresh(engine.config, 3))
+    run_steps(engine, 0, 2)
+    batches, firsts = micro_batches(2, engine.mesh, SAMPLES, layout.get("micro", SAMPLES))
+    with _Waits() as waits:
+        engine.train_step(batches, lr=LR, step=2, first_samples=firsts)
+    return waits.count
 
 
 def messages_of_an_update(**layout: Any) -> tuple[int, int]:

@@ -18,7 +18,7 @@ kexue.fm/archives/8444).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from configs.grown import CARRIED, EXACT, PRESERVING, Growing, carried, completed, said, times
@@ -26,7 +26,15 @@ from configs.load import from_dict, to_dict
 from configs.model import ModelConfig, RoFormerConfig, tensors
 from pretrain.growth import width
 from pretrain.growth.depth import deeper
-from pretrain.growth.moments import settled, slots, unknown
+from pretrain.growth.moments import (
+    COLUMNS,
+    ROWS,
+    factored,
+    settled,
+    slots,
+    unfactored,
+    unknown,
+)
 from pretrain.mixing import Mixture
 from pretrain.state import Entry, State
 
@@ -88,14 +96,15 @@ def grow(
     refused = refusal(now, to, how)
     if refused:
         raise GrowthError(refused)
-    if left := unknown(state):
+    factors = (whole := unfactored(state)) is not state
+    if left := unknown(whole):
         raise GrowthError(
             f"optim/{min(left)}: is of an optimizer whose state growth does not carry; grow the "
             "weights alone and start with `init: {what: weights}` (该优化器的状态不能随模型生长)"
         )
     to = completed(now, to, how)
     operators = OPERATORS | {"vocab": functools.partial(width.more_words, pieces=pieces)}
-    names, grown, at = [], State(state.entries, settled(state.record)), now
+    names, grown, at = [], State(whole.entries, settled(state.record)), now
     for size, operator in operators.items():
         if getattr(at, size) == getattr(to, size):
             continue
@@ -121,13 +130,18 @@ def grow(
     record["growth"] = [*state.record.get("growth", []), line]
     if how.rewarm_steps and record.get("scales"):
         record["rewarm"] = {"step": step, "steps": how.rewarm_steps}
-    # in the table's order, so that the files' bytes do not depend on the way that led here
-    keys = [f"{kind}/{t.name}" for kind in ("weights", *slots(grown)) for t in tensors(to)]
-    keys += [key for key in grown.entries if key.startswith("buffers/")]
-    entries = {key: grown.entries[key] for key in keys if key in grown.entries}
+    kinds = ("weights", *slots(grown), *((ROWS, COLUMNS) if factors else ()))
+    entries = _ordered(factored(grown) if factors else grown, to, kinds)
     if rounded:
         entries = {key: _rounded(entry) for key, entry in entries.items()}
     return State(entries, record)
+
+
+def _ordered(state: State, model: ModelConfig, kinds: Sequence[str]) -> dict[str, Entry]:
+    """In the table's order, so that the files' bytes do not depend on the way that led here."""
+    keys = [f"{kind}/{t.name}" for kind in kinds for t in tensors(model)]
+    keys += [key for key in state.entries if key.startswith("buffers/")]
+    return {key: state.entries[key] for key in keys if key in state.entries}
 
 
 def told(line: dict[str, Any]) -> Growing:

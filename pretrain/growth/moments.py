@@ -8,7 +8,10 @@
     4.1; derived for this project). Those four are kept in the record's `scales` by tensor name. lr
 and decay may return to 1 over some steps (`rewarm`): the rate that the larger model trains with.
 
-Averages of weights (EMA, Lookahead) grow as the weights do, Muon's momentum as exp_avg.
+Averages of weights (EMA, Lookahead) grow as the weights do, Muon's momentum as exp_avg. Adafactor's
+rows R and columns C stand for the matrix R_i C_j / mean(R) of exp_avg_sq: that matrix grows, and
+its means by row and by column are the grown factors. A matrix tiled in n copies is still a product
+of rows and columns, so this is the exact rule; its average of changes goes with the weights, a x.
 
 A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first updates are up to
 6.6 times the learning rate. Hence
@@ -19,6 +22,7 @@ A moment of 0 under an old step counter overshoots: with beta2 = 0.999 the first
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +35,10 @@ Scales = dict[str, dict[str, float]]
 
 POWERS = {"weights": 0, "ema": 0, "slow": 0, "exp_avg": 1, "momentum": 1, "exp_avg_sq": 2}
 """The power of the gradient that each goes with; 0: it follows the weight itself."""
+
+
+ROWS, COLUMNS, SQUARES = (f"optim/exp_avg_sq{end}" for end in ("_row", "_col", ""))
+"""Of Adafactor's second moments, and of anybody else's."""
 
 
 def power(kind: str) -> int:
@@ -46,9 +54,58 @@ def slots(state: State) -> list[str]:
 
 
 def unknown(state: State) -> set[str]:
-    """What an optimizer keeps that growth does not know how to carry (Adafactor's factors)."""
+    """What an optimizer keeps that growth does not know how to carry."""
     found = {key.split("/")[1] for key in state.entries if key.startswith("optim/")}
     return found - set(POWERS)
+
+
+def unfactored(state: State) -> State:
+    """A state of Adafactor with its second moments as matrices, computed when read, and what it
+    averages as a gradient's average would stand beside them; any other as it is."""
+    if not state.names(ROWS):
+        return state
+    entries = dict(state.entries)
+    for name in state.names(ROWS):
+        rows, columns = entries.pop(f"{ROWS}/{name}"), entries.pop(f"{COLUMNS}/{name}")
+        size = (*rows.shape, *columns.shape)
+        entries[f"{SQUARES}/{name}"] = Entry(size, "float64", partial(_product, rows, columns))
+    return State(_weighed(entries, state.record, -1), state.record)
+
+
+def factored(state: State) -> State:
+    """The inverse of unfactored(), of matrices that may have grown meanwhile."""
+    entries = dict(state.entries)
+    for name in state.names(SQUARES):
+        whole = entries[f"{SQUARES}/{name}"]
+        if len(whole.shape) == 2:
+            del entries[f"{SQUARES}/{name}"]
+            for key, side in ((ROWS, 0), (COLUMNS, 1)):
+                mean = partial(_mean, whole, 1 - side)
+                entries[f"{key}/{name}"] = Entry((whole.shape[side],), "float32", mean)
+    return State(_weighed(entries, state.record, 1), state.record)
+
+
+def _product(rows: Entry, columns: Entry) -> torch.Tensor:
+    r, c = rows.read().double(), columns.read().double()
+    return torch.outer(r, c).div_(r.mean().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _mean(whole: Entry, over: int) -> torch.Tensor:
+    return whole.read().double().mean(over).float()
+
+
+def _weighed(entries: dict[str, Entry], record: dict[str, Any], power: int) -> dict[str, Entry]:
+    """Averages of changes by what a tensor weighs in the norm, a^2 n: 1 / (a n) becomes a."""
+    for name, scale in record.get("scales", {}).items():
+        key = f"optim/exp_avg/{name}"
+        if key in entries and scale["clip"] != 1.0:
+            old, factor = entries[key], scale["clip"] ** power
+            entries[key] = Entry(old.shape, "float64", partial(_times, old, factor))
+    return entries
+
+
+def _times(entry: Entry, factor: float) -> torch.Tensor:
+    return entry.read().double() * factor
 
 
 def zeros(size: tuple[int, ...]) -> Entry:

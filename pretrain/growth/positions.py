@@ -26,7 +26,7 @@ from configs.load import to_dict
 from configs.model import ModelConfig, T5PegasusConfig, axis_size, init_std, tensors
 from configs.positions import PositionTable
 from pretrain.growth import model_config
-from pretrain.growth.moments import slots
+from pretrain.growth.moments import factored, slots, unfactored
 from pretrain.state import Entry, State, draw
 
 TABLE = "embed.positions.weight"
@@ -40,8 +40,8 @@ def extend(
     Old rows keep their values, moments and `born`. The record gets the new config and a line in
     `extensions`. `seed` decides random rows; `rounded` as in grow().
     """
-    now = model_config(state)
-    entries = dict(state.entries)
+    now, given = model_config(state), state
+    entries = dict((state := unfactored(given)).entries)
     for kind in ("weights", *slots(state)):
         for name, axis, rounds, make in _changes(state, now, to, how, seed, kind):
             old = entries[f"{kind}/{name}"]
@@ -59,7 +59,8 @@ def extend(
         "seed": seed,
     }
     history = [*state.record.get("extensions", []), line]
-    return State(entries, {**state.record, "model": to_dict(to), "extensions": history})
+    longer = State(entries, {**state.record, "model": to_dict(to), "extensions": history})
+    return longer if state is given else factored(longer)
 
 
 def unbound(state: State) -> State:

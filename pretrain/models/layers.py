@@ -274,6 +274,8 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(heads * head_dim, hidden, bias=bias)
         self.head_dim, self.scale, self.dropout = head_dim, scale, dropout
         self.attention = attention
+        self.share = 1.0
+        """Values are multiplied by this, and so is what comes out."""
 
     def forward(
         self,
@@ -298,7 +300,8 @@ class SelfAttention(nn.Module):
 
     def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """What queries look at: k_BSNH, v_BSNH."""
-        return self._heads(self.k(x_BSD)), self._heads(self.v(x_BSD))
+        v_BSNH = self._heads(self.v(x_BSD))
+        return self._heads(self.k(x_BSD)), v_BSNH if self.share == 1.0 else v_BSNH * self.share
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -360,10 +363,14 @@ class GatedFeedForward(nn.Module):
         self.down = nn.Linear(ffn, hidden, bias=False)
         self.activation, self.dropout = activation, dropout
         self.drop_within = drop
+        self.share = 1.0
+        """The product within is multiplied by this, and so is what comes out."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> what the layer adds to it, before dropout."""
-        inner_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        up_BTF = self.up(x_BTD)
+        up_BTF = up_BTF if self.share == 1.0 else up_BTF * self.share
+        inner_BTF = self.activation(self.gate(x_BTD)) * up_BTF
         return self.down(self.drop_within(inner_BTF, self.dropout if self.training else 0.0))
 
 

@@ -14,6 +14,10 @@ option of the config: GELU by erf, the decoder's position bias added to cross-at
 head's input scaled by hidden ** -0.5. Sources: Su, kexue.fm/archives/8209; Xue et al. 2021 (mT5);
 Shazeer 2020 (GLU variants). Its tensors: configs/model.py.
 
+In fp16, which ends at 65,504, T5's residual stream and feed-forward outputs overflow (they reach
+1e5 and more; transformers #9295). keep_in_range() makes the stream a 64th of what it is: every
+norm reads it as the same, because RMSNorm divides by its length, and the function stays, exactly.
+
 Legend: B rows, T decoder tokens, S encoder tokens, D hidden, N positions to predict, V vocabulary.
 """
 
@@ -41,6 +45,10 @@ from pretrain.models.norms import RMSNorm
 from pretrain.models.part import WHOLE
 from pretrain.models.positions import RelativeBias, same_positions, shared_positions
 from pretrain.models.words import masked
+
+SHARE_IN_FP16 = 2.0**-6
+"""Of the stream: 4e6 is in range then, and 0.004 has all of its digits. A power of two rounds
+nothing."""
 
 
 class EncoderBlock(nn.Module):
@@ -142,6 +150,26 @@ class T5Pegasus(nn.Module):
         self.decoder = Stack(config, DecoderBlock, attention)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
         self.part = WHOLE
+        self.share = 1.0
+        """Of the stream that is computed, see keep_in_range()."""
+
+    def keep_in_range(self, share: float = SHARE_IN_FP16) -> None:
+        """Compute with `share` of the residual streams; what comes out of the model stays.
+
+        Embeddings and what every sub-layer adds are multiplied, the latter before the products that
+        would overflow; eps of the norms by its square.
+        """
+        self.share = share
+        for module in self.modules():
+            if isinstance(module, SelfAttention | GatedFeedForward):
+                module.share = share
+            elif isinstance(module, RMSNorm):
+                module.eps = self.config.norm_eps * share**2
+
+    def _embedded(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.embed.tokens(tokens_BT)
+        embedded: Tensor = self.dropout(x_BTD if self.share == 1.0 else x_BTD * self.share)
+        return embedded
 
     def forward(
         self,
@@ -171,7 +199,7 @@ class T5Pegasus(nn.Module):
         self, tokens_BS: Tensor, positions_BS: Tensor, document_ids_BS: Tensor | None = None
     ) -> Tensor:
         """The encoder's hidden states [B, S, D]: a token sees all of its own document."""
-        x_BSD = self.dropout(self.embed.tokens(tokens_BS))
+        x_BSD = self._embedded(tokens_BS)
         S, stretch = positions_BS.shape[1], log_n_of(self.config)
         places = shared_positions(positions_BS, document_ids_BS)
         bias_BNSS = self.encoder.position_bias(places, places, self.part)
@@ -196,7 +224,7 @@ class T5Pegasus(nn.Module):
         With a cache the tokens continue those that it holds, in their documents and positions; the
         encoder's keys and values are then computed once.
         """
-        x_BTD = self.dropout(self.embed.tokens(tokens_BT))
+        x_BTD = self._embedded(tokens_BT)
         T = positions_BT.shape[1]
         past, keys_BS, key_positions_BS = 0, document_ids_BT, positions_BT
         if cache is not None:

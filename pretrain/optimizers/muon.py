@@ -8,8 +8,10 @@ The momentum lies like the weights; O needs the whole matrix. Each has one owner
 holds most of it, in turn where several hold as much. What others hold of it travels to the owner
 and their part of O back: two all-to-alls of fp32 values. Under ZeRO 1 and 2 only matrices that a
 border of the partitions cuts travel, ranks - 1 at most in a group; under ZeRO 3 (ranks - 1) / ranks
-of all values, each way; under ZeRO 0 nothing, every rank computes all. Newton-Schulz costs about
-10 x rows x columns x min(rows, columns) x 2 FLOPs a matrix, shared by the owners.
+of all values, each way; under ZeRO 0 nothing, every rank computes all. Tensor parallelism cuts
+every matrix: parts then lie on the ranks of all data-parallel groups (ZeRO 0: of one), and all
+but the owner's part travel. Newton-Schulz costs about 10 x rows x columns x min(rows, columns) x 2
+FLOPs a matrix, shared by the owners.
 
 A matrix tiled in n copies has the same O in n copies / sqrt(n); with the spectral length the grown
 run then goes on as the small one at the same lr, whichever side was tiled (GROWTH of record 4.1).
@@ -17,12 +19,15 @@ run then goes on as the small one at the same lr, whichever side was tiled (GROW
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.model import split_dim
 from pretrain.optimizers.adam import lr_of
+from pretrain.optimizers.fragments import Fragment, Logical
 from pretrain.optimizers.update import Update
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -43,17 +48,15 @@ class Muon:
     def begin(self, update: Update) -> None:
         """Who owns which matrix, and which pieces travel."""
         logical = update.logical
-        mesh = logical.mesh
-        assert mesh.tensor == 1, "muon needs whole matrices: parallel.tensor must be 1"
         self.mine = {
             f.name: f for f in logical.fragments if update.group_of[f.flat]["part"] == self.part
         }
-        held = [(f.name, f.start, f.length) for f in self.mine.values()]
-        self.rank, self.ranks = (0, 1) if logical.alone else (mesh.data_rank, mesh.data)
+        held = [(f.name, _start(logical, f), f.length) for f in self.mine.values()]
+        self.group, self.rank, self.ranks = _peers(logical)
         everyone: list[list[tuple[str, int, int]]] = [held]
         if self.ranks > 1:
             everyone = [[] for _ in range(self.ranks)]
-            dist.all_gather_object(everyone, held, group=mesh.data_group)
+            dist.all_gather_object(everyone, held, group=self.group)
         owner = owners(everyone, logical.names)
         self.owned = [name for name in logical.names if owner.get(name) == self.rank]
         self.sent = [
@@ -95,11 +98,12 @@ class Muon:
             arrived.setdefault(name, []).append((start, values))
         for name in self.owned:
             f = self.mine[name]
-            parts = [(f.start, f.view(grads[f.flat])), *arrived.get(name, [])]
+            start = _start(update.logical, f)
+            parts = [(start, f.view(grads[f.flat])), *arrived.get(name, [])]
             whole = parts[0][1]
             if len(parts) > 1:
                 whole = torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])])
-            made = orthogonal(whole.view(update.logical.shapes[name])).reshape(-1)
+            made = _cut(update.logical, name, orthogonal(_joined(update.logical, name, whole)))
             for start, values in parts:
                 values.copy_(made.narrow(0, start, len(values)))
 
@@ -117,7 +121,7 @@ class Muon:
             out,
             [sum(lengths) for lengths in wanted],
             [sum(lengths) for lengths in sent],
-            group=update.logical.mesh.data_group,
+            group=self.group,
         )
         return list(into.split([length for lengths in wanted for length in lengths]))
 
@@ -131,6 +135,41 @@ class Muon:
         if self.scale == "spectral":
             return math.sqrt(size[0] / size[1])
         return 0.2 * math.sqrt(max(size))
+
+
+def _peers(logical: Logical) -> tuple[Any, int, int]:
+    """(group, rank in it, ranks) of those that hold parts of the matrices that this rank holds."""
+    mesh = logical.mesh
+    if logical.alone:
+        return None, 0, 1
+    if mesh.tensor == 1:
+        return mesh.data_group, mesh.data_rank, mesh.data
+    if all(f.copies == mesh.data for f in logical.fragments):
+        return mesh.tensor_group, mesh.tensor_rank, mesh.tensor
+    return None, mesh.rank, mesh.world
+
+
+def _start(logical: Logical, f: Fragment) -> int:
+    """Where a fragment begins in the parts of its matrix, those of the tensor ranks in turn."""
+    mesh = logical.mesh
+    if mesh.tensor == 1:
+        return f.start
+    assert split_dim(logical.tables[f.name]) is not None, f"{f.name} is not cut"
+    return mesh.tensor_rank * math.prod(logical.local[f.name]) + f.start
+
+
+def _joined(logical: Logical, name: str, parts: Tensor) -> Tensor:
+    """The matrix out of the parts of the tensor ranks, one behind the other."""
+    if logical.mesh.tensor == 1 or split_dim(logical.tables[name]) == 0:
+        return parts.view(logical.shapes[name])
+    return torch.cat(list(parts.view(logical.mesh.tensor, *logical.local[name])), 1)
+
+
+def _cut(logical: Logical, name: str, matrix: Tensor) -> Tensor:
+    """The inverse."""
+    if logical.mesh.tensor == 1 or split_dim(logical.tables[name]) == 0:
+        return matrix.reshape(-1)
+    return torch.stack(matrix.chunk(logical.mesh.tensor, 1)).reshape(-1)
 
 
 def owners(everyone: list[list[tuple[str, int, int]]], names: list[str]) -> dict[str, int]:

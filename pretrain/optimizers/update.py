@@ -16,7 +16,7 @@ tensor that growth made of copies counts as the one that it was.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,15 +82,15 @@ class Update(torch.optim.Optimizer):
         """Of each logical tensor's last gradient, float64 [tensors], before clipping."""
         self.norm: Tensor | None = None
         """The global norm of the last gradient, 0-d float32 on the device, before clipping."""
-        self.found_inf: Tensor | None = None
-        """Not 0: the coming step changes nothing. 0-d float32 on the device; used once."""
         self.measures = False
         """Whether the coming update is measured."""
         self.measured: Tensor | None = None
         """Of the last update that was: float64 [3, tensors], squares of each logical tensor's
         gradient (as clipping weighs it: they add up to norm squared), of its change and of its
         values before."""
-        self._looked: Tensor | None = None
+        self.judge: Callable[[Tensor], Tensor] | None = None
+        """From the global norm to what is not 0 if the step must change nothing; 0-d float32 on the
+        device. None: every step that comes here is sound."""
         self._arrived: dict[Tensor, Tensor] = {}
         self._growth_lr: tuple[tuple[float, ...], Tensor] | None = None
         self._hand_on: Callable[[], None] = lambda: None
@@ -136,18 +136,13 @@ class Update(torch.optim.Optimizer):
         for rule in self.rules:
             rule.begin(self)
 
-    def look(self, grads: dict[Tensor, Tensor] | None = None) -> Tensor:
-        """The global norm of the gradients, as clipping weighs it, 0-d float32; no waiting for it.
-
-        grads: by flat tensor; None takes those that the flats have. The next step() uses it.
-        """
-        if grads is None:
-            grads = {flat: cast(Tensor, flat.grad) for flat in self.flats}
+    def _look(self, grads: dict[Tensor, Tensor]) -> Tensor:
+        """The global norm of the gradients, by flat tensor, as clipping weighs it; 0-d float32, and
+        no waiting for it."""
         (self.squares,) = self.logical.reduced(
             self.logical.squares(lambda f: f.view(grads[f.flat]))
         )
         self.norm = (self.squares * self._clip_weight).sum().sqrt().float()
-        self._looked = self.norm
         return self.norm
 
     def norms(self) -> dict[str, float]:
@@ -168,8 +163,8 @@ class Update(torch.optim.Optimizer):
         if len(self._arrived) < len(self.flats):
             return
         grads, self._arrived = {flat: self._arrived[flat] for flat in self.flats}, {}
-        norm = self.look(grads) if self._looked is None else self._looked
-        sick, self.found_inf, self._looked = self.found_inf, None, None
+        norm = self._look(grads)
+        sick = None if self.judge is None else self.judge(norm)
         if sick is not None and not all(rule.masks for rule in self.rules) and bool(sick):
             return
         if self.clip_norm:
