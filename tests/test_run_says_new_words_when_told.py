@@ -104,6 +104,7 @@ def test_a_page_says_the_words_that_wait(tmp_path: Path, tiny_corpus: Path, worl
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", ["t5", "v1", "v2"])
 def test_in_every_family(
     tmp_path: Path,

@@ -71,6 +71,7 @@ def test_a_run_widened_by_tiling_follows_the_small_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero", [1, 3])
 @pytest.mark.parametrize("family", ["cpm", "t5", "v1", "v2"])
 def test_in_every_family_under_zero(
