@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from configs.extended import Extend, promise
+from configs.grown import said
 from configs.load import from_dict
 from configs.model import ModelConfig
 from pretrain import proof
@@ -81,11 +82,15 @@ def rows_of(tokenizer: Path | None, config: ModelConfig, rows: int, length: int)
 def _compared(
     before: State, exact: State, after: State, tokens_BT: torch.Tensor
 ) -> dict[str, dict[str, Any]]:
-    exact_BTV = proof.logits(before, tokens_BT, torch.float64)
-    rounded_BTV = proof.logits(before, tokens_BT, torch.float32)
+    vocab = said(model_config(before))  # logits of masked words would make the deviation their own
+
+    def logits(state: State, dtype: torch.dtype) -> torch.Tensor:
+        return proof.logits(state, tokens_BT, dtype)[..., :vocab]
+
+    exact_BTV, rounded_BTV = (logits(before, dtype) for dtype in (torch.float64, torch.float32))
     own_error, std = _distance(rounded_BTV, exact_BTV), float(exact_BTV.std())
-    far = _distance(proof.logits(exact, tokens_BT, torch.float64), exact_BTV)
-    far_in_float32 = _distance(proof.logits(after, tokens_BT, torch.float32), rounded_BTV)
+    far = _distance(logits(exact, torch.float64), exact_BTV)
+    far_in_float32 = _distance(logits(after, torch.float32), rounded_BTV)
     return {
         "float64": _verdict(far, proof.FLOAT64_TOLERANCE * std, std),
         "float32": _verdict(far_in_float32, proof.FLOAT32_TOLERANCE * own_error, std),

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from configs.extended import ROWS, Extend, extended, promise
+from configs.grown import Growing
 from configs.load import ConfigError, to_dict
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig
 from configs.positions import PositionTable
 from pretrain import proof, proof_of_length
 from pretrain.generate import load_model, write
-from pretrain.growth import model_config
+from pretrain.growth import grow, model_config
 from pretrain.growth.positions import TABLE, extend
 from pretrain.models.longer import LearnedPositions
 from pretrain.state import State
@@ -75,6 +76,19 @@ def test_another_position_is_found() -> None:
     table[3, 5] *= 1 + 2e-7
     found = proof_of_length.prove(before, changed(stretched, **{TABLE: table}), None)
     assert not found["kept"] and found["not_as_computed"] == TABLE
+
+
+def test_masked_words_widen_no_tolerance() -> None:
+    """The deviation that a difference is measured by is that of the words that are said."""
+    config = dataclasses.replace(TINY, vocab=2 * TINY.vocab)
+    masked = grow(trained(), config, 1, Growing(new_words="masked"))
+    found, plain = (
+        proof_of_length.prove(state, longer(state, "interpolated"), None)
+        for state in (masked, trained())
+    )
+    assert found["kept"]
+    deviations = [one["lengths"][0]["float64"]["std"] for one in (found, plain)]
+    assert deviations[0] == pytest.approx(deviations[1], rel=1e-9)  # the masked are at -1e4
 
 
 def test_hierarchical_is_the_published_formula() -> None:
