@@ -116,7 +116,8 @@ def grow(
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
     probes = proof.probes(tokenizer, growth.model_config(before))
-    pieces, made = None, {}
+    pieces: Mixture | None = None
+    made: dict[str, Any] = {}
     if more_words is not None:
         pieces, made = _compounds(tokenizer, more_words, growth.model_config(before), to)
     grown = growth.grow(before, to, seed, how, pieces=pieces)

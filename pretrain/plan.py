@@ -156,8 +156,8 @@ def memory(
     sizes = [prod(local_shape(model, t, tensor)) for t in table_of(model)]
     values, width, row = sum(sizes), WIDTH[precision], row_of(config)
     spread, whole = moment_bytes(config.optimizer, model, tensor)
-    tokens = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
-    tokens = micro * tokens * row.predicted / sequence
+    a_row = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
+    tokens = micro * a_row * row.predicted / sequence
     logits = min(tokens * model.vocab / tensor, LOGITS_AT_ONCE)
     parts = {
         # under ZeRO 3 the largest matrix is whole while it is used

@@ -112,7 +112,7 @@ def train(
         while summary.get("stopped") is None:
             if begin:
                 monitor.begin(step := int(state.record["step"]))
-                about = {"processes": mesh.world, "precision": config.precision}
+                about: dict[str, Any] = {"processes": mesh.world, "precision": config.precision}
                 about |= {"zero": config.parallel.zero, "tensor": config.parallel.tensor}
                 about |= {"sequence": config.parallel.sequence}
                 about |= {"peak": monitor.speed.peak_note}

@@ -156,7 +156,8 @@ def turn_of(
         cos, sin = angle_BTP.cos(), angle_BTP.sin()
         if more is not None:
             cos, sin = cos * more, sin * more
-        return Turn(*(part.tokens(by[:, :, None].to(dtype)) for by in (cos, sin)))
+        cos, sin = (part.tokens(by[:, :, None].to(dtype)) for by in (cos, sin))
+        return Turn(cos, sin)
 
     turn = at(positions_BT)
     if rope is None or not rope.windowed:
