@@ -225,7 +225,8 @@ def _within(nothing: Kept, budget: float) -> Kept:
 def _steps(stack: Stack, kept: Kept, whole: bool) -> list[tuple[float, float, Again]]:
     """The corners of bytes over FLOPs of a block: (bytes saved, FLOPs added, then again)."""
     ways = [way for way in stack.ways() if whole or way != WHOLE]
-    here, steps = (), []
+    here: Again = ()
+    steps: list[tuple[float, float, Again]] = []
     while True:
         flops, held = stack.flops(here), stack.held(here, kept.offload)
         onward = [
