@@ -68,6 +68,8 @@ class Partitions:
         assert known, f"{type(optimizer).__name__}: no rule where it keeps its values"
         self.tensors = {t.name: t for t in tensors(config)}
         self.slots = self.base.slots_by_name()
+        if scaler := getattr(optimizer, "loss_scaler", None):
+            scaler.raise_error_at_min_scale = False  # a bare Exception; a run has a sentence
         self.flats = list(self._flats())
         for group, flat in self.flats:
             self.base.fill(self.base.groups[group], flat)

@@ -185,14 +185,14 @@ def _corrupted(
 
 def sentinels_of(tokenizer: Any, vocab: int) -> Ints:
     """The ids that stand for spans cut out: [unused1], [unused2] ... of a BERT vocabulary, else the
-    ids of the model above the tokenizer's own, from the highest down, as in T5."""
+    ids of the model above the tokenizer's own, which stay what they are when the model gets more."""
     if tokenizer.kind == "wordpiece":
         pieces = tokenizer.pieces(range(tokenizer.vocab_size))
         unused = {piece: number for number, piece in enumerate(pieces) if piece[:7] == "[unused"}
         names = [f"[unused{number}]" for number in range(1, len(unused) + 1)]
         if found := [unused[name] for name in names if name in unused]:
             return np.asarray(found, np.int64)
-    return np.arange(vocab - 1, tokenizer.vocab_size - 1, -1)
+    return np.arange(tokenizer.vocab_size, vocab)
 
 
 def _controls(tokenizer: Any, objective: Objective) -> Controls:

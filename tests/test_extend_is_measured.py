@@ -192,8 +192,8 @@ def test_a_t5_is_measured_where_spans_are_cut_out() -> None:
     ]
     assert (counted == counted[0]).all() and counted[:, :40].sum() == 3 * 6
     row = rows[1].tolist()
-    source = [1, *row[:a], 319, *row[b:c], 318, *row[d:], 2]
-    target = [319, *row[a:b], 318, *row[c:d]]
+    source = [1, *row[:a], 300, *row[b:c], 301, *row[d:], 2]
+    target = [300, *row[a:b], 301, *row[c:d]]
     tokens, encoder = torch.tensor([[1, *target[:-1]]]), torch.tensor([source])
     places = (torch.arange(len(target))[None], torch.arange(len(source))[None])
     hidden = model(tokens, places[0], None, encoder, places[1], None)

@@ -96,5 +96,4 @@ def test_a_run_in_fp16_learns_as_in_fp32(world2: World) -> None:
     assert found["fp16"] == pytest.approx(found["fp32"], rel=1e-2)
     assert found["fp32"][-1] < 0.95 * found["fp32"][0]
     # Negative control: without the cure no loss scale is small enough.
-    with pytest.raises(Exception, match="loss scale already at minimum"):
-        world2.run(jobs.loud_run, precision="fp16", steps=6, cured=False)
+    assert world2.run(jobs.loud_run, precision="fp16", steps=6, cured=False)[0] == []
