@@ -185,7 +185,7 @@ def _corrupted(
 
 def sentinels_of(tokenizer: Any, vocab: int) -> Ints:
     """The ids that stand for spans cut out: [unused1], [unused2] ... of a BERT vocabulary, else the
-    ids of the model above the tokenizer's own, which stay what they are when the model gets more."""
+    ids of the model above the tokenizer's own, which stay what they are when it gets more."""
     if tokenizer.kind == "wordpiece":
         pieces = tokenizer.pieces(range(tokenizer.vocab_size))
         unused = {piece: number for number, piece in enumerate(pieces) if piece[:7] == "[unused"}
