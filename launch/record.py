@@ -9,6 +9,7 @@ Nothing is asked of torch and nothing is written. A line that is only half there
 run from before there were events has those that its other files tell of.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,10 @@ from typing import Any
 from configs.load import ConfigError, load
 from configs.run import RunConfig
 
+MOST_LINES = 20_000
+"""Steps that are drawn of a run; a million of them are gigabytes as objects."""
+TOLD_WHOLE = ("valid_loss", "sample", "skipped", "grad_norm_by_part")
+"""Of lines with one of these none is left out."""
 CHECKPOINT = re.compile(r"stage-(\d+)-step-(\d+)$")
 
 
@@ -93,8 +98,7 @@ def read(folder: Path, name: str = "") -> Record:
             f"{folder}: has neither metrics.jsonl nor config.yaml, it is no run; give the folder "
             "of run.out (不是运行目录)"
         )
-    lines = [x for x in _json_lines(folder / "metrics.jsonl") if isinstance(x.get("step"), int)]
-    lines.sort(key=lambda line: line["step"])
+    lines = _thinned(_json_lines(folder / "metrics.jsonl"))
     events = _events(folder, lines)
     return Record(
         folder,
@@ -116,16 +120,52 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in _text(path).split("\n"):  # a sample may hold U+2028
-        try:
-            line = json.loads(text)
-        except ValueError:
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            for text in file:  # bytes: a sample may hold U+2028
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text.decode("utf-8", "replace"))
+                    if isinstance(line, dict):
+                        yield line
+    except OSError:
+        return
+
+
+def _thinned(lines: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines by step; of a long run's plain ones the lowest and the highest loss of every few,
+    so that a spike stays, and the last."""
+    rare: list[dict[str, Any]] = []
+    plain: list[dict[str, Any]] = []
+    group: list[dict[str, Any]] = []
+    size = 1
+    for line in lines:
+        if not isinstance(line.get("step"), int):
             continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+        if any(line.get(key) for key in TOLD_WHOLE):
+            rare.append(line)
+            continue
+        group.append(line)
+        if len(group) >= size:
+            plain, group = plain + _ends(group) if size > 1 else [*plain, line], []
+        if len(plain) > MOST_LINES:
+            size = max(2 * size, 4)
+            plain = [end for at in range(0, len(plain), 4) for end in _ends(plain[at : at + 4])]
+    tail = _ends(group)
+    if group and all(line is not group[-1] for line in tail):
+        tail.append(group[-1])
+    return sorted(rare + plain + tail, key=lambda line: line["step"])
+
+
+def _ends(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the lowest and the highest loss; what is no number is the highest."""
+
+    def loss(line: dict[str, Any]) -> float:
+        value = line.get("loss")
+        return float(value) if isinstance(value, int | float) else math.inf
+
+    low, high = min(group, key=loss, default=None), max(group, key=loss, default=None)
+    return [line for line in (low, high if high is not low else None) if line is not None]
 
 
 def _config(path: Path) -> RunConfig | None:

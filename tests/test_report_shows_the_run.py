@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,33 @@ def test_an_older_run_is_shown_by_what_its_files_tell(run: Path, tmp_path: Path)
     text = Checked(report.html([record.read(here)])).text
     assert "stage 1 begins after step 24" in text and "fault, step 19: " in text
     assert "family: gone" in text and "plan --gpus" not in text
+
+
+def test_a_long_run_is_thinned_and_keeps_what_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spike, a loss that is none, validations and the last step stay; the memory is bounded."""
+    monkeypatch.setattr(record, "MOST_LINES", 100)
+    lines = [{"step": step, "loss": 2.0 + step % 7 / 10, "tokens": step} for step in range(1, 5001)]
+    lines[2500]["loss"], lines[3100]["loss"], lines[1234]["valid_loss"] = 9.0, None, 2.5
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5001, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text, "utf-8")
+    found = record.read(tmp_path).lines
+    steps = [line["step"] for line in found]
+    assert len(found) < 150 and steps == sorted(set(steps))
+    assert {1235, 2501, 3101, 5000} <= {*steps}
+    assert max(b - a for a, b in pairwise(steps)) < 5000 / 20
+    short = record.read(_shortened(tmp_path, 90)).lines
+    assert short == lines[:90]
+
+
+def _shortened(folder: Path, count: int) -> Path:
+    """A run of the first lines alone."""
+    to = folder / "short"
+    to.mkdir()
+    rows = (folder / "metrics.jsonl").read_text("utf-8").splitlines(True)[:count]
+    (to / "metrics.jsonl").write_text("".join(rows), "utf-8")
+    return to
 
 
 def test_what_is_no_run_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
