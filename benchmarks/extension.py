@@ -81,12 +81,15 @@ def page(
         objective = {"name": "span_corruption"}
         data["target_len"] = length // 4
     rows = words.tokens // length
+    optimizer: dict[str, Any] = {"lr": words.lr, "beta2": 0.98}
+    if words.family == "t5_pegasus":  # drawn as T5 is: docs/learning.md, 1c
+        optimizer |= {"name": "rms_adamw", "lr": 10 * words.lr}
     return {
         "model": model,
         "objective": objective,
         "data": data,
         "batch": {"samples": rows, "micro": rows},
-        "optimizer": {"lr": words.lr, "beta2": 0.98},
+        "optimizer": optimizer,
         "schedule": {"name": "constant", "warmup_steps": 30},
         "precision": words.precision,
         "run": {"out": str(run), "steps": words.base_steps, "seed": seed, "threads": 1},
