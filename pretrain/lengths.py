@@ -349,8 +349,19 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-WIDTH, HEIGHT, MARGIN = 640, 320, 48
-COLOURS = ("#1b7f5c", "#c8781e", "#33608f", "#a33b4b", "#6a4c93", "#555555", "#8a8a00", "#008a8a")
+WIDTH, HEIGHT, MARGIN, LEGEND = 760, 320, 48, 140
+COLOURS = (
+    "#1b7f5c",
+    "#c8781e",
+    "#33608f",
+    "#a33b4b",
+    "#6a4c93",
+    "#555555",
+    "#8a8a00",
+    "#008a8a",
+    "#d16ba5",
+    "#000000",
+)
 
 
 def plot(series: dict[str, list[tuple[float, float]]], axis: str, title: str) -> str:
@@ -358,7 +369,7 @@ def plot(series: dict[str, list[tuple[float, float]]], axis: str, title: str) ->
     points = [point for line in series.values() for point in line]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
-    wide, tall = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+    wide, tall = WIDTH - MARGIN - LEGEND, HEIGHT - 2 * MARGIN
 
     def at(x: float, y: float) -> str:
         across = MARGIN + wide * (x - left) / max(right - left, 1e-9)
@@ -369,20 +380,18 @@ def plot(series: dict[str, list[tuple[float, float]]], axis: str, title: str) ->
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {font}>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{MARGIN}" y="20" font-size="13">{title}</text>',
-        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 10}" text-anchor="end">{axis}</text>',
+        f'<text x="{WIDTH - LEGEND}" y="{HEIGHT - 10}" text-anchor="end">{axis}</text>',
         f'<text x="4" y="{MARGIN}">{high:.2f}</text>',
         f'<text x="4" y="{HEIGHT - MARGIN}">{low:.2f}</text>',
         f'<text x="{MARGIN}" y="{HEIGHT - MARGIN + 16}">{left:g}</text>',
-        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - MARGIN + 16}" text-anchor="end">{right:g}</text>',
+        f'<text x="{WIDTH - LEGEND}" y="{HEIGHT - MARGIN + 16}" text-anchor="end">{right:g}</text>',
     ]
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(at(x, y) for x, y in line)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         down = MARGIN + 14 * number
-        out.append(
-            f'<text x="{WIDTH - MARGIN}" y="{down}" text-anchor="end" fill="{colour}">{name}</text>'
-        )
+        out.append(f'<text x="{WIDTH - LEGEND + 12}" y="{down}" fill="{colour}">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 

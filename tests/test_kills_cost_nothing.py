@@ -99,4 +99,4 @@ def test_a_few_kills_change_nothing(tmp_path: Path, tiny_corpus: Path) -> None:
 def test_a_hundred_kills_change_nothing(tmp_path: Path, tiny_corpus: Path) -> None:
     """BAJIE_KILLS=10 for a first look."""
     kills = int(os.environ.get("BAJIE_KILLS", "100"))
-    _lives(tmp_path, tiny_corpus, kills=kills, steps=2 * max(kills, 20), seed=4)
+    _lives(tmp_path, tiny_corpus, kills=kills, steps=4 * max(kills, 20), seed=4)
