@@ -27,6 +27,11 @@ ROFORMER = SIZES | OFF | {"family": "roformer", "version": 1}
 T5 = SIZES | OFF | {"family": "t5_pegasus"}
 PAIRS = {"seq_len": 64, "target_len": 32}
 OBJECTIVES: dict[str, dict[str, Any]] = {
+    "causal": {
+        "model": SIZES | OFF | {"family": "cpm", "positions": 64},
+        "objective": {"name": "causal"},
+        "data": {"seq_len": 48},
+    },
     "masked": {
         "model": ROFORMER,
         "objective": {"name": "masked"},
@@ -113,6 +118,29 @@ def test_a_run_on_two_processes_is_the_run_on_one(
     world1.run(GO, config=half | {"run": half["run"] | {"stop_at_step": 9}})
     world2.run(GO, config=half)
     assert losses(tmp_path / "one") == pytest.approx(found, rel=1e-5)
+
+
+CHAIN = [(2, 0, 1), (1, 1, 1), (2, 2, 1), (2, 3, 1), (2, 0, 2), (1, 1, 1), (2, 0, 1)]
+"""Processes, ZeRO stage and tensor parallelism, four steps each: 2 -> 1 -> 2, 0 -> 1 -> 2 -> 3 -> 0
+and back, 1 -> 2 -> 1."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "masked", "pseudo_summary"])
+def test_a_run_goes_through_every_layout(
+    tmp_path: Path, corpus: Path, world1: World, world2: World, name: str
+) -> None:
+    """The run of one process that never changed is what it is compared with."""
+    whole, chain = (page(tmp_path / run, corpus, name, 28) for run in ("whole", "chain"))
+    world1.run(GO, config=whole)
+    for number, (processes, zero, tensor) in enumerate(CHAIN, 1):
+        chain["parallel"] = {"zero": zero, "tensor": tensor}
+        stop = {"stop_at_step": 4 * number} if number < len(CHAIN) else {}
+        {1: world1, 2: world2}[processes].run(GO, config=chain | {"run": chain["run"] | stop})
+    assert losses(tmp_path / "chain") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    seen = [[(line["samples"], line["tokens"]) for line in metrics(tmp_path / run)[-28:]]
+            for run in ("chain", "whole")]  # fmt: skip
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", ["span_corruption", "prefix", "pairs"])
