@@ -99,6 +99,6 @@ def test_through_the_real_launcher(tmp_path: Path, tiny_corpus: Path, world2: Wo
     out, err = job.communicate(timeout=300)
     assert job.returncode == 0, err
     assert f"rank 1 on {socket.gethostname()}" in err and "died" in err
-    assert "starting again, 0 more times" in out and "tensors verified" in out
+    assert "starting again, 0 more times" in out + err and "tensors verified" in out + err
     world2.run("tests.run_jobs:go", config=page(tmp_path / "whole", tiny_corpus, **changes))
     assert losses(run) == losses(tmp_path / "whole")
