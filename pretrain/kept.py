@@ -178,20 +178,6 @@ def kept_of(
     return _within(kept, (how.budget_gib or 0.0) * 2**30) if how.how == "budget" else kept
 
 
-def activation_bytes(
-    config: ModelConfig,
-    row: Row | int,
-    rows: int,
-    precision: str,
-    recompute: Recompute | str,
-    tensor: int = 1,
-    masked: bool = True,
-    sequence: int = 1,
-) -> float:
-    """The most bytes of kept_of() on the device."""
-    return kept_of(config, row, rows, precision, recompute, tensor, masked, sequence).device
-
-
 # ---------------------------------------------------------------- a budget
 
 

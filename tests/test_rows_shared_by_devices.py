@@ -17,7 +17,7 @@ from configs.model import CPMConfig, RoFormerConfig, T5PegasusConfig
 from configs.positions import PositionTable, Rope
 from configs.run import RunConfig
 from pretrain.costs import Row
-from pretrain.kept import activation_bytes
+from pretrain.kept import kept_of
 from tests import family_jobs, sequence_jobs
 from tests.run_jobs import losses, metrics, page
 from tests.worlds import World
@@ -207,7 +207,7 @@ def test_memory_of_a_rank_by_length_is_what_plan_says(
 
         def planned(how: str, layers: int, length: int = length) -> float:
             row, model = Row(length, length // 2), replace(config, layers=layers)
-            return activation_bytes(model, row, rows, "fp32", how, 1, documents, 2)
+            return kept_of(model, row, rows, "fp32", how, 1, documents, 2).device
 
         block = planned("none", 3) - planned("none", 2) if how == "full" else 0.0
         assert found == [pytest.approx(planned(how, 3) - block, rel=0.05)] * 2, length
