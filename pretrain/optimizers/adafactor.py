@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.model import split_dim
-from pretrain.optimizers.adam import Keys, lr_of, rms
+from pretrain.optimizers.adam import Keys, elders, lr_of, rms
 from pretrain.optimizers.fragments import Fragment
 from pretrain.optimizers.update import Update
 
@@ -42,6 +42,7 @@ class Adafactor:
         logical = update.logical
         made = {name: key.lr_scale for name, key in self.keys.items()}
         self.grown = logical.vector(made)
+        self.elders = elders(logical, self.keys)
         self.places: dict[str, tuple[int, int]] = {}
         counts, end = [], 0
         for name in logical.names:
@@ -96,7 +97,7 @@ class Adafactor:
             logical.squares(lambda f: f.view(f.flat)),
             logical.squares(lambda f: f.view(grads[f.flat])),
         )
-        size = rms(logical, weight, self.floor * self.grown)
+        size = rms(logical, weight, self.floor * self.grown, self.elders)
         size /= rms(logical, change, CLIP_RMS) / CLIP_RMS
         self._move(update, grads, size, step.double()[self.group_of_tensor])
 

@@ -10,9 +10,9 @@ an update travel in one message. Where |w| or |u| is 0, lamb's ratio is 1.
 
 Growth (GROWTH of record 4.1): a tensor that became a x itself has lr x a, decay / a. A rule that
 scales by |w| has the factor a already, so it takes a out of lr again. A tensor that growth added
-begins near zero, and lamb would keep it there (5 % of the needed norm after 400 steps, measured for
-the record): its norm counts as at least the mean of the older tensors of its kind, until it has
-grown past it.
+begins near zero, and a rule that scales by |w| would keep it there (lamb: 5 % of the needed norm
+after 400 steps, measured for the record): its size counts as at least the mean of the older tensors
+of its kind, until it has grown past it, under lamb, rms_adamw and adafactor.
 """
 
 import re
@@ -76,13 +76,14 @@ class RmsAdamW:
         """A tensor that growth made a x itself has a floor of a x the others'."""
         made = {name: key.lr_scale for name, key in self.keys.items()}
         self.grown = update.logical.vector(made)
+        self.elders = elders(update.logical, self.keys)
 
     def apply(self, update: Update, grads: dict[Tensor, Tensor], sick: Tensor | None) -> None:
         """Directions, the tensors' root mean squares, the change."""
         logical = update.logical
         directions(update, grads, bias_correction=True, decay=False)
         (squares,) = logical.reduced(logical.squares(lambda f: f.view(f.flat)))
-        size = rms(logical, squares, self.floor * self.grown)
+        size = rms(logical, squares, self.floor * self.grown, self.elders)
         for group, flats in update.by_group():
             for flat in flats:
                 flat.mul_(1 - group["lr"] * group["weight_decay"])
@@ -169,9 +170,13 @@ def lr_of(group: Mapping[str, Any]) -> float:
     return float(group["lr"] / scale * group["layer_scale"]) if scale else 0.0
 
 
-def rms(logical: Logical, squares: Tensor, floor: Tensor | float) -> Tensor:
-    """Root mean square by tensor, at least `floor`."""
+def rms(
+    logical: Logical, squares: Tensor, floor: Tensor | float, elders: Tensor | None = None
+) -> Tensor:
+    """Root mean square by tensor, at least `floor`, a young one's at least that of its elders."""
     found = (squares / logical.sizes).sqrt()
+    if elders is not None:
+        found = torch.maximum(found, elders @ found)
     return torch.maximum(found, torch.as_tensor(floor, dtype=found.dtype, device=found.device))
 
 
