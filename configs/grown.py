@@ -11,8 +11,8 @@ both read it, so that a run's page, its checkpoints and its models agree.
     the same, RoFormer v2              logit_scale x d / D   its norm has no gain to take it up
     hidden, Su's form, CPM and T5      norm_eps / k          the stream is divided by sqrt(k)
     hidden, T5                         logit_scale = the small model's number, d ** -0.5 if null
-    head_dim h -> h', RoFormer         rope_base ** (h' / h) where h' / h is not whole, so that the
-                                       old pairs keep their frequencies
+    head_dim h -> h', RoFormer         rope_base ** (h' / h) where h' / h is not whole (or rope is
+                                       by_parts or yarn), so that old pairs keep their frequencies
     vocab, new_words: masked           words_said = the old vocabulary: the logits of the others are
                                        -1e4, so that every probability is kept
 """
@@ -27,6 +27,18 @@ CARRIED = ("norm_eps", "logit_scale", "softmax_scale", "rope_base", "words_said"
 """What growth carries over, changed or not."""
 PRESERVING = ("exact", "su")
 """Methods that keep the function; the others are there to be compared with."""
+GROWS = ("layers", "heads", "head_dim", "ffn", "hidden", "vocab")
+"""The sizes that can be enlarged, in the order of application."""
+MATRICES = ("heads", "head_dim", "ffn", "hidden")
+"""Those by which the matrices of a layer become larger."""
+FREE = ("dropout", "attention_dropout", "init_std")
+"""What may differ because it changes neither a tensor nor the function at inference."""
+LARGEST_EPS_BEHIND = 1e-11
+"""Layers behind a post-norm change the function by about their norms' eps; so much is rounding."""
+BY_PAIR = ("ntk", "ntk_fixed", "ntk_mixed")
+"""Forms of longer rotary positions in which a pair's frequency depends on the number of pairs."""
+BY_TURNS = ("by_parts", "yarn")
+"""Those in which it depends on how often the pair turns: the old base ** (h' / h) keeps it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Growing:
             found.append(f"split: is {self.split}, must lie in [0.5, 1)")
         if self.rewarm_steps < 0:
             found.append(f"rewarm_steps: is {self.rewarm_steps}, must not be negative")
+        if self.method == "random" and (self.added, self.noise, self.split) != ("random", 0, 0.5):
+            found.append("method: random draws all that is new; leave added, noise and split out")
         return found
 
 
@@ -105,7 +119,8 @@ def carried(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> dict[str
             found["norm_eps"] = now.norm_eps * share
     if isinstance(now, RoFormerConfig):
         found["rope_base"] = now.rope_base
-        if times(now.head_dim, to.head_dim) is None:
+        turns = now.rope is not None and now.rope.method in BY_TURNS
+        if now.positions is None and (turns or times(now.head_dim, to.head_dim) is None):
             found["rope_base"] = now.rope_base ** (to.head_dim / now.head_dim)
     return found
 
@@ -131,3 +146,121 @@ def averages(config: ModelConfig) -> bool:
     return isinstance(config, CPMConfig) or (
         isinstance(config, RoFormerConfig) and config.version == 1
     )
+
+
+def idle(now: ModelConfig, to: ModelConfig, how: Growing, divides: bool) -> list[str]:
+    """The options that change nothing between these sizes, a sentence each.
+
+    divides: whether anything was divided among copies (the record has `scales`).
+    """
+    more = {size for size in GROWS if getattr(to, size) > getattr(now, size)}
+    drawn = how.method in ("bert2bert", "bert2bert_aki")
+    units = bool(more & {"ffn", "heads"})
+    tiled = "hidden" in more and (drawn or times(now.hidden, to.hidden) is not None)
+    copies = tiled or (units and (drawn or how.method == "su" or how.added == "copied"))
+    silent = "layers" in more and how.method in PRESERVING
+    found = []
+    if how.added == "copied" and not units:
+        found.append("added: copied, but neither ffn nor heads grow")
+    if how.noise and not (copies or silent):
+        found.append(f"noise: {how.noise}, but nothing is a copy: a padded width has none")
+    if how.split != EXACT.split and (drawn or not copies):
+        found.append(f"split: {how.split}, but no copies share a reading by it")
+    if how.rewarm_steps and not divides:
+        found.append(f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided")
+    if how.new_words == "masked" and "vocab" not in more:
+        found.append("new_words: masked, but there are no new words")
+    return [f"{sentence} (该选项不起作用)" for sentence in found]
+
+
+def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | None:
+    """Why `to` cannot be reached from `now`, in one sentence with the nearest sizes; or None."""
+    if type(now) is not type(to):
+        return (
+            f"family: a {now.family} cannot be grown to a {to.family}; "
+            f"it can be grown to a larger {now.family} (不能变成另一模型族)"
+        )
+    to, wrong = completed(now, to, how), []
+    needed, nearest = carried(now, to, how), {}
+    for key in (field.name for field in dataclasses.fields(to)):
+        old, new = getattr(now, key), getattr(to, key)
+        if key in GROWS:
+            nearest[key] = max(old, new)
+            if new < old:
+                wrong.append(f"{key} would shrink from {old} to {new}")
+        elif key == "words_said":
+            if said(to) < said(now):
+                nearest[key] = needed[key]
+                wrong.append(f"words_said is {new}, {said(now)} words are said and would be masked")
+            elif how.new_words == "masked" and said(to) > said(now) and to.vocab > now.vocab:
+                nearest[key] = needed[key]
+                wrong.append(
+                    f"words_said is {new}, new_words masked says {needed[key]}: leave one out"
+                )
+        elif key in CARRIED:
+            other = now.rope_base ** (to.head_dim / now.head_dim) if key == "rope_base" else None  # type: ignore[union-attr]
+            if new not in (needed[key], other):
+                nearest[key] = needed[key]
+                wrong.append(f"{key} is {old}, the function needs {needed[key]}, not {new}")
+        elif key not in FREE and new != old:
+            nearest[key] = old
+            wrong.append(f"{key} is {old} and the target has {new}")
+    if isinstance(now, RoFormerConfig):
+        wrong += _post_norm(now, to, how, nearest)
+        rope = now.rope.method if now.rope is not None else ""
+        if rope in BY_PAIR and to.head_dim > now.head_dim:
+            nearest["head_dim"] = now.head_dim
+            wrong.append(
+                f"head_dim cannot grow under rope.method {rope}, whose frequencies depend on it; "
+                "grow the model before it is extended"
+            )
+    if how.method == "su":
+        wrong += _repeated(now, to, nearest)
+    if not wrong:
+        return None
+    sizes = ", ".join(f"{key}={value}" for key, value in nearest.items())
+    return (
+        f"model: {'; '.join(wrong)}; {', '.join(GROWS)} can grow, and only upwards: the nearest "
+        f"target that can be reached has {sizes} (只能加大，最近的可行尺寸见上)"
+    )
+
+
+def _repeated(now: ModelConfig, to: ModelConfig, nearest: dict[str, Any]) -> list[str]:
+    """What Su's form cannot do; `nearest` is corrected."""
+    wrong = []
+    for key in ("hidden", "ffn"):
+        old, new = getattr(now, key), getattr(to, key)
+        if new > old and times(old, new) is None:
+            nearest[key] = old * max(1, round(new / old))
+            wrong.append(f"{key} {old} cannot become {new} by method su, which repeats it")
+    if isinstance(now, RoFormerConfig) and to.hidden > now.hidden:
+        nearest["hidden"] = now.hidden
+        wrong.append(
+            "method su needs a norm with a gain, RoFormer v2 has none"
+            if now.version == 2
+            else "method su would need an eps of its own for the norm behind the head's GELU"
+        )
+    return wrong
+
+
+def _post_norm(
+    now: RoFormerConfig, to: ModelConfig, how: Growing, nearest: dict[str, Any]
+) -> list[str]:
+    """What a post-norm cannot do; `nearest` is corrected."""
+    wrong: list[str] = []
+    if how.method not in (*PRESERVING, "stack"):
+        return wrong
+    if now.version == 1 and to.hidden > now.hidden and times(now.hidden, to.hidden) is None:
+        nearest["hidden"] = now.hidden * max(1, round(to.hidden / now.hidden))
+        wrong.append(
+            f"hidden {now.hidden} cannot become {to.hidden}, RoFormer v1 widens by whole factors "
+            f"only (its norms stand behind the sum)"
+        )
+    kept = how.method in PRESERVING
+    if kept and to.layers > now.layers and now.norm_eps > LARGEST_EPS_BEHIND:
+        nearest["layers"] = now.layers
+        wrong.append(
+            f"layers cannot be added under norm_eps {now.norm_eps:g}: each changes the stream by "
+            f"about as much, at most {LARGEST_EPS_BEHIND:g} is rounding"
+        )
+    return wrong

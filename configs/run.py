@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_type_hints
 from configs.batch import Batch
 from configs.extended import Extend, extended
 from configs.faults import Faults
-from configs.grown import Growing, completed
+from configs.grown import EXACT, MATRICES, Growing, completed, refusal
 from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, tensors
 from configs.monitoring import Monitoring
@@ -217,6 +217,7 @@ class RunConfig:
                 found += page._problems_of_stage(number)
                 found += page._problems_of_model(number, stage_model(self, number))
                 found += self._problems_of_rule(number, page.optimizer)
+                found += self._problems_of_growth(number)
             except ConfigError as error:
                 found.append(str(error))
         return list(dict.fromkeys(found))
@@ -256,9 +257,21 @@ class RunConfig:
         found += [f"{self._key(number, 'data')}.{sentence}" for sentence in shared]
         return found + data_problems(self.objective, self.data.packing, *lengths)
 
+    def _problems_of_growth(self, number: int) -> list[str]:
+        """Why the model of a stage cannot be reached from that of the stage before."""
+        stage = stages(self)[number]
+        if stage.grow != EXACT and not (number and stage.model):
+            why = "says how a model grows, and the stage has no larger `model:` than before"
+            return [f"stages.{number}.grow: {why} (没有可放大的模型)"]
+        if number == 0 or stage.extend is not None:  # stage_model() has asked what extends
+            return []
+        sentence = refusal(stage_model(self, number - 1), stage_model(self, number), stage.grow)
+        return [f"stages.{number}.{sentence}"] if sentence else []
+
     def _problems_of_rule(self, number: int, rule: Optimizer) -> list[str]:
         """What the update rule of a stage cannot do there."""
-        grows, model = bool(stages(self)[number].model), stage_model(self, number)
+        model, smaller = stage_model(self, number), stage_model(self, max(0, number - 1))
+        grows = any(getattr(model, size) != getattr(smaller, size) for size in MATRICES)
         found = problems_with_model(rule, model, grows)
         before = at_stage(self, max(0, number - 1)).optimizer
         if moments(before) != moments(rule):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.grown import CARRIED, EXACT, Growing, said
+from configs.grown import CARRIED, EXACT, FREE, Growing, completed, idle, said
 from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
 from configs.run import RunConfig
@@ -75,14 +75,17 @@ def main(argv: list[str]) -> int:
     words = Path(arguments.tokenizer) if arguments.tokenizer else None
     proof = grow(Path(arguments.source), larger, out, arguments.seed, how, words)
     print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
-    good = proof["kept"] or not proof["means_to_keep"]
-    if not good:
+    from pretrain.proof import holds
+
+    if not holds(proof):
+        what = "the function was NOT kept" if proof["means_to_keep"] else "it was NOT written right"
         print(
-            f"{arguments.out}: the function was NOT kept, see proof.json; nothing was removed, "
+            f"{arguments.out}: {what}, see proof.json; nothing was removed, "
             "do not train on from it (函数未保持，请勿继续训练)",
             file=sys.stderr,
         )
-    return 0 if good else 1
+        return 1
+    return 0
 
 
 def target(path: str, overrides: list[str]) -> ModelConfig:
@@ -115,11 +118,18 @@ def grow(
     before = checkpoint.read(folder)
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
-    probes = proof.probes(tokenizer, growth.model_config(before))
+    now = growth.model_config(before)
+    free = {key: getattr(now, key) for key in FREE}
+    if more_words is None and dataclasses.replace(completed(now, to, how), **free) == now:
+        raise ValueError(
+            f"--to: has the sizes of {folder}, nothing grows; its `model:`, not its stages, must "
+            "be the larger one, or --set names a larger size (尺寸相同，无可放大)"
+        )
+    probes = proof.probes(tokenizer, now)
     pieces: Mixture | None = None
     made: dict[str, Any] = {}
     if more_words is not None:
-        pieces, made = _compounds(tokenizer, more_words, growth.model_config(before), to)
+        pieces, made = _compounds(tokenizer, more_words, now, to)
     grown = growth.grow(before, to, seed, how, pieces=pieces)
     if made:  # what it was trained on is no longer encoded as it would be now
         of = {"tokenizer": made["fingerprint"], "data": []}
@@ -135,12 +145,14 @@ def grow(
         "seed": seed,
         "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
         "how": to_dict(how),
+        "without_effect": idle(now, to, how, bool(grown.record.get("scales"))),
         **proof.prove(before, after, probes, batch=batch, precision=precision, pieces=pieces),
     }
     if made:
         found["new_words"] = made
     if batch is None:
         found["batch"] = {"none": why}
+    found["init"] = "all" if "step" in before.record else "weights"
     proof.write_proof(out, found)
     return {**found, "out": str(out)}
 
@@ -221,6 +233,7 @@ def _table(proof: dict[str, Any]) -> str:
         ("from", f"{proof['source']} ({size(proof['from'])})"),
         ("to", f"{proof['out']} ({size(proof['to'])})"),
         ("operators", "; ".join(proof["operators"]) or "none, the sizes are the same"),
+        *(("without effect", sentence) for sentence in proof["without_effect"]),
         ("numbers changed", follow or "none; the page of the larger size is the model's"),
         ("logits, float64", compared(proof["float64"])),
         ("logits, float32", compared(proof["float32"])),
@@ -229,6 +242,7 @@ def _table(proof: dict[str, Any]) -> str:
         ("loss on data", losses),
         ("function", verdict),
         ("proof", f"{proof['out']}/proof.json"),
+        ("to train on", f"init: {{from: {proof['out']}, what: {proof['init']}}} (接着训练)"),
     ]
     return "\n".join(f"{name:<16} {value}" for name, value in lines)
 

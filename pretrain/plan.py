@@ -188,7 +188,10 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
     rate = gpus * peak * mfu
     each = [_stage(config, n, model, pages[n], rate) for n, model in enumerate(models)]
-    large = [_stage(config, n, last, page, rate)["flops"] for n, page in enumerate(pages)]
+    with_model = [
+        [_stage(config, n, model, page, rate)["flops"] for n, page in enumerate(pages)]
+        for model in (models[0], last)
+    ]
     needs = [
         [memory(page, model, zero, data) for zero in range(4)]
         for page, model in zip(pages, models, strict=True)
@@ -229,7 +232,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
             "days": sum(s["days"] for s in each),
             "flops": sum(s["flops"] for s in each),
         },
-        "growth": staged.beside_scratch(each, models, pages[-1].schedule, large),
+        "growth": staged.beside_scratch(each, models, pages[-1].schedule, *with_model),
         "disk": {
             "checkpoint_bytes": checkpoint,
             "checkpoints_kept": kept,

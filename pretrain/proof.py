@@ -19,6 +19,7 @@ logits.
 
 import functools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -118,16 +119,18 @@ def prove(
         "precision": _rounding(before, after, tokens_BT, precision),
         "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
         "differs_at": None if kept or not means else differs_at(before, wrong, tokens_BT),
-        "from": before.record["model"],
-        "to": after.record["model"],
+        "from": to_dict(model_config(before)),
+        "to": to_dict(model_config(after)),
         "torch": torch.__version__,
         "elapsed_s": round(time.monotonic() - started, 2),
     }
 
 
 def holds(proof: dict[str, Any]) -> bool:
-    """Whether nothing speaks against training on: the function kept, or never meant to be."""
-    return bool(proof["kept"] or not proof["means_to_keep"])
+    """Whether nothing speaks against training on: the function kept, or never meant to be and what
+    was written is what was computed."""
+    written = proof["not_as_computed"] is None and math.isfinite(proof["moved"])
+    return bool(proof["kept"] or (not proof["means_to_keep"] and written))
 
 
 def _of_batch(before: State, after: State, batch: Recorded, precision: str) -> dict[str, Any]:
@@ -270,6 +273,8 @@ def sentence(proof: dict[str, Any]) -> str:
     if not proof["means_to_keep"]:
         far = f"logits moved by {proof['moved']:.2g} of their deviation"
         verdict = f"method {proof['method']} does not keep the function (不保持函数)"
+        if not holds(proof):
+            verdict = f"WRITTEN WRONG at {proof['not_as_computed'] or 'logits that are no numbers'}"
     else:
         verdict = "function kept" if proof["kept"] else f"CHANGED at {proof['differs_at']}"
         verdict = verdict if proof["kept"] else f"FUNCTION {verdict}"

@@ -1,7 +1,7 @@
 """What a run that grows costs beside the large model from scratch, and when to grow. No torch.
 
     stages --FLOPs of each--> the staged run | the last model on the same tokens | its ratio
-    first model, last model --FLOPs of growing at 30 ... 80 % of the tokens--> table, suggestion
+    first model, last model --FLOPs of growing at 30 ... 80 % of the steps--> table, suggestion
 
 What it costs is counted; when to grow is a rule of thumb out of what was published and measured
 (docs/growth.md): late growth out of few layers saves most, up to 70 % of the run under a schedule
@@ -10,9 +10,11 @@ with a constant stretch (wsd), half of it under a cosine, which leaves what is n
 there must be room for what is new to settle.
 """
 
+from itertools import pairwise
 from typing import Any
 
-from configs.model import ModelConfig, parameter_count
+from configs.grown import GROWS
+from configs.model import ModelConfig
 from configs.optimizers import Schedule
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -23,7 +25,11 @@ SETTLING = 0.1
 
 
 def beside_scratch(
-    each: list[dict[str, Any]], models: list[ModelConfig], schedule: Schedule, large: list[float]
+    each: list[dict[str, Any]],
+    models: list[ModelConfig],
+    schedule: Schedule,
+    small: list[float],
+    large: list[float],
 ) -> dict[str, Any] | None:
     """The comparison as plain data, or None for a run that does not grow.
 
@@ -31,34 +37,57 @@ def beside_scratch(
         each: the stages as pretrain.plan counts them (steps, tokens, flops, days).
         models: the model of each stage.
         schedule: of the last stage.
-        large: FLOPs that each stage would take with the last stage's model.
+        small, large: FLOPs that each stage would take with the first, the last stage's model.
     """
-    if parameter_count(models[0]) == parameter_count(models[-1]):
+    grows = [n for n, (a, b) in enumerate(pairwise(models), 1) if _sizes(a) != _sizes(b)]
+    if not grows:
         return None
     total, flops = sum(large), sum(stage["flops"] for stage in each)
     days = sum(s["days"] * f / s["flops"] for s, f in zip(each, large, strict=True))
-    steps = sum(stage["steps"] for stage in each)
-    ratio = each[0]["flops"] / large[0]
-    first = next(n for n, m in enumerate(models) if m != models[0])
-    grown_at = sum(stage["steps"] for stage in each[:first]) / steps
+    counts = [stage["steps"] for stage in each]
+    steps = sum(counts)
     decaying = schedule.decay_steps / steps if schedule.name == "wsd" else 0.0
     latest = min(LATEST.get(schedule.name, 0.5), 1 - decaying - SETTLING)
-    grid = [
-        {"share": share, "flops": total * (share * ratio + 1 - share), "advised": share <= latest}
-        for share in SHARES
-    ]
+    grid = []
+    for share in SHARES:
+        early, whole = (spent(counts, of, share * steps) for of in (small, large))
+        cost = early + total - whole
+        grid.append({"share": share, "flops": cost, "advised": share <= latest})
     advised = [row["share"] for row in grid if row["advised"]]
     return {
         "scratch": {"flops": total, "days": days},
         "staged": {"flops": flops, "days": sum(stage["days"] for stage in each)},
         "share": flops / total,
-        "first_model_costs": ratio,
-        "grows_at": grown_at,
-        "scratch_steps_for_the_same": round(steps * flops / total),
+        "first_model_costs": small[0] / large[0],
+        "grows_at": [sum(counts[:stage]) / steps for stage in grows],
+        "scratch_steps_for_the_same": round(affordable(counts, large, flops)),
         "when": grid,
         "suggestion": max(advised) if advised else None,
         "suggested_step": round(steps * max(advised)) if advised else None,
     }
+
+
+def _sizes(model: ModelConfig) -> list[int]:
+    return [getattr(model, size) for size in GROWS]
+
+
+def spent(counts: list[int], flops: list[float], steps: float) -> float:
+    """FLOPs of the first `steps` steps of stages of so many steps and FLOPs; a stage is even."""
+    found = 0.0
+    for count, whole in zip(counts, flops, strict=True):
+        found += whole * min(count, max(0.0, steps)) / count
+        steps -= count
+    return found
+
+
+def affordable(counts: list[int], flops: list[float], budget: float) -> float:
+    """Steps that `budget` FLOPs buy; beyond the last stage at its price of a step."""
+    steps, last = 0.0, len(counts) - 1
+    for number, (count, whole) in enumerate(zip(counts, flops, strict=True)):
+        if budget < whole or number == last:
+            return steps + count * budget / whole
+        steps, budget = steps + count, budget - whole
+    return steps
 
 
 def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
@@ -79,7 +108,8 @@ def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     else:
         step = f"{found['suggested_step']:,}"
         lines.append([f"when to grow: about step {step} (*), a rule of thumb (生长时机)"])
-    same = f"this run, grown at {found['grows_at']:.0%}, costs as much as "
+    at = ", ".join(f"{share:.0%}" for share in found["grows_at"])
+    same = f"this run, grown at {at}, costs as much as "
     lines.append(
         [same + f"{found['scratch_steps_for_the_same']:,} steps from scratch (同等计算量)"]
     )

@@ -2,8 +2,8 @@
 
     run.out --held()--> this job's alone --state()--> newest good checkpoint | init.from | fresh
 
-What would fail only hours from now (a growth out of reach, a prompt that does not fit) is said here
-as well, before the first step.
+What would fail only hours from now (a prompt that does not fit) is said here as well, before the
+first step.
 """
 
 import contextlib
@@ -12,18 +12,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from configs.grown import said
+from configs.grown import FREE, said
 from configs.load import ConfigError, dump, to_dict
 from configs.model import ModelConfig, longest_row
-from configs.run import RunConfig, stage_model, stages, total_steps
+from configs.run import RunConfig, first_step, stage_model, stages, total_steps
 from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
 from pretrain.faults import with_skips
-from pretrain.growth import FREE, model_config, refusal
+from pretrain.growth import model_config
 from pretrain.state import State, fresh
 
 if TYPE_CHECKING:
@@ -89,17 +89,10 @@ def _clear(checkpoints: Path) -> None:
 
 def check_ahead(config: RunConfig, corpora: Corpora) -> None:
     """ConfigError for what would end the run at a later stage or at its first validation."""
-    models = [stage_model(config, number) for number in range(len(stages(config)))]
-    found = [
-        f"stages.{number}.{refused}"
-        for number, pair in enumerate(pairwise(models), 1)
-        if stages(config)[number].extend is None  # stage_model() has asked
-        and (refused := refusal(*pair, stages(config)[number].grow))
-    ]
-    found += heads.problems(models[0], corpora.labels)
+    found = heads.problems(stage_model(config, 0), corpora.labels)
     if config.run.prompt:
         tokens = len(corpora.tokenizer.encode(config.run.prompt))
-        room = longest_row(models[0]) or tokens
+        room = longest_row(stage_model(config, 0)) or tokens
         if not 0 < tokens <= room:
             found.append(
                 f"run.prompt: is {tokens} tokens long, must be 1 to {room} "
@@ -137,8 +130,12 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
             found = State(found.weights_only().entries, begin | kept)
             found = heads.with_head(found, stage_model(config, 0), config.run.seed)
         else:
-            step, ends = found.record["step"], accumulate(stage.steps for stage in stages(config))
-            stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)
+            if "step" not in found.record:
+                raise ConfigError(
+                    f"init.what: is all, {source} holds weights alone, no step and no moments; "
+                    "set it to weights (只有权重)"
+                )
+            stage = _stage(config, found)
             # Grown onto more words (launch/grow.py): its corpora are encoded anew.
             data = found.record["data"] or corpora.whole_record
             placed = found.record | {"stage": stage, "data": data}
@@ -153,6 +150,30 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
     if checkpoint.first_rank():
         (run / "config.yaml").write_text(dump(config), "utf-8")
     return found
+
+
+def _stage(config: RunConfig, state: State) -> int:
+    """Where in the page a checkpoint of another run stands: by its step, and at a border behind it
+    if it has that model, else before it, so that the stage grows (or extends) it."""
+    step, ends = state.record["step"], accumulate(stage.steps for stage in stages(config))
+    stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)
+    border = stage and step == first_step(config, stage)
+    if border and _unlike(config, state, stage) and not _unlike(config, state, stage - 1):
+        return stage - 1
+    return stage
+
+
+def _unlike(config: RunConfig, state: State, stage: int) -> list[tuple[str, Any, Any]]:
+    """(key, as the page has it, as the checkpoint has it) of what differs in their models."""
+    # A checkpoint from before an option existed has the option's default.
+    models = model_config(state), stage_model(config, stage)
+    have, want = (to_dict(model) | {"words_said": said(model)} for model in models)
+    keys = sorted(have | want)
+    return [
+        (key, want.get(key), have.get(key))
+        for key in keys
+        if have.get(key) != want.get(key) and key not in FREE
+    ]
 
 
 def _saying(state: State, model: ModelConfig) -> State:
@@ -179,13 +200,9 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
     if record["stage"] >= len(stages(config)):
         found.append(f"stages: {path} stands in stage {record['stage']}, the config has fewer")
     else:
-        # A checkpoint from before an option existed has the option's default.
-        models = model_config(state), stage_model(config, record["stage"])
-        have, want = (to_dict(model) | {"words_said": said(model)} for model in models)
         found += [
-            f"model.{key}: is {want.get(key)}, the checkpoint {path} has {have.get(key)}"
-            for key in sorted(have | want)
-            if have.get(key) != want.get(key) and key not in FREE
+            f"model.{key}: is {want}, the checkpoint {path} has {have}"
+            for key, want, have in _unlike(config, state, record["stage"])
         ]
     found += changes(record["data"], corpora.whole_record, int(record["samples"]))
     tokenizer = record.get("tokenizer") or corpora.tokenizer.fingerprint

@@ -27,7 +27,7 @@ from dataclasses import replace  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from configs.grown import said  # noqa: E402
+from configs.grown import idle, said  # noqa: E402
 from configs.load import ConfigError, dump, load  # noqa: E402
 from configs.model import parameter_count, tensors  # noqa: E402
 from configs.run import (  # noqa: E402
@@ -119,11 +119,12 @@ def train(
                 monitor.event("rewind" if summary else "start", step, **about)
                 spikes = faults.Spikes(config.faults, run, step)
                 skipping = [faults.skipping(corpora, state.record) for corpora in readers]
+                at = int(state.record["stage"])
                 job = Job(
                     config,
                     skipping,
-                    pages[0],
-                    skipping[0],
+                    pages[at],
+                    skipping[at],
                     run,
                     mesh,
                     monitor,
@@ -201,10 +202,13 @@ def _extend(job: Job, state: "State", number: int, how: "Extend") -> "State":
 def _grow(job: Job, state: "State", number: int) -> "State":
     """The state enlarged to the model of stage `number`, proven and kept as a second checkpoint."""
     from pretrain import objectives, proof
-    from pretrain.growth import grow
+    from pretrain.growth import grow, model_config
 
     target = stage_model(job.config, number)
-    grown = grow(state, target, job.config.run.seed, stages(job.config)[number].grow)
+    how = stages(job.config)[number].grow
+    grown = grow(state, target, job.config.run.seed, how)
+    for sentence in idle(model_config(state), target, how, bool(grown.record.get("scales"))):
+        job.monitor.out.say(f"stages.{number}.grow.{sentence}")
 
     def prove(after: "State") -> dict[str, Any]:
         probes = proof.probes(job.corpora.tokenizer_folder, target)

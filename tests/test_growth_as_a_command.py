@@ -12,7 +12,7 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from launch.cli import main
 from pretrain import checkpoint, proof
 from pretrain.growth import depth, grow
-from pretrain.state import Entry
+from pretrain.state import Entry, State
 from tests.growing import TINY, trained
 
 
@@ -108,9 +108,33 @@ def test_a_damaged_checkpoint_is_not_grown(run: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_missing_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.yaml").write_text("model: {family: cpm}", "utf-8")
+    (tmp_path / "tiny.yaml").write_text(dump({"model": to_dict(TINY)}), "utf-8")
     assert call(tmp_path / "nowhere", "--out", str(tmp_path / "grown")) == 2
-    assert capsys.readouterr().err.strip()
+    assert f"{tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+def test_the_same_sizes_are_no_growth(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page whose larger model is in its stages, say."""
+    out = run.parent / "grown"
+    assert call(run, "--set", "dropout=0", "--out", str(out)) == 2
+    assert "nothing grows; its `model:`, not its stages" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_how_to_train_on_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.parent / "grown"
+    assert (
+        call(run, "--set", "layers=4", "--noise", "0.1", "--split", "0.6", "--out", str(out)) == 0
+    )
+    said = capsys.readouterr().out
+    assert f"init: {{from: {out}, what: all}}" in said
+    assert "without effect   split: 0.6" in said and "noise: " not in said
+    drawn = run.parent / "drawn"
+    weights = State(trained().weights_only().entries, {"model": to_dict(TINY)})
+    checkpoint.write_state(drawn, weights)
+    words = ["--to", str(run.parent / "tiny.yaml"), "--set", "layers=4"]
+    assert main(["grow", str(drawn), *words, "--out", str(run.parent / "more")]) == 0
+    assert "what: weights}" in capsys.readouterr().out
 
 
 def test_the_probes_are_sentences_where_there_is_a_tokenizer(tiny_corpus: Path) -> None:

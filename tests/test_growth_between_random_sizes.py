@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
+from configs.grown import refusal
 from configs.model import ModelConfig
 from pretrain import proof
-from pretrain.growth import grow, refusal
+from pretrain.growth import grow
 from tests.growing import trained
 from tests.test_growth_of_every_family import FAMILIES, POST_NORM
 

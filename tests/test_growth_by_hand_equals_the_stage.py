@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from launch.cli import main
+from pretrain import checkpoint
+from pretrain.state import State
 from tests.run_jobs import digests, losses, page, write
 from tests.worlds import World
 
@@ -37,3 +41,28 @@ def test_by_hand_and_as_a_stage_are_the_same_run(
         tmp_path / "staged/checkpoints/stage-01-step-00000012",
     ]
     assert digests(ends[0]) == digests(ends[1])
+
+
+def test_a_run_goes_on_from_a_small_one_that_ended_where_the_growth_begins(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    """`init: all` from the border itself: the stage grows it, as if it had been one run. From a
+    state of weights alone there is nothing to go on with, and that is said."""
+    common = {"schedule__steps": 12, "schedule__decay_steps": 4}
+    stages = [{"steps": 6}, {"steps": 6, "model": LARGER}]
+    whole = page(tmp_path / "whole", tiny_corpus, run__steps=None, stages=stages, **common)
+    world2.run(GO, config=whole)
+    small = page(tmp_path / "small", tiny_corpus, run__steps=6, **common)
+    world2.run(GO, config=small)
+    on = page(tmp_path / "on", tiny_corpus, run__steps=None, stages=stages, **common)
+    on["init"] = {"from": str(tmp_path / "small"), "what": "all"}
+    world2.run(GO, config=on)
+    assert losses(tmp_path / "small") + losses(tmp_path / "on") == losses(tmp_path / "whole")
+    end = "checkpoints/stage-01-step-00000012"
+    assert digests(tmp_path / "on" / end) == digests(tmp_path / "whole" / end)
+    state = checkpoint.read(checkpoint.resolve(tmp_path / "small"))
+    alone = State(state.weights_only().entries, {"model": state.record["model"]})
+    checkpoint.write_state(tmp_path / "alone", alone)
+    on["init"]["from"], on["run"]["out"] = str(tmp_path / "alone"), str(tmp_path / "never")
+    with pytest.raises(Exception, match=r"init\.what: is all, .*alone holds weights alone"):
+        world2.run(GO, config=on)

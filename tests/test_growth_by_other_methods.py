@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from configs.grown import PRESERVING, Growing
+from configs.grown import PRESERVING, Growing, idle, refusal
 from configs.load import ConfigError, dump, from_dict, to_dict
 from launch.cli import main
 from pretrain import checkpoint, proof
-from pretrain.growth import grow, refusal
+from pretrain.growth import grow
 from pretrain.growth.copies import drawn
 from pretrain.state import fresh
 from tests.growing import changed
@@ -149,5 +149,60 @@ def test_options_outside_their_range_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict(Growing, {"noise": -1, "split": 0.3, "rewarm_steps": -1})
     assert all(word in str(caught.value) for word in ("noise: is -1", "split: is 0.3", "rewarm"))
+    with pytest.raises(ConfigError, match="random draws all that is new"):
+        from_dict(Growing, {"method": "random", "added": "copied"})
     wider = dataclasses.replace(FAMILIES["cpm"], hidden=48)
     assert refusal(FAMILIES["cpm"], wider, COPIES) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "said"),
+    [
+        ({"hidden": 48}, {"noise": 0.1}, "noise: 0.1, but nothing is a copy"),
+        ({"hidden": 48}, {"split": 0.6}, "split: 0.6, but no copies share"),
+        ({"layers": 3}, {"rewarm_steps": 9}, "rewarm_steps: 9, but no learning rate"),
+        ({"layers": 3}, {"added": "copied"}, "added: copied, but neither ffn nor heads"),
+        ({"layers": 3}, {"new_words": "masked"}, "new_words: masked, but there are no"),
+    ],
+)
+def test_an_option_without_effect_is_told(
+    sizes: dict[str, int], options: dict[str, Any], said: str
+) -> None:
+    """And it has none: the states are the same to the last bit."""
+    how, to, before = Growing(**options), larger("cpm", **sizes), small("cpm")
+    plain, grown = grow(before, to, 1), grow(before, to, 1, how)
+    (sentence,) = idle(FAMILIES["cpm"], to, how, bool(grown.record.get("scales")))
+    assert said in sentence
+    assert all(torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items())
+    assert grown.record.get("rewarm") is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"hidden": 64}, {"noise": 0.1, "split": 0.6, "rewarm_steps": 9}),
+        ({"ffn": 128}, {"added": "copied", "noise": 0.1, "split": 0.6, "rewarm_steps": 9}),
+        ({"layers": 3}, {"noise": 0.1}),
+        ({"vocab": 120}, {"new_words": "masked"}),
+    ],
+)
+def test_an_option_with_effect_is_not(sizes: dict[str, int], options: dict[str, Any]) -> None:
+    how, to, before = Growing(**options), larger("cpm", **sizes), small("cpm")
+    plain, grown = grow(before, to, 1), grow(before, to, 1, how)
+    assert idle(FAMILIES["cpm"], to, how, bool(grown.record.get("scales"))) == []
+    same = [torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items()]
+    assert not all(same) or grown.record["model"] != plain.record["model"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 7.0])
+def test_what_was_written_wrong_does_not_pass_under_any_method(value: float) -> None:
+    """A method that moves the function is still held to what it computed."""
+    before, name = small("cpm"), "decoder.layers.0.ffn.up.weight"
+    after = grow(before, larger("cpm", layers=4), 1, STACK)
+    good = proof.prove(before, after, PROBES)
+    assert proof.holds(good) and not good["kept"]
+    damaged = after.read(f"weights/{name}").clone()
+    damaged[0, 0] = value
+    found = proof.prove(before, changed(after, **{name: damaged}), PROBES)
+    assert found["not_as_computed"] == name and not proof.holds(found)
+    assert f"WRITTEN WRONG at {name}" in proof.sentence(found)

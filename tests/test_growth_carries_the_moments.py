@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from configs.grown import Growing
 from configs.load import to_dict
 from pretrain.growth import GrowthError, grow
 from pretrain.state import State
 from tests.growing import TINY, UPDATES, trained
+from tests.test_growth_of_every_family import FAMILIES
 
 # 3 -> 5 layers: old layer 0 stays, 1 is followed by a copy, 2 too
 OLD_TO_NEW = {0: 0, 1: 1, 2: 3}
@@ -148,6 +150,21 @@ def test_a_first_update_of_a_new_tensor_is_no_kick(pair: tuple[State, State]) ->
     assert grown.record["born"][name] == grown.record["updates"]
     assert first(0) == pytest.approx(1.0, rel=1e-3)
     assert first(updates) > 3
+
+
+@pytest.mark.parametrize("family", ["cpm", "t5", "v1", "v2", "bert"])
+@pytest.mark.parametrize("method", ["exact", "random", "stack"])
+@pytest.mark.parametrize("slot", ["ema", "slow"])
+def test_averages_grow_as_the_weights_in_every_family(slot: str, method: str, family: str) -> None:
+    """New layers too: of a post-norm family, or drawn, they begin as the weights they are of."""
+    before = trained(FAMILIES[family])
+    entries = {f"optim/{slot}/{n}": before.entries[f"weights/{n}"] for n in before.names()}
+    state = State({**before.entries, **entries}, before.record)
+    to = dataclasses.replace(FAMILIES[family], layers=5, ffn=96, heads=6)
+    grown = grow(state, to, 5, Growing(method=method))  # type: ignore[arg-type]
+    assert grown.names(f"optim/{slot}") == grown.names()
+    for name in grown.names():
+        assert torch.equal(grown.read(f"optim/{slot}/{name}"), grown.read(f"weights/{name}"))
 
 
 def test_averages_grow_as_the_weights_and_momentum_as_the_gradient() -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from configs.grown import Growing, completed
+from configs.grown import Growing, completed, refusal
 from configs.load import to_dict
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
+from configs.positions import Rope
 from pretrain import proof
-from pretrain.growth import grow, refusal
+from pretrain.growth import grow
 from pretrain.state import State
 from tests.growing import changed, trained
 
@@ -214,6 +216,58 @@ def test_what_cannot_be_is_one_sentence(
     sentence = refusal(FAMILIES[family], larger(family, **changes))
     assert sentence and "\n" not in sentence
     assert all(word in sentence for word in said), sentence
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "ntk_fixed", "ntk_mixed", "by_parts", "yarn"])
+@pytest.mark.parametrize("head_dim", [12, 16])
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_heads_of_an_extended_model_grow_at_every_length_or_not_at_all(
+    family: str, head_dim: int, method: str
+) -> None:
+    """Rows of three times the known length, where a dynamic method changes the frequencies."""
+    rope = Rope(method, known=16, factor=2.0, dynamic=True)  # type: ignore[arg-type]
+    now = larger(family, rope=rope)
+    to = dataclasses.replace(now, head_dim=head_dim)
+    sentence = refusal(now, to)
+    if method.startswith("ntk"):
+        assert sentence and "depend on it; grow the model before it is extended" in sentence
+        assert "head_dim=8" in sentence
+        return
+    before = trained(now)
+    grown = grow(before, to, 1, rounded=False)
+    exact, after = (proof.logits(state, PROBES[:, :48], torch.float64) for state in (before, grown))
+    assert not sentence and (after - exact).abs().max() <= 1e-12 * exact.std()
+    if method != "linear":  # the control: as the pairs lie without `rope`
+        as_ever = 1e4 if head_dim == 16 else 1e4**1.4
+        wrong = proof.logits(under(grown, rope_base=as_ever), PROBES[:, :48], torch.float64)
+        assert (wrong - exact).abs().max() > 1e-3 * exact.std()
+
+
+def test_heads_that_are_not_turned_need_no_pairs() -> None:
+    """Learned positions (BERT): an odd width of a head, doubled."""
+    now = larger("bert", head_dim=5)
+    before = trained(now)
+    to = dataclasses.replace(now, head_dim=10)
+    found = proof.prove(before, grow(before, to, 1), PROBES)
+    assert found["kept"] and completed(now, dataclasses.replace(now, head_dim=8)).rope_base == 1e4  # type: ignore[union-attr]
+
+
+def test_masked_and_said_at_once_is_refused() -> None:
+    to = larger("t5", vocab=128, words_said=128)
+    assert refusal(FAMILIES["t5"], to) is None
+    sentence = refusal(FAMILIES["t5"], to, Growing(new_words="masked"))
+    assert sentence and "words_said is 128, new_words masked says 97" in sentence
+
+
+def test_a_model_from_before_a_key_existed_is_told_about() -> None:
+    """Its record names fewer numbers; the sentence of a proof names sizes all the same."""
+    before = small("cpm")
+    old = {
+        k: v for k, v in before.record["model"].items() if k not in ("words_said", "logit_scale")
+    }
+    before = State(before.entries, {**before.record, "model": old})
+    found = proof.prove(before, grow(before, larger("cpm", layers=3), 1), PROBES)
+    assert found["kept"] and "layers 2 -> 3" in proof.sentence(found)
 
 
 def test_a_layer_behind_a_large_eps_is_refused() -> None:

@@ -159,7 +159,7 @@ def page(family: str = "cpm", **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-GROWS = {"stages": [{"steps": 4}, {"steps": 4, "model": {"layers": 2}}], "run": {"out": "none"}}
+GROWS = {"stages": [{"steps": 4}, {"steps": 4, "model": {"ffn": 4096}}], "run": {"out": "none"}}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """The plan of a run that grows: its cost beside the large model from scratch, and when to grow."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from configs.load import load
+from configs.load import ConfigError, load
 from configs.run import RunConfig
 from pretrain import plan
 
@@ -23,7 +24,7 @@ def test_a_run_that_grows_is_counted_beside_scratch() -> None:
     tokens, per_token = first["tokens"] + second["tokens"], second["flops_per_token"]["full"]
     assert beside["scratch"]["flops"] == pytest.approx(tokens * per_token)
     assert beside["share"] == pytest.approx(found["time"]["flops"] / (tokens * per_token))
-    assert beside["grows_at"] == 0.75 and beside["scratch"]["days"] > found["time"]["days"]
+    assert beside["grows_at"] == [0.75] and beside["scratch"]["days"] > found["time"]["days"]
     assert "this run, grown at 75%" in plan.text(found)
 
 
@@ -44,6 +45,47 @@ def test_when_to_grow_leaves_room_before_the_decay(schedule: str, share: float |
     assert cheaper == sorted(cheaper, reverse=True)  # the later, the cheaper
 
 
+def test_steps_of_different_size_are_counted_as_they_are() -> None:
+    """Half of the steps, a 17th of the tokens: what the grid says of growing there is what the run
+    that grows there costs, and what it buys from scratch is bought at each stage's own price."""
+    stages = "[{steps: 10000}, {steps: 10000, batch: {samples: 8192}, model: {layers: 24}}]"
+    found = plan.plan(page("run.steps=null", f"stages={stages}"), 1, "h200")
+    beside, (first, second) = found["growth"], found["stages"]
+    assert second["tokens"] == 16 * first["tokens"]
+    half = next(row for row in beside["when"] if row["share"] == 0.5)
+    assert half["flops"] == pytest.approx(found["time"]["flops"], rel=1e-12)
+    saved = beside["scratch"]["flops"] - beside["staged"]["flops"]
+    dear = second["flops"] / second["steps"]
+    assert beside["scratch_steps_for_the_same"] == round(20000 - saved / dear)
+
+
+def test_every_growth_is_named_and_nothing_else_is_one() -> None:
+    stages = (
+        "[{steps: 5000}, {steps: 5000, model: {dropout: 0}}, {steps: 10000, model: {layers: 24}}]"
+    )
+    found = plan.plan(page("run.steps=null", f"stages={stages}"), 1, "h200")
+    assert found["growth"]["grows_at"] == [0.5]
+    longer = "[{steps: 5000}, {steps: 5000, data: {seq_len: 2048}, extend: {method: last}}]"
+    words = ["run.steps=null", f"stages={longer}", "batch.micro=1"]
+    assert plan.plan(page(*words), 1, "h200")["growth"] is None
+
+
 def test_a_run_that_does_not_grow_is_beside_nothing() -> None:
     found = plan.plan(page(), 1, "h200")
     assert found["growth"] is None and "from scratch" not in plan.text(found)
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("[{steps: 9}, {steps: 9, model: {layers: 6}}]", "stages.1.model: layers would shrink"),
+        (
+            "[{steps: 9}, {steps: 9, grow: {noise: 0.1}}]",
+            "stages.1.grow: says how a model grows, and",
+        ),
+        ("[{steps: 9, model: {layers: 6}, grow: {noise: 0.1}}]", "stages.0.grow: says how a model"),
+    ],
+)
+def test_what_cannot_grow_is_said_before_anything_is_planned(stages: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        page("run.steps=null", f"stages={stages}")

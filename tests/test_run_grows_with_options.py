@@ -5,16 +5,21 @@ the function is the small model's, to fp32 rounding (1e-5).
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs.grown import Growing
 from configs.load import ConfigError, from_dict
 from configs.run import RunConfig
 from pretrain import checkpoint
+from pretrain.growth import grow
 from pretrain.growth.moments import rewarm, settled
 from pretrain.optimizer import GroupKey
+from pretrain.state import State
+from tests.growing import TINY, trained
 from tests.run_jobs import digests, losses, page
 from tests.worlds import World
 
@@ -98,8 +103,36 @@ def test_a_second_growth_starts_from_where_the_scales_are() -> None:
     record = {"step": 12, "scales": {"a": scale}, "rewarm": {"step": 10, "steps": 4}}
     half = settled(record)
     assert half["scales"] == {"a": {"lr": 0.75, "wd": 1.5, "eps": 4.0, "clip": 0.25}}
-    assert "rewarm" not in half and settled(half) is half
-    assert settled(record | {"step": 40})["scales"]["a"]["lr"] == 1.0
+    over = settled(record | {"step": 40})
+    assert over["scales"]["a"]["lr"] == 1.0 and "rewarm" not in over and settled(over) is over
+
+
+def test_a_way_back_under_way_goes_on_behind_a_second_growth() -> None:
+    """At each step to come the factors are those of the way that was begun, unless another begins;
+    a stage that only says more words, as any other."""
+    before = trained()
+    tiled = grow(before, replace(TINY, hidden=64), 1, Growing(rewarm_steps=10))
+    begun = tiled.record["rewarm"]
+    later = State(tiled.entries, {**tiled.record, "step": begun["step"] + 4})
+    name = "decoder.layers.0.self.q.weight"
+
+    def factor(record: dict[str, Any], step: int) -> float:
+        scale = record["scales"][name]
+        keys = [GroupKey(True, lr_scale=scale["lr"], wd_scale=scale["wd"])]
+        groups = [{"lr_scale": scale["lr"], "weight_decay": scale["wd"]}]
+        rewarm(groups, keys, record["rewarm"], step)
+        return float(groups[0]["lr_scale"])
+
+    for to in (replace(TINY, hidden=64, layers=5), replace(TINY, hidden=64, dropout=0.0)):
+        grown = grow(later, to, 1)
+        assert grown.record["rewarm"] == {"step": begun["step"] + 4, "steps": 6}
+        for step in range(begun["step"] + 4, begun["step"] + 13):
+            expected = factor(tiled.record, step)
+            assert factor(grown.record, step) == pytest.approx(expected, rel=1e-12)
+        assert factor(grown.record, begun["step"] + 10) == 1.0
+    anew = grow(later, replace(TINY, hidden=128), 1, Growing(rewarm_steps=7)).record
+    assert anew["rewarm"] == {"step": begun["step"] + 4, "steps": 7}
+    assert anew["scales"][name]["lr"] == pytest.approx(0.5 * (0.5 + 0.5 * 0.4))
 
 
 def test_the_page_says_what_is_wrong(tmp_path: Path, tiny_corpus: Path) -> None:

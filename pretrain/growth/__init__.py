@@ -21,9 +21,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from configs.grown import CARRIED, EXACT, PRESERVING, Growing, carried, completed, said, times
+from configs.grown import EXACT, GROWS, Growing, completed, refusal, said
 from configs.load import from_dict, to_dict
-from configs.model import ModelConfig, RoFormerConfig, tensors
+from configs.model import ModelConfig, tensors
 from pretrain.growth import width
 from pretrain.growth.depth import deeper
 from pretrain.growth.moments import (
@@ -49,17 +49,13 @@ OPERATORS: dict[str, Operator] = {
     "vocab": width.more_words,
 }
 """What can be enlarged, and by which operator, in the order of application."""
-GROWS = tuple(OPERATORS)
+assert tuple(OPERATORS) == GROWS
 FOLLOWS = {
     "hidden": ("norm_eps", "logit_scale"),
     "head_dim": ("rope_base",),
     "vocab": ("words_said",),
 }
 """Numbers of the config that change together with a size."""
-FREE = ("dropout", "attention_dropout", "init_std")
-"""What may differ because it changes neither a tensor nor the function at inference."""
-LARGEST_EPS_BEHIND = 1e-11
-"""Layers behind a post-norm change the function by about their norms' eps; so much is rounding."""
 
 
 class GrowthError(ValueError):
@@ -159,84 +155,3 @@ def _rounded(entry: Entry) -> Entry:
 def model_config(state: State) -> ModelConfig:
     """The config of the model that a state holds."""
     return cast(ModelConfig, from_dict(cast(Any, ModelConfig), state.record["model"], "model"))
-
-
-def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | None:
-    """Why `to` cannot be reached from `now`, in one sentence with the nearest sizes; or None."""
-    if type(now) is not type(to):
-        return (
-            f"family: a {now.family} cannot be grown to a {to.family}; "
-            f"it can be grown to a larger {now.family} (不能变成另一模型族)"
-        )
-    to, wrong = completed(now, to, how), []
-    needed, nearest = carried(now, to, how), {}
-    for key in (field.name for field in dataclasses.fields(to)):
-        old, new = getattr(now, key), getattr(to, key)
-        if key in GROWS:
-            nearest[key] = max(old, new)
-            if new < old:
-                wrong.append(f"{key} would shrink from {old} to {new}")
-        elif key == "words_said":
-            if said(to) < said(now):
-                nearest[key] = needed[key]
-                wrong.append(f"words_said is {new}, {said(now)} words are said and would be masked")
-        elif key in CARRIED:
-            other = now.rope_base ** (to.head_dim / now.head_dim) if key == "rope_base" else None  # type: ignore[union-attr]
-            if new not in (needed[key], other):
-                nearest[key] = needed[key]
-                wrong.append(f"{key} is {old}, the function needs {needed[key]}, not {new}")
-        elif key not in FREE and new != old:
-            nearest[key] = old
-            wrong.append(f"{key} is {old} and the target has {new}")
-    if isinstance(now, RoFormerConfig):
-        wrong += _post_norm(now, to, how, nearest)
-    if how.method == "su":
-        wrong += _repeated(now, to, nearest)
-    if not wrong:
-        return None
-    sizes = ", ".join(f"{key}={value}" for key, value in nearest.items())
-    return (
-        f"model: {'; '.join(wrong)}; {', '.join(GROWS)} can grow, and only upwards: the nearest "
-        f"target that can be reached has {sizes} (只能加大，最近的可行尺寸见上)"
-    )
-
-
-def _repeated(now: ModelConfig, to: ModelConfig, nearest: dict[str, Any]) -> list[str]:
-    """What Su's form cannot do; `nearest` is corrected."""
-    wrong = []
-    for key in ("hidden", "ffn"):
-        old, new = getattr(now, key), getattr(to, key)
-        if new > old and times(old, new) is None:
-            nearest[key] = old * max(1, round(new / old))
-            wrong.append(f"{key} {old} cannot become {new} by method su, which repeats it")
-    if isinstance(now, RoFormerConfig) and to.hidden > now.hidden:
-        nearest["hidden"] = now.hidden
-        wrong.append(
-            "method su needs a norm with a gain, RoFormer v2 has none"
-            if now.version == 2
-            else "method su would need an eps of its own for the norm behind the head's GELU"
-        )
-    return wrong
-
-
-def _post_norm(
-    now: RoFormerConfig, to: ModelConfig, how: Growing, nearest: dict[str, Any]
-) -> list[str]:
-    """What a post-norm cannot do; `nearest` is corrected."""
-    wrong: list[str] = []
-    if how.method not in (*PRESERVING, "stack"):
-        return wrong
-    if now.version == 1 and to.hidden > now.hidden and times(now.hidden, to.hidden) is None:
-        nearest["hidden"] = now.hidden * max(1, round(to.hidden / now.hidden))
-        wrong.append(
-            f"hidden {now.hidden} cannot become {to.hidden}, RoFormer v1 widens by whole factors "
-            f"only (its norms stand behind the sum)"
-        )
-    kept = how.method in PRESERVING
-    if kept and to.layers > now.layers and now.norm_eps > LARGEST_EPS_BEHIND:
-        nearest["layers"] = now.layers
-        wrong.append(
-            f"layers cannot be added under norm_eps {now.norm_eps:g}: each changes the stream by "
-            f"about as much, at most {LARGEST_EPS_BEHIND:g} is rounding"
-        )
-    return wrong

@@ -67,7 +67,8 @@ def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Grow
                 random = how.method == "random" or _shifts(to, tensor)
                 silent = zeros(shape(to, tensor)) if tensor.writes is not None else None
                 copy = silent or _noisy(state.entries[source_key], tensor, seed, how.noise)
-                entries[key] = plain[key] if random else copy
+                # an average of weights (EMA, Lookahead) begins as the weights that it is of
+                entries[key] = plain[f"weights/{tensor.name}"] if random else copy
             else:
                 entries[key] = state.entries[source_key]
             born[tensor.name] = updates if is_new else old_born.get(origin, 0)

@@ -149,13 +149,16 @@ def rewarm(
 
 
 def settled(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose `scales` are what they are at its step, on their way back to 1 or there."""
+    """A record whose `scales` are what they are at its step, on their way back to 1 or there; a
+    `rewarm` that is not over goes on from there, in the steps that are left of it."""
     rewarm = record.get("rewarm")
     if rewarm is None:
         return record
-    back = min(1.0, (record.get("step", 0) - rewarm["step"]) / rewarm["steps"])
+    step = record.get("step", 0)
+    left = max(0, rewarm["step"] + rewarm["steps"] - step)
     scales = {
-        name: scale | {key: rewarmed(scale[key], back) for key in ("lr", "wd")}
+        name: scale | {k: rewarmed(scale[k], 1 - left / rewarm["steps"]) for k in ("lr", "wd")}
         for name, scale in record.get("scales", {}).items()
     }
-    return {k: v for k, v in record.items() if k != "rewarm"} | {"scales": scales}
+    rest = {"rewarm": {"step": step, "steps": left}} if left else {}
+    return {k: v for k, v in record.items() if k != "rewarm"} | {"scales": scales} | rest

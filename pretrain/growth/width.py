@@ -87,7 +87,8 @@ def larger_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int, how
         return Fill("zero" if silent else "random")
 
     factor, places = times(now.head_dim, to.head_dim), None
-    if isinstance(now, RoFormerConfig) and now.rope_base == getattr(to, "rope_base", None):
+    rotary = isinstance(now, RoFormerConfig) and now.positions is None
+    if rotary and getattr(now, "rope_base", None) == getattr(to, "rope_base", None):
         assert factor is not None, "rotary heads of another size need another rope_base"
         pairs = [2 * factor * i for i in range(now.head_dim // 2)]
         at = tuple(place for pair in pairs for place in (pair, pair + 1))
