@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--every", type=int, default=16)
+    parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=1024)
     words = parser.parse_args()
     words.out.mkdir(parents=True, exist_ok=True)
