@@ -129,7 +129,7 @@ def grow(
     pieces: Mixture | None = None
     made: dict[str, Any] = {}
     if more_words is not None:
-        pieces, made = _compounds(tokenizer, more_words, now, to)
+        pieces, made = _compounds(tokenizer, more_words, now, to, _spans(before.record))
     grown = growth.grow(before, to, seed, how, pieces=pieces)
     if made:  # what it was trained on is no longer encoded as it would be now
         of = {"tokenizer": made["fingerprint"], "data": []}
@@ -157,14 +157,22 @@ def grow(
     return {**found, "out": str(out)}
 
 
+def _spans(record: dict[str, Any]) -> bool:
+    """Whether any stage of the run cut out spans, so that it has learnt sentinels."""
+    page = record.get("config", {})
+    sections = [page, *page.get("stages", [])]
+    return any(s.get("objective", {}).get("name") == "span_corruption" for s in sections)
+
+
 def _compounds(
-    old: Path | None, new: Path, now: ModelConfig, to: ModelConfig
+    old: Path | None, new: Path, now: ModelConfig, to: ModelConfig, spans: bool
 ) -> "tuple[Mixture, dict[str, Any]]":
-    """What the new rows are made of, and the numbers of that."""
+    """What the new rows are made of, and the numbers of that; spans: it has learnt sentinels."""
     from data_pipeline import tokenizer as tokenizers
     from launch.revocab import of
     from pretrain.convert.vocabulary import plan
     from pretrain.mixing import Mixture
+    from pretrain.reading import sentinels_of
 
     if old is None:
         raise ValueError("--tokenizer: the checkpoint has none of its own to cut new words by")
@@ -182,13 +190,20 @@ def _compounds(
             f"--tokenizer: {new} has {len(more)} tokens, model.vocab is {to.vocab}; "
             f"--set vocab={len(more)} or more (词表过小)"
         )
+    taken = range(len(tokens), min(len(more), now.vocab))
+    if spans and taken and sentinels_of(was, now.vocab)[0] == taken.start:
+        raise ValueError(
+            f"--tokenizer: {len(taken)} of its new words have the rows from {taken.start} on, "
+            "which span corruption has learnt as sentinels; a vocabulary with new sentinels is "
+            f"`revocab --vocab {len(more) + now.vocab - len(tokens)}`'s (新词会占用哨兵符的行)"
+        )
     made = plan(of(was), of(words))
     rows, weights = made.rows[now.vocab :], made.weights[now.vocab :]
     return Mixture(rows, weights), {
         "fingerprint": words.fingerprint,
         "means": sum(len(one) > 1 for one in rows),
         "copies": sum(len(one) == 1 for one in rows),
-        "spare_rows_taken": len(more[len(tokens) : now.vocab]),
+        "spare_rows_taken": len(taken),
     }
 
 

@@ -8,6 +8,7 @@ nothing of the pieces, and it finds rows that are not the growth's.
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from launch.cli import main
 from pretrain import checkpoint, proof
 from pretrain.growth import model_config
-from tests.growing import trained
+from pretrain.state import State
+from tests.growing import held, trained
 from tests.run_jobs import losses
 from tests.test_growth_of_every_family import FAMILIES
 from tests.test_run_of_every_objective import corpus  # noqa: F401
@@ -110,6 +112,24 @@ def test_words_in_spare_rows_are_told(
     old, new = (checkpoint.read(tmp_path / n).read("weights/embed.tokens.weight")
                 for n in ("small", "grown"))  # fmt: skip
     assert torch.equal(new[: len(old)], old)
+
+
+@pytest.mark.parametrize("objective", ["span_corruption", "prefix"])
+def test_words_in_the_rows_of_sentinels_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    """Spare rows are what a T5 has learnt to say for a span, if a stage of its run cut any out."""
+    begun(tmp_path, "t5", 4)
+    state = checkpoint.read(tmp_path / "small")
+    page = {"objective": {"name": "prefix"}, "stages": [{"objective": {"name": objective}}]}
+    entries = {key: held(entry.read().clone()) for key, entry in state.entries.items()}
+    shutil.rmtree(tmp_path / "small")
+    learnt = State(entries, {**state.record, "config": page})
+    checkpoint.write_state(tmp_path / "small", learnt, tmp_path / "old")
+    assert call(tmp_path, "grown") == (2 if objective == "span_corruption" else 0)
+    if objective == "span_corruption":
+        said = capsys.readouterr().err
+        assert "3 of its new words have the rows from 47 on" in said and "--vocab 54" in said
 
 
 def test_another_vocabulary_and_too_few_rows_are_refused(
