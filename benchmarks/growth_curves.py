@@ -6,8 +6,8 @@
 
 The saving at equal loss is 1 - C(grown) / C(scratch at the grown model's loss), the scratch curve
 of the same seed interpolated in log C; beyond its end it is extended on its last slope, marked *.
-Beside it: loss less that of scratch at equal steps and at equal FLOPs, and the steps after which
-the grown run's training loss is no longer above that of scratch.
+Beside it: loss less that of scratch at equal steps and at equal FLOPs, and the steps after the
+growth, of those before the decay, until its training loss is no longer above that of scratch.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NAMES = {
 HEADS = [
     "arm",
     "budget",
-    "FLOPs of scratch",
+    "FLOPs of scratch at equal steps",
     "loss, by seed",
     "saved at equal loss",
     "mean",
@@ -70,9 +70,15 @@ def between(points: list[tuple[float, float]], x: float) -> tuple[float, bool]:
 
 
 def saving(curve: list[Row], row: Row) -> tuple[float, bool]:
-    """(share of FLOPs saved at the row's loss, whether the curve had to be extended)."""
-    cost, extended = between([(-r["loss"], log(r["flops"])) for r in curve], -row["loss"])
-    return 1 - row["flops"] / exp(cost), extended
+    """(share of FLOPs saved at the row's loss, whether the curve had to be extended).
+
+    The curve goes from the cheapest to the dearest; where it has the loss twice, the first time.
+    """
+    points = sorted((log(r["flops"]), r["loss"]) for r in curve)
+    pairs, loss = list(itertools.pairwise(points)), row["loss"]
+    inside = [pair for pair in pairs if pair[1][1] <= loss <= pair[0][1]]
+    (c0, l0), (c1, l1) = (inside or [pairs[0] if loss > points[0][1] else pairs[-1]])[0]
+    return 1 - row["flops"] / exp(c0 + (c1 - c0) * (loss - l0) / (l1 - l0)), not inside
 
 
 def table(rows: list[Row]) -> str:
@@ -85,7 +91,8 @@ def table(rows: list[Row]) -> str:
         if not found:
             continue
         cells = [NAMES[arm], f"{budget:g}"]
-        share, saved, steps, cost, mixing = [], [], [], [], []
+        share, saved = [], []
+        steps, cost, mixing = [], [], []
         for row in found if arm != "scratch" else []:
             curve = curves[row["seed"]]
             if len(curve) < 2:
@@ -94,17 +101,17 @@ def table(rows: list[Row]) -> str:
             same = next((r for r in curve if r["budget"] == budget), None)
             if same is not None:
                 share.append(row["flops"] / same["flops"])
-                steps.append(row["loss"] - same["loss"])
+                steps.append(f"{row['loss'] - same['loss']:+.3f}")
             points = [(log(r["flops"]), r["loss"]) for r in curve]
-            cost.append(row["loss"] - between(points, log(row["flops"]))[0])
-            behind = row.get("mixing_steps")
-            mixing.append("never" if behind is None else f"{behind:,}")
+            at, beyond = between(points, log(row["flops"]))
+            cost.append(f"{row['loss'] - at:+.3f}{'*' * beyond}")
+            after, of = row["mixing_steps"], row["constant_steps"]
+            mixing.append(f"not in {of:,}" if after is None else f"{after:,} of {of:,}")
         cells += [f"{share[0]:.2f}" if share else "1" if arm == "scratch" else ""]
         cells += [", ".join(f"{row['loss']:.3f}" for row in found)]
         cells += [", ".join(f"{part:.1%}{'*' * extended}" for part, extended in saved)]
         cells += [f"**{mean(part for part, _ in saved):.0%}**" if saved else ""]
-        cells += [", ".join(f"{value:+.3f}" for value in values) for values in (steps, cost)]
-        cells += [", ".join(mixing)]
+        cells += [", ".join(values) for values in (steps, cost, mixing)]
         lines.append("| " + " | ".join(cell or "-" for cell in cells) + " |")
     return "\n".join([*lines, "", f"{len(seeds)} seeds; * beyond the scratch curve, extended"])
 

@@ -1,6 +1,6 @@
 """The corpus of benchmarks/growth_savings.py: every n-th document of the development data.
 
-    python -m benchmarks.growth_data DATA.jsonl.zst OUT [--every 16] [--vocab 1024]
+    python -m benchmarks.growth_data DATA.jsonl.zst OUT [--every 5] [--vocab 1024]
 
 Byte BPE of a small vocabulary, so that a model in miniature is made of layers and not of its head:
 the head takes part in every step of the small model and of the large one, and hides what a growth

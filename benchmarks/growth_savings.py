@@ -11,16 +11,18 @@
 Each budget is a run of its own length, grown at the share `--at` of it, so that the three say how
 the saving goes with the budget. Every run goes through train(), every growth through `launch grow`;
 all arms see the same samples in the same order. The learning rate is tuned for each arm alone, on
-the same grid (--lr) with runs of `--tune` of the steps and a seed of their own. FLOPs as `plan`
-counts them (attention in full, the head included, as often as it speaks).
+the same grid (--lr) with runs of `--tune` of the steps and a seed of their own (0); controls have
+that of `ours`. FLOPs as `plan` counts them (attention in full, the head as often as it speaks).
 
 What was measured is kept in OUT/tuning and OUT/seed-N.json after each run: started again, it goes
 on, and seeds can be measured by processes side by side (`--seeds 1`, `--seeds 2`; `--seeds` alone
-tunes). Table and figure of all seeds that are there: benchmarks/growth_curves.py.
+tunes). OUT/study.json says what is measured; another study wants another folder. Table and figure
+of all seeds that are there: benchmarks/growth_curves.py.
 """
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -40,12 +42,16 @@ from pretrain.plan import row_of
 from pretrain.state import State
 
 METHODS = {"ours": "exact", "stack": "stack", "random": "random", "reset": "exact"}
+CONTROLS = ("reset", "small")
 BUDGETS = (0.25, 0.5, 1.0)
 CURVE = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Shares of the steps: where growth is measured, and where the curve from scratch is."""
 DECAY = 0.2
-SMOOTHED_STEPS = 50
-"""Losses of steps are compared as means over so many."""
+WINDOW = 0.25
+"""Losses of steps are compared as means over that part of the constant rate after a growth: over
+fewer the noise of a batch decides."""
+FEWEST_STEPS = 10
+"""Between two checkpoints of a trunk."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,12 @@ def trunk(
     folder = Path(study.config(name, results.seed).run.out)
     if all(any(folder.glob(f"checkpoints/*-step-{step:08d}")) for step in borders):
         return folder
-    run = {"steps": max(borders), "save_every_steps": gcd(*borders), "keep_checkpoints": 999}
+    every = gcd(*borders)
+    if every < FEWEST_STEPS:
+        raise SystemExit(
+            f"--steps: borders at {borders} share {every} steps; take a rounder number"
+        )
+    run = {"steps": max(borders), "save_every_steps": every, "keep_checkpoints": 999}
     changes = {"run": run | {"validate_samples": 1}, "optimizer": {"lr": rate}}
     return train(study.config(name, results.seed, **changes, **more), results)
 
@@ -140,18 +151,14 @@ def large_of(study: Study) -> ModelConfig:
 
 def scratch(study: Study, results: "Results", budgets: Iterable[float]) -> None:
     """The large model from scratch, at every budget of the reference curve."""
-    budgets = results.missing("scratch", budgets)
-    if not budgets:
-        return
-    rate = study.rates["scratch"]
-    ends = [study.share(budget) for budget in budgets]
-    starts = [steps - round(steps * DECAY) for steps in ends]
-    origin = trunk(study, results, f"scratch-{rate:g}", starts, rate)
-    for budget, steps, start in zip(budgets, ends, starts, strict=True):
-        at = checkpoint(origin, start)
+    rate, ends = study.rates["scratch"], {part: study.share(part) for part in budgets}
+    starts = {part: steps - round(steps * DECAY) for part, steps in ends.items()}
+    for budget in results.missing("scratch", ends):
+        origin = trunk(study, results, f"scratch-{rate:g}", list(starts.values()), rate)
+        at, steps = checkpoint(origin, starts[budget]), ends[budget]
         loss = end(study, results, at, f"scratch-{rate:g}-{budget:g}", steps, rate)
         cost = flops(study, steps, large_of(study))
-        results.add(arm="scratch", budget=budget, flops=cost, loss=loss)
+        results.add(arm="scratch", budget=budget, lr=rate, steps=steps, flops=cost, loss=loss)
 
 
 def grown(study: Study, results: "Results", arms: Iterable[str], budgets: Iterable[float]) -> None:
@@ -171,8 +178,8 @@ def grown(study: Study, results: "Results", arms: Iterable[str], budgets: Iterab
             name = f"{arm}-{rate:g}-{budget:g}"
             loss = end(study, results, larger, name, steps, rate, **more)
             cost += flops(study, steps - at, rest)
-            behind = mixing(study, results, name, at, steps)
-            results.add(arm=arm, budget=budget, flops=cost, loss=loss, mixing_steps=behind)
+            row = {"arm": arm, "budget": budget, "lr": rate, "steps": steps, "flops": cost}
+            results.add(**row, loss=loss, **mixing(study, results, name, at, steps))
 
 
 def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
@@ -182,9 +189,11 @@ def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
 
     rate = study.rates[arm]
     out = study.out / "grown" / f"{arm}-{rate:g}-{small.name}-{results.seed}"
-    if out.exists():
+    if (out / "proof.json").exists():
         return out
     out.parent.mkdir(exist_ok=True)
+    for left in out.parent.glob(f"{out.name}*/"):  # of a run that was killed meanwhile
+        shutil.rmtree(left)
     to = Path(f"{out}.yaml")
     to.write_text(dump({"model": to_dict(large_of(study))}), "utf-8")
     target = out.with_name(out.name + "-carried") if arm == "reset" else out
@@ -196,20 +205,22 @@ def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
         born = dict.fromkeys(state.record["born"], state.record["updates"])
         record = {**state.record, "born": born}
         files.write_state(out, State({**state.entries, **moments}, record))
+        shutil.copy(target / "proof.json", out)
     return out
 
 
-def mixing(study: Study, results: "Results", name: str, at: int, steps: int) -> int | None:
-    """Steps after the growth until the loss is no longer above that of scratch at the same step."""
+def mixing(study: Study, results: "Results", name: str, at: int, steps: int) -> dict[str, Any]:
+    """Steps after the growth until the loss is no longer above that of scratch at the same steps,
+    of those at a constant rate; None where it stays above."""
     rate = study.rates["scratch"]
     ours = _losses(study.out / "runs" / f"{name}-{results.seed}")
     plain = _losses(study.out / "runs" / f"scratch-{rate:g}-{results.seed}")
     upto = steps - round(steps * DECAY)
     gaps = [ours[step] - plain[step] for step in range(at + 1, upto + 1) if step in plain]
-    for number in range(len(gaps) - SMOOTHED_STEPS + 1):
-        if sum(gaps[number : number + SMOOTHED_STEPS]) <= 0:
-            return number
-    return None
+    window = max(1, round(WINDOW * (upto - at)))
+    sums = (sum(gaps[n : n + window]) for n in range(len(gaps) - window + 1))
+    found = next((number for number, total in enumerate(sums) if total <= 0), None)
+    return {"mixing_steps": found, "constant_steps": upto - at}
 
 
 def _losses(run: Path) -> dict[int, float]:
@@ -248,6 +259,18 @@ class Results:
         self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
 
 
+def the_same(study: Study, tune: float) -> None:
+    """End with a sentence if the folder holds another study."""
+    about = {"page": study.page, "small": study.small, "steps": study.steps, "at": study.at}
+    about |= {"tuning_steps": study.share(tune)}
+    path = study.out / "study.json"
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else about
+    if other := [key for key in about if about[key] != kept[key]]:
+        raise SystemExit(f"{path}: was measured with another {', '.join(other)}; name another OUT")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
 def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> dict[str, float]:
     """The best learning rate of each arm, all tried on the same grid at a short budget."""
     tried: dict[float, dict[str, float]] = {}
@@ -261,8 +284,9 @@ def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> di
     best = {arm: min(rates, key=lambda rate: tried[rate][arm]) for arm in ["scratch", *arms]}
     for arm, rate in best.items():
         losses = ", ".join(f"{rate:g}: {tried[rate][arm]:.4f}" for rate in rates)
-        print(f"learning rate of {arm}: {rate:g} ({losses})", flush=True)
-    return best | {"reset": best.get("ours", rates[0]), "small": best.get("ours", rates[0])}
+        edge = ", the edge of the grid" if rate in (min(rates), max(rates)) else ""
+        print(f"learning rate of {arm}: {rate:g} ({losses}){edge}", flush=True)
+    return best | {control: best["ours"] for control in CONTROLS if "ours" in best}
 
 
 def main() -> None:
@@ -286,17 +310,20 @@ def main() -> None:
         "--controls",
         nargs="*",
         default=[],
-        choices=["reset", "small"],
+        choices=CONTROLS,
         help="ours with moments at zero; the small model trained on (at --control-budgets)",
     )
     parser.add_argument("--control-budgets", type=float, nargs="*", default=[0.25])
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--tune", type=float, default=0.1, help="a share of the steps")
     words = parser.parse_args()
+    if 0 in words.seeds or (words.controls and "ours" not in words.arms):
+        parser.error("seed 0 is that of the tuning; --controls stand beside --arms ours")
     page = read_yaml(words.page)
     page["data"]["train"] = [{"corpus": words.corpus}]
     small = {key: yaml.safe_load(value) for key, value in (s.split("=") for s in words.small)}
     study = Study(words.out, page, small, words.steps, words.at)
+    the_same(study, words.tune)
     rates = tuned(study, words.lr, words.arms, words.tune)
     study = replace(study, rates=rates)
     for seed in words.seeds:

@@ -59,7 +59,8 @@ class Growing:
     (or page) sets words_said to the whole vocabulary (新词先屏蔽)."""
     rewarm_steps: int = 0
     """Steps over which the learning rate of what was divided among copies goes from the exact
-    rule's (1 / k of the others') to that of the others; 0: it stays (恢复学习率)."""
+    rule's (1 / k of the others') to that of the others; 0: it stays, or goes along with an earlier
+    way back that is not over (恢复学习率)."""
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""
@@ -148,11 +149,8 @@ def averages(config: ModelConfig) -> bool:
     )
 
 
-def idle(now: ModelConfig, to: ModelConfig, how: Growing, divides: bool) -> list[str]:
-    """The options that change nothing between these sizes, a sentence each.
-
-    divides: whether anything was divided among copies (the record has `scales`).
-    """
+def idle(now: ModelConfig, to: ModelConfig, how: Growing) -> list[str]:
+    """The options that change nothing between these sizes, a sentence each."""
     more = {size for size in GROWS if getattr(to, size) > getattr(now, size)}
     drawn = how.method in ("bert2bert", "bert2bert_aki")
     units = bool(more & {"ffn", "heads"})
@@ -160,14 +158,13 @@ def idle(now: ModelConfig, to: ModelConfig, how: Growing, divides: bool) -> list
     copies = tiled or (units and (drawn or how.method == "su" or how.added == "copied"))
     silent = "layers" in more and how.method in PRESERVING
     found = []
-    if how.added == "copied" and not units:
-        found.append("added: copied, but neither ffn nor heads grow")
+    if how.added == "copied" and not (units and how.method in ("exact", "stack")):
+        why = "neither ffn nor heads grow" if not units else f"{how.method} copies in its own way"
+        found.append(f"added: copied, but {why}")
     if how.noise and not (copies or silent):
         found.append(f"noise: {how.noise}, but nothing is a copy: a padded width has none")
     if how.split != EXACT.split and (drawn or not copies):
         found.append(f"split: {how.split}, but no copies share a reading by it")
-    if how.rewarm_steps and not divides:
-        found.append(f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided")
     if how.new_words == "masked" and "vocab" not in more:
         found.append("new_words: masked, but there are no new words")
     return [f"{sentence} (该选项不起作用)" for sentence in found]

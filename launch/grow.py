@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.grown import CARRIED, EXACT, FREE, Growing, completed, idle, said
+from configs.grown import CARRIED, EXACT, FREE, Growing, completed, said
 from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
 from configs.run import RunConfig
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         what = "the function was NOT kept" if proof["means_to_keep"] else "it was NOT written right"
         print(
             f"{arguments.out}: {what}, see proof.json; nothing was removed, "
-            "do not train on from it (函数未保持，请勿继续训练)",
+            "do not train on from it (未通过证明，请勿继续训练)",
             file=sys.stderr,
         )
         return 1
@@ -145,14 +145,14 @@ def grow(
         "seed": seed,
         "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
         "how": to_dict(how),
-        "without_effect": idle(now, to, how, bool(grown.record.get("scales"))),
+        "remarks": growth.remarks(before, grown, how),
         **proof.prove(before, after, probes, batch=batch, precision=precision, pieces=pieces),
     }
     if made:
         found["new_words"] = made
     if batch is None:
         found["batch"] = {"none": why}
-    found["init"] = "all" if "step" in before.record else "weights"
+    found["init"] = "all" if before.names("optim") else "weights"
     proof.write_proof(out, found)
     return {**found, "out": str(out)}
 
@@ -217,12 +217,16 @@ def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
     try:
         page = from_dict(RunConfig, record["config"])
         corpora = open_corpora(page.data, page.objective, page.run.seed, said(page.model))
-    except (ConfigError, OSError, ValueError) as error:
+    except ConfigError as error:
+        return None, f"its page is refused today: {str(error).splitlines()[0]}"
+    except (OSError, ValueError) as error:
         return None, f"the training data is not here: {str(error).splitlines()[0]}"
     return proof.recorded(corpora, objectives.build(page.objective), page.batch.micro), ""
 
 
 def _table(proof: dict[str, Any]) -> str:
+    from pretrain.proof import holds
+
     def size(model: dict[str, Any]) -> str:
         config = _typed(model)
         sizes = ", ".join(f"{k} {model[k]}" for k in SIZES)
@@ -240,6 +244,9 @@ def _table(proof: dict[str, Any]) -> str:
     if not proof["means_to_keep"]:
         far = f"logits moved by {proof['moved']:.2g} of their deviation"
         verdict = f"NOT kept, as method {proof['method']} does not: {far} (不保持函数)"
+    good = holds(proof)
+    if not good and not proof["means_to_keep"]:
+        verdict = f"WRITTEN WRONG at {proof['not_as_computed'] or 'logits that are no numbers'}"
     batch = proof["batch"]
     losses = batch.get("none") or (
         "{float64[before]:.6f} -> {float64[after]:.6f} ({rows} {of})".format(**batch)
@@ -248,7 +255,7 @@ def _table(proof: dict[str, Any]) -> str:
         ("from", f"{proof['source']} ({size(proof['from'])})"),
         ("to", f"{proof['out']} ({size(proof['to'])})"),
         ("operators", "; ".join(proof["operators"]) or "none, the sizes are the same"),
-        *(("without effect", sentence) for sentence in proof["without_effect"]),
+        *(("note", sentence) for sentence in proof["remarks"]),
         ("numbers changed", follow or "none; the page of the larger size is the model's"),
         ("logits, float64", compared(proof["float64"])),
         ("logits, float32", compared(proof["float32"])),
@@ -257,8 +264,10 @@ def _table(proof: dict[str, Any]) -> str:
         ("loss on data", losses),
         ("function", verdict),
         ("proof", f"{proof['out']}/proof.json"),
-        ("to train on", f"init: {{from: {proof['out']}, what: {proof['init']}}} (接着训练)"),
     ]
+    if good:
+        on = f"init: {{from: {proof['out']}, what: {proof['init']}}}"
+        lines.append(("to train on", f"{on} (接着训练)"))
     return "\n".join(f"{name:<16} {value}" for name, value in lines)
 
 

@@ -82,12 +82,12 @@ def spent(counts: list[int], flops: list[float], steps: float) -> float:
 
 def affordable(counts: list[int], flops: list[float], budget: float) -> float:
     """Steps that `budget` FLOPs buy; beyond the last stage at its price of a step."""
-    steps, last = 0.0, len(counts) - 1
-    for number, (count, whole) in enumerate(zip(counts, flops, strict=True)):
-        if budget < whole or number == last:
+    steps = 0.0
+    for count, whole in zip(counts[:-1], flops[:-1], strict=True):
+        if budget < whole:
             return steps + count * budget / whole
         steps, budget = steps + count, budget - whole
-    return steps
+    return steps + counts[-1] * budget / flops[-1]
 
 
 def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:

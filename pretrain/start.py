@@ -130,10 +130,10 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
             found = State(found.weights_only().entries, begin | kept)
             found = heads.with_head(found, stage_model(config, 0), config.run.seed)
         else:
-            if "step" not in found.record:
+            if not found.names("optim") or "step" not in found.record:
                 raise ConfigError(
-                    f"init.what: is all, {source} holds weights alone, no step and no moments; "
-                    "set it to weights (只有权重)"
+                    f"init.what: is all, {config.init.from_} holds weights alone, no moments; set "
+                    "it to weights (只有权重)"
                 )
             stage = _stage(config, found)
             # Grown onto more words (launch/grow.py): its corpora are encoded anew.
@@ -168,11 +168,11 @@ def _unlike(config: RunConfig, state: State, stage: int) -> list[tuple[str, Any,
     # A checkpoint from before an option existed has the option's default.
     models = model_config(state), stage_model(config, stage)
     have, want = (to_dict(model) | {"words_said": said(model)} for model in models)
-    keys = sorted(have | want)
+    free = set(FREE) if want.get("positions") is None else {*FREE, "rope_base"}  # nothing turns
     return [
         (key, want.get(key), have.get(key))
-        for key in keys
-        if have.get(key) != want.get(key) and key not in FREE
+        for key in sorted(have | want)
+        if have.get(key) != want.get(key) and key not in free
     ]
 
 

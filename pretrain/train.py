@@ -27,7 +27,7 @@ from dataclasses import replace  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from configs.grown import idle, said  # noqa: E402
+from configs.grown import said  # noqa: E402
 from configs.load import ConfigError, dump, load  # noqa: E402
 from configs.model import parameter_count, tensors  # noqa: E402
 from configs.run import (  # noqa: E402
@@ -202,12 +202,12 @@ def _extend(job: Job, state: "State", number: int, how: "Extend") -> "State":
 def _grow(job: Job, state: "State", number: int) -> "State":
     """The state enlarged to the model of stage `number`, proven and kept as a second checkpoint."""
     from pretrain import objectives, proof
-    from pretrain.growth import grow, model_config
+    from pretrain.growth import grow, remarks
 
     target = stage_model(job.config, number)
     how = stages(job.config)[number].grow
     grown = grow(state, target, job.config.run.seed, how)
-    for sentence in idle(model_config(state), target, how, bool(grown.record.get("scales"))):
+    for sentence in remarks(state, grown, how):
         job.monitor.out.say(f"stages.{number}.grow.{sentence}")
 
     def prove(after: "State") -> dict[str, Any]:
@@ -250,8 +250,8 @@ def _kept(
     job.monitor.event(kind, int(changed.record["step"]), says=sentence, proven=holds)
     if not holds:
         raise checkpoint.CheckpointError(
-            f"{aside}: the changed model does not keep the function, see proof.json; the "
-            "checkpoint before it is whole (未保持函数)"
+            f"{aside}: the changed model is not what was proven, see proof.json; the checkpoint "
+            "before it is whole (未通过证明)"
         )
     return checkpoint.read(path)
 

@@ -128,9 +128,10 @@ def test_how_to_train_on_is_said(run: Path, capsys: pytest.CaptureFixture[str]) 
     )
     said = capsys.readouterr().out
     assert f"init: {{from: {out}, what: all}}" in said
-    assert "without effect   split: 0.6" in said and "noise: " not in said
+    assert "note             split: 0.6" in said and "noise: " not in said
     drawn = run.parent / "drawn"
-    weights = State(trained().weights_only().entries, {"model": to_dict(TINY)})
+    begun = {"step": 0, "seed": 0, "data": [], "model": to_dict(TINY)}  # as a conversion's
+    weights = State(trained().weights_only().entries, begun)
     checkpoint.write_state(drawn, weights)
     words = ["--to", str(run.parent / "tiny.yaml"), "--set", "layers=4"]
     assert main(["grow", str(drawn), *words, "--out", str(run.parent / "more")]) == 0

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from configs.grown import PRESERVING, Growing, idle, refusal
+from configs.grown import PRESERVING, Growing, refusal
 from configs.load import ConfigError, dump, from_dict, to_dict
 from launch.cli import main
 from pretrain import checkpoint, proof
-from pretrain.growth import grow
+from pretrain.growth import grow, remarks
 from pretrain.growth.copies import drawn
 from pretrain.state import fresh
 from tests.growing import changed
@@ -171,7 +171,7 @@ def test_an_option_without_effect_is_told(
     """And it has none: the states are the same to the last bit."""
     how, to, before = Growing(**options), larger("cpm", **sizes), small("cpm")
     plain, grown = grow(before, to, 1), grow(before, to, 1, how)
-    (sentence,) = idle(FAMILIES["cpm"], to, how, bool(grown.record.get("scales")))
+    (sentence,) = remarks(before, grown, how)
     assert said in sentence
     assert all(torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items())
     assert grown.record.get("rewarm") is None
@@ -189,7 +189,7 @@ def test_an_option_without_effect_is_told(
 def test_an_option_with_effect_is_not(sizes: dict[str, int], options: dict[str, Any]) -> None:
     how, to, before = Growing(**options), larger("cpm", **sizes), small("cpm")
     plain, grown = grow(before, to, 1), grow(before, to, 1, how)
-    assert idle(FAMILIES["cpm"], to, how, bool(grown.record.get("scales"))) == []
+    assert remarks(before, grown, how) == []
     same = [torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items()]
     assert not all(same) or grown.record["model"] != plain.record["model"]
 

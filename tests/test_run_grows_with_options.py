@@ -15,7 +15,7 @@ from configs.grown import Growing
 from configs.load import ConfigError, from_dict
 from configs.run import RunConfig
 from pretrain import checkpoint
-from pretrain.growth import grow
+from pretrain.growth import grow, remarks
 from pretrain.growth.moments import rewarm, settled
 from pretrain.optimizer import GroupKey
 from pretrain.state import State
@@ -130,6 +130,12 @@ def test_a_way_back_under_way_goes_on_behind_a_second_growth() -> None:
             expected = factor(tiled.record, step)
             assert factor(grown.record, step) == pytest.approx(expected, rel=1e-12)
         assert factor(grown.record, begun["step"] + 10) == 1.0
+    # what is divided meanwhile goes along, and that is told; with steps of its own it begins anew
+    along = grow(later, replace(TINY, hidden=128), 1)
+    assert along.record["rewarm"]["steps"] == 6
+    (told,) = remarks(later, along, Growing())
+    assert "an earlier way back has 6 steps left and takes along" in told
+    assert remarks(later, grow(later, replace(TINY, hidden=64, layers=5), 1), Growing()) == []
     anew = grow(later, replace(TINY, hidden=128), 1, Growing(rewarm_steps=7)).record
     assert anew["rewarm"] == {"step": begun["step"] + 4, "steps": 7}
     assert anew["scales"][name]["lr"] == pytest.approx(0.5 * (0.5 + 0.5 * 0.4))

@@ -25,7 +25,7 @@ def row(arm: str, seed: int, budget: float, cost: float, loss: float | None = No
     on_line = AT[0] + 0.1 * seed - AT[1] * log(cost)
     return {
         "arm": arm, "seed": seed, "budget": budget, "flops": cost,
-        "loss": on_line if loss is None else loss, "mixing_steps": 7,
+        "loss": on_line if loss is None else loss, "mixing_steps": 7, "constant_steps": 9,
     }  # fmt: skip
 
 
@@ -55,11 +55,21 @@ def test_each_seed_is_read_off_its_own_curve(tmp_path: Path) -> None:
     assert losses(tmp_path) == rows[:3] + rows[6:7] + rows[3:6] + rows[7:]
     assert cpu_hours(tmp_path) == 1.0
     (line,) = [line for line in table(rows).splitlines() if line.startswith("| ours")]
-    assert "| 50.0%, 50.0% | **50%** | +0.000, +0.000 |" in line and "| 7, 7 |" in line
+    assert "| 50.0%, 50.0% | **50%** | +0.000, +0.000 |" in line and "| 7 of 9, 7 of 9 |" in line
     assert "| 0.50 |" in line and "*" not in line.replace("**", "")
     other, _ = saving(curve(1), rows[7])  # the control
     assert other == pytest.approx(1 - 50 / exp(log(100) - 0.1 / AT[1]))
     assert figure(rows, "title").count("<circle") == 3 + 1
+
+
+def test_a_curve_that_goes_up_once_is_read_where_it_first_has_the_loss() -> None:
+    costs = [(25, 4.0), (50, 3.6), (75, 3.61), (100, 3.5)]
+    rows = [row("scratch", 1, cost / 100, cost, loss) for cost, loss in costs]
+    share, extended = saving(rows, row("ours", 1, 1.0, 30, 3.605))
+    at = exp(log(25) + (log(50) - log(25)) * (4.0 - 3.605) / 0.4)
+    assert share == pytest.approx(1 - 30 / at) and not extended
+    beyond = row("small", 1, 0.25, 9, 4.2)
+    assert saving(rows, beyond)[1] and "*" in table([*rows, beyond]).splitlines()[-3]
 
 
 @pytest.mark.slow
@@ -88,6 +98,7 @@ def test_the_study_runs_and_goes_on(tmp_path: Path, tiny_corpus: Path) -> None:
     files = sorted(tmp_path.glob("out/*/*.json")) + sorted(tmp_path.glob("out/seed-1.json"))
     before = {file: file.read_bytes() for file in files if file.parent.name != "grown"}
     said = study("1")
+    assert "the edge of the grid" in said
     assert all(file.read_bytes() == kept for file, kept in before.items())
     rows = losses(tmp_path / "out")
     budgets = {arm: sorted(r["budget"] for r in rows if r["arm"] == arm) for arm in

@@ -21,7 +21,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from configs.grown import EXACT, GROWS, Growing, completed, refusal, said
+from configs.grown import EXACT, GROWS, Growing, completed, idle, refusal, said
 from configs.load import from_dict, to_dict
 from configs.model import ModelConfig, tensors
 from pretrain.growth import width
@@ -131,6 +131,28 @@ def grow(
     if rounded:
         entries = {key: _rounded(entry) for key, entry in entries.items()}
     return State(entries, record)
+
+
+def remarks(before: State, after: State, how: Growing) -> list[str]:
+    """What a page may not have meant by its `grow:`, a sentence each: options without effect, and a
+    learning rate that goes back without having been asked to."""
+    found = idle(model_config(before), model_config(after), how)
+    divided, rewarm = after.record.get("scales", {}), after.record.get("rewarm")
+    was = settled(before.record).get("scales", {})
+    if how.rewarm_steps and all(s["lr"] == s["wd"] == 1 for s in divided.values()):
+        found.append(
+            f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided (该选项不起作用)"
+        )
+    elif (
+        not how.rewarm_steps
+        and rewarm
+        and any(divided.get(name) != was.get(name) for name in before.names())
+    ):
+        found.append(
+            f"rewarm_steps: 0, but an earlier way back has {rewarm['steps']} steps left and takes "
+            "along what is divided now; give it steps of its own (随之前的恢复一同进行)"
+        )
+    return found
 
 
 def _ordered(state: State, model: ModelConfig, kinds: Sequence[str]) -> dict[str, Entry]:
