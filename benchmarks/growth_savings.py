@@ -284,7 +284,8 @@ def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> di
     best = {arm: min(rates, key=lambda rate: tried[rate][arm]) for arm in ["scratch", *arms]}
     for arm, rate in best.items():
         losses = ", ".join(f"{rate:g}: {tried[rate][arm]:.4f}" for rate in rates)
-        edge = ", the edge of the grid" if rate in (min(rates), max(rates)) else ""
+        at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
+        edge = ", the edge of the grid" if at_edge else ""
         print(f"learning rate of {arm}: {rate:g} ({losses}){edge}", flush=True)
     return best | {control: best["ours"] for control in CONTROLS if "ours" in best}
 
