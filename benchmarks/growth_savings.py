@@ -273,6 +273,8 @@ def the_same(study: Study, tune: float) -> None:
 
 def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> dict[str, float]:
     """The best learning rate of each arm, all tried on the same grid at a short budget."""
+    if len(rates) == 1:
+        return dict.fromkeys(["scratch", *arms, *CONTROLS], rates[0])
     tried: dict[float, dict[str, float]] = {}
     for rate in rates:
         results = Results(study.out / "tuning" / f"{rate:g}.json", 0)
@@ -284,8 +286,7 @@ def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> di
     best = {arm: min(rates, key=lambda rate: tried[rate][arm]) for arm in ["scratch", *arms]}
     for arm, rate in best.items():
         losses = ", ".join(f"{rate:g}: {tried[rate][arm]:.4f}" for rate in rates)
-        at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
-        edge = ", the edge of the grid" if at_edge else ""
+        edge = ", the edge of the grid" if rate in (min(rates), max(rates)) else ""
         print(f"learning rate of {arm}: {rate:g} ({losses}){edge}", flush=True)
     return best | {control: best["ours"] for control in CONTROLS if "ours" in best}
 
