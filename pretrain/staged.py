@@ -3,18 +3,20 @@
     stages --FLOPs of each--> the staged run | the last model on the same tokens | its ratio
     first model, last model --FLOPs of growing at 30 ... 80 % of the steps--> table, suggestion
 
-What it costs is counted; when to grow is a rule of thumb out of what was published and measured
-(docs/growth.md): late growth out of few layers saves most, up to 70 % of the run under a schedule
-with a constant stretch (wsd), half of it under a cosine, which leaves what is new too little rate
-(zero/one-layer expansion, arXiv 2511.04981; SPARKLING grew its width at half); and before the decay
-there must be room for what is new to settle.
+What it costs is counted; when to grow is a rule of thumb out of what was published: at most 70 % of
+the run under a schedule with a constant stretch (wsd), half of it under a cosine, which leaves what
+is new too little rate (zero/one-layer expansion, arXiv 2511.04981; SPARKLING grew its width at
+half); and before the decay there must be room for what is new to settle. What was measured here
+(docs/growth.md) says that the share matters less than what the small model can still learn: one
+layer that grew to four had given all it could after some ten tokens a parameter. So the table says
+how many it will have read.
 """
 
 from itertools import pairwise
 from typing import Any
 
 from configs.grown import GROWS
-from configs.model import ModelConfig
+from configs.model import ModelConfig, parameter_count
 from configs.optimizers import Schedule
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -54,6 +56,8 @@ def beside_scratch(
         cost = early + total - whole
         grid.append({"share": share, "flops": cost, "advised": share <= latest})
     advised = [row["share"] for row in grid if row["advised"]]
+    tokens = [stage["tokens"] for stage in each]
+    read = spent(counts, tokens, max(advised, default=0) * steps)
     return {
         "scratch": {"flops": total, "days": days},
         "staged": {"flops": flops, "days": sum(stage["days"] for stage in each)},
@@ -64,6 +68,7 @@ def beside_scratch(
         "when": grid,
         "suggestion": max(advised) if advised else None,
         "suggested_step": round(steps * max(advised)) if advised else None,
+        "tokens_per_parameter": read / parameter_count(models[0]) if advised else None,
     }
 
 
@@ -71,10 +76,11 @@ def _sizes(model: ModelConfig) -> list[int]:
     return [getattr(model, size) for size in GROWS]
 
 
-def spent(counts: list[int], flops: list[float], steps: float) -> float:
-    """FLOPs of the first `steps` steps of stages of so many steps and FLOPs; a stage is even."""
+def spent(counts: list[int], each: list[float], steps: float) -> float:
+    """What the first `steps` steps take of stages of so many steps and FLOPs (or tokens) each; a
+    stage is even."""
     found = 0.0
-    for count, whole in zip(counts, flops, strict=True):
+    for count, whole in zip(counts, each, strict=True):
         found += whole * min(count, max(0.0, steps)) / count
         steps -= count
     return found
@@ -108,6 +114,8 @@ def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     else:
         step = f"{found['suggested_step']:,}"
         lines.append([f"when to grow: about step {step} (*), a rule of thumb (生长时机)"])
+        read = f"by then the small model has read {found['tokens_per_parameter']:.3g} tokens a"
+        lines.append([f"{read} parameter (小模型每参数所读词元)"])
     at = ", ".join(f"{share:.0%}" for share in found["grows_at"])
     same = f"this run, grown at {at}, costs as much as "
     lines.append(

@@ -26,6 +26,10 @@ def test_a_run_that_grows_is_counted_beside_scratch() -> None:
     assert beside["share"] == pytest.approx(found["time"]["flops"] / (tokens * per_token))
     assert beside["grows_at"] == [0.75] and beside["scratch"]["days"] > found["time"]["days"]
     assert "this run, grown at 75%" in plan.text(found)
+    small, step = first["parameters"], beside["suggested_step"]
+    read = step * first["tokens"] / first["steps"] / small
+    assert beside["tokens_per_parameter"] == pytest.approx(read)
+    assert f"has read {read:.3g} tokens a parameter" in plan.text(found)
 
 
 @pytest.mark.parametrize(
