@@ -8,8 +8,8 @@ the run under a schedule with a constant stretch (wsd), half of it under a cosin
 is new too little rate (zero/one-layer expansion, arXiv 2511.04981; SPARKLING grew its width at
 half); and before the decay there must be room for what is new to settle. What was measured here
 (docs/growth.md) says that the share matters less than what the small model can still learn: one
-layer that grew to four had given all it could after some ten tokens a parameter. So the table says
-how many it will have read.
+layer that grew to four was not worth its steps beyond some ten tokens a parameter. So the table
+says how many it will have read.
 """
 
 from itertools import pairwise
