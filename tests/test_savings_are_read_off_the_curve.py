@@ -83,7 +83,7 @@ def test_the_study_runs_and_goes_on(tmp_path: Path, tiny_corpus: Path) -> None:
     (tmp_path / "page.yaml").write_text(yaml.safe_dump(page), "utf-8")
 
     def study(*seeds: str) -> str:
-        words = "--steps 80 --tune 0.5 --lr 1e-3 4e-3 --controls reset small --seeds"
+        words = "--steps 160 --tune 0.5 --lr 1e-3 4e-3 --controls reset small --seeds"
         where = ["--page", str(tmp_path / "page.yaml"), "--corpus", str(tiny_corpus)]
         line = ["-m", "benchmarks.growth_savings", str(tmp_path / "out"), *where, *words.split()]
         ran = subprocess.run(
