@@ -28,7 +28,8 @@ CARRIED = ("norm_eps", "logit_scale", "softmax_scale", "rope_base", "words_said"
 PRESERVING = ("exact", "su")
 """Methods that keep the function; the others are there to be compared with."""
 GROWS = ("layers", "heads", "head_dim", "ffn", "hidden", "vocab")
-"""The sizes that can be enlarged, in the order of application."""
+"""The sizes that can be enlarged, in the order of application: layers that are copies first, to
+grow as what they copy does; drawn ones last (Growing.draws_layers), at their full size."""
 MATRICES = ("heads", "head_dim", "ffn", "hidden")
 """Those by which the matrices of a layer become larger."""
 FREE = ("dropout", "attention_dropout", "init_std")
@@ -48,12 +49,16 @@ class Growing:
     method: Literal["exact", "su", "stack", "bert2bert", "bert2bert_aki", "random"] = "exact"
     """exact and su (the stream divided by sqrt(k)) keep the function; stack (layers again),
     bert2bert (copies) and random (fresh layers) do not, they are for comparison (不保持函数)."""
-    added: Literal["random", "copied"] = "random"
-    """New units and heads: random ones that nobody reads yet, or copies that share the reading."""
+    added: Literal["random", "copied", "paired"] = "random"
+    """New units and heads: random ones that nobody reads yet, copies that share the reading, or
+    random ones in twos that are read with opposite signs (随机、副本，或成对抵消)."""
     noise: float = 0.0
     """Noise on what reads copies, a share of its size; it adds up to zero (打破对称)."""
     split: float = 0.5
     """The first copy's share of what two copies are read with; 0.5 leaves them equal."""
+    new_layers: Literal["silent", "paired"] = "silent"
+    """silent: copies whose outputs are zero; paired: fresh ones whose units cancel each other in
+    twos, which learn at full size from the first step (新层：输出为零，或成对抵消)."""
     new_words: Literal["mean", "masked"] = "mean"
     """New rows of the vocabulary begin as the mean of all; masked: and are not said before a stage
     (or page) sets words_said to the whole vocabulary (新词先屏蔽)."""
@@ -61,6 +66,13 @@ class Growing:
     """Steps over which the learning rate of what was divided among copies goes from the exact
     rule's (1 / k of the others') to that of the others; 0: it stays, or goes along with an earlier
     way back that is not over (恢复学习率)."""
+
+    @property
+    def draws_layers(self) -> bool:
+        """Whether new layers are fresh ones; else they are copies of old ones."""
+        return self.method == "random" or (
+            self.method in PRESERVING and self.new_layers == "paired"
+        )
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""
@@ -156,15 +168,19 @@ def idle(now: ModelConfig, to: ModelConfig, how: Growing) -> list[str]:
     units = bool(more & {"ffn", "heads"})
     tiled = "hidden" in more and (drawn or times(now.hidden, to.hidden) is not None)
     copies = tiled or (units and (drawn or how.method == "su" or how.added == "copied"))
-    silent = "layers" in more and how.method in PRESERVING
+    begun = "layers" in more and how.method in PRESERVING
+    silent = begun and how.new_layers == "silent"
     found = []
-    if how.added == "copied" and not (units and how.method in ("exact", "stack")):
+    if how.added != EXACT.added and not (units and how.method in ("exact", "stack")):
         why = "neither ffn nor heads grow" if not units else f"{how.method} copies in its own way"
-        found.append(f"added: copied, but {why}")
+        found.append(f"added: {how.added}, but {why}")
     if how.noise and not (copies or silent):
-        found.append(f"noise: {how.noise}, but nothing is a copy: a padded width has none")
+        found.append(f"noise: {how.noise}, but nothing is a copy (of layers only silent ones are)")
     if how.split != EXACT.split and (drawn or not copies):
         found.append(f"split: {how.split}, but no copies share a reading by it")
+    if how.new_layers != EXACT.new_layers and not begun:
+        why = f"{how.method} adds its own" if "layers" in more else "there are no new layers"
+        found.append(f"new_layers: {how.new_layers}, but {why}")
     if how.new_words == "masked" and "vocab" not in more:
         found.append("new_words: masked, but there are no new words")
     return [f"{sentence} (该选项不起作用)" for sentence in found]
@@ -213,6 +229,14 @@ def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | No
             )
     if how.method == "su":
         wrong += _repeated(now, to, nearest)
+    units = to.ffn > now.ffn or to.heads > now.heads
+    silent = to.layers > now.layers and how.method == "exact" and not how.draws_layers
+    if how.added == "paired" and units and silent:
+        nearest["layers"] = now.layers
+        wrong.append(
+            "added: paired in layers that say nothing, whose twins would stay alike; take "
+            "new_layers: paired too"
+        )
     if not wrong:
         return None
     sizes = ", ".join(f"{key}={value}" for key, value in nearest.items())

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 HELP = {
     "method": "exact and su keep the function; stack, bert2bert, bert2bert_aki, random do not",
-    "added": "new units and heads: random and not yet read, or copies that share the reading",
+    "added": "new units and heads: random and unread, copies that share the reading, or in twos",
     "noise": "zero-sum noise on what reads copies, a share of its size (0)",
     "split": "the first of two copies' share of what reads them (0.5)",
+    "new_layers": "paired: fresh, their units cancel in twos; or silent: copies, outputs of zero",
     "new_words": "new rows of the vocabulary: the mean, or also masked until words_said lets them",
     "rewarm_steps": "steps until copies learn at the rate of the others (0: they never do)",
 }

@@ -291,7 +291,7 @@ def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
     """The first place where the residual stream of two states differs, in words.
 
     Looked at: what enters each norm that reads the stream (float64), old places mapped to new ones,
-    in a wider stream the old dimensions. A copy behind a post-norm has no counterpart.
+    in a wider stream the old dimensions. A new one behind a post-norm has no counterpart.
     """
     old, old_BTV, scale = _streams(before, tokens_BT)
     new, new_BTV, _ = _streams(after, tokens_BT)
@@ -332,12 +332,12 @@ def _counterpart(name: str, was: ModelConfig, now: ModelConfig) -> str | None:
     if not found:
         return name
     number, _, inner = rest.partition(".")
-    old, is_copy = source(int(number), was.layers, now.layers)
-    if not is_copy:
+    old, is_new = source(int(number), was.layers, now.layers)
+    if not is_new:
         return f"{head}.layers.{old}.{inner}"
     if isinstance(was, RoFormerConfig):
         return None
-    if old + 1 == was.layers:  # a copy of the last layer sees what leaves the stack
+    if old + 1 == was.layers:  # a new one behind the last layer sees what leaves the stack
         return f"{head}.final_norm"
     return f"{head}.layers.{old + 1}.{_norms(was, head)[0]}"
 
@@ -348,8 +348,8 @@ def _inside(name: str, was: ModelConfig, now: ModelConfig) -> str:
     if not found:
         return f"{name} or what follows it"
     number, _, inner = rest.partition(".")
-    old, is_copy = source(int(number), was.layers, now.layers)
-    what = "new, a copy of" if is_copy else "was"
+    old, is_new = source(int(number), was.layers, now.layers)
+    what = "new, behind" if is_new else "was"
     part = inner.removesuffix("_norm")
     return f"{head}.layers.{number}.{part} ({what} layer {old})"
 

@@ -70,7 +70,7 @@ def test_a_proof_that_fails_ends_in_an_error_and_removes_nothing(
     out = run.parent / "grown"
     assert call(run, "--set", "layers=4", "--out", str(out)) == 1
     said = capsys.readouterr()
-    assert "CHANGED, first at decoder.layers.3.self (new, a copy of layer 2)" in said.out
+    assert "CHANGED, first at decoder.layers.3.self (new, behind layer 2)" in said.out
     assert "nothing was removed" in said.err
     assert json.loads((out / "proof.json").read_text("utf-8"))["kept"] is False
 

@@ -17,7 +17,7 @@ from launch.cli import main
 from pretrain import checkpoint, proof
 from pretrain.growth import grow, remarks
 from pretrain.growth.copies import drawn
-from pretrain.state import fresh
+from pretrain.state import fresh, seed_of
 from tests.growing import changed
 from tests.test_growth_of_every_family import FAMILIES, PROBES, far, larger, small, under
 
@@ -112,7 +112,7 @@ def test_aki_takes_its_new_rows_from_above() -> None:
 def test_random_layers_are_fresh_ones() -> None:
     before, to = small("cpm"), larger("cpm", layers=4)
     grown = grow(before, to, 5, RANDOM)
-    plain = fresh(to, 5)
+    plain = fresh(to, seed_of(5, "layers", 2, 4))
     for layer, old in ((0, 0), (1, None), (2, 1), (3, None)):
         name = f"weights/decoder.layers.{layer}.self.o.weight"
         origin = plain if old is None else before
@@ -161,7 +161,9 @@ def test_options_outside_their_range_are_named() -> None:
         ({"hidden": 48}, {"noise": 0.1}, "noise: 0.1, but nothing is a copy"),
         ({"hidden": 48}, {"split": 0.6}, "split: 0.6, but no copies share"),
         ({"layers": 3}, {"rewarm_steps": 9}, "rewarm_steps: 9, but no learning rate"),
+        ({"hidden": 48}, {"new_layers": "paired"}, "new_layers: paired, but there are no new"),
         ({"layers": 3}, {"added": "copied"}, "added: copied, but neither ffn nor heads"),
+        ({"hidden": 48}, {"added": "paired"}, "added: paired, but neither ffn nor heads"),
         ({"layers": 3}, {"new_words": "masked"}, "new_words: masked, but there are no"),
     ],
 )
@@ -182,6 +184,8 @@ def test_an_option_without_effect_is_told(
     [
         ({"hidden": 64}, {"noise": 0.1, "split": 0.6, "rewarm_steps": 9}),
         ({"ffn": 128}, {"added": "copied", "noise": 0.1, "split": 0.6, "rewarm_steps": 9}),
+        ({"layers": 3}, {"new_layers": "paired"}),
+        ({"ffn": 128}, {"added": "paired"}),
         ({"layers": 3}, {"noise": 0.1}),
         ({"vocab": 120}, {"new_words": "masked"}),
     ],
@@ -192,6 +196,15 @@ def test_an_option_with_effect_is_not(sizes: dict[str, int], options: dict[str, 
     assert remarks(before, grown, how) == []
     same = [torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items()]
     assert not all(same) or grown.record["model"] != plain.record["model"]
+
+
+def test_noise_on_paired_layers_is_told() -> None:
+    before, to, paired = small("cpm"), larger("cpm", layers=3), Growing(new_layers="paired")
+    noisy = dataclasses.replace(paired, noise=0.1)
+    plain, grown = grow(before, to, 1, paired), grow(before, to, 1, noisy)
+    (sentence,) = remarks(before, grown, noisy)
+    assert "of layers only silent ones are" in sentence and remarks(before, plain, paired) == []
+    assert all(torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), 7.0])

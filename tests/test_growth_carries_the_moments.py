@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from configs.grown import Growing
+from configs.grown import EXACT, Growing
 from configs.load import to_dict
 from pretrain.growth import GrowthError, grow
 from pretrain.state import State
@@ -15,13 +15,14 @@ from tests.test_growth_of_every_family import FAMILIES
 # 3 -> 5 layers: old layer 0 stays, 1 is followed by a copy, 2 too
 OLD_TO_NEW = {0: 0, 1: 1, 2: 3}
 COPIES = {2: 1, 4: 2}
+PAIRED = Growing(new_layers="paired")
 BOTH = dataclasses.replace(TINY, layers=5, ffn=96)
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[State, State]:
+@pytest.fixture(scope="module", params=[EXACT, PAIRED], ids=["silent", "paired"])
+def pair(request: pytest.FixtureRequest) -> tuple[State, State]:
     before = trained()
-    return before, grow(before, BOTH, seed=5)
+    return before, grow(before, BOTH, 5, request.param)
 
 
 def renamed(name: str, old: int, new: int) -> str:
@@ -42,7 +43,7 @@ def test_old_tensors_keep_weights_moments_and_birth(pair: tuple[State, State]) -
             assert torch.equal(new_values[corner], old_values)
 
 
-def test_new_tensors_are_copies_but_silent_and_begin_at_zero(pair: tuple[State, State]) -> None:
+def test_new_tensors_begin_at_zero_and_silent_ones_are_copies(pair: tuple[State, State]) -> None:
     before, grown = pair
     for new, old in COPIES.items():
         for name in (n for n in grown.names() if n.startswith(f"decoder.layers.{new}.")):
@@ -51,6 +52,8 @@ def test_new_tensors_are_copies_but_silent_and_begin_at_zero(pair: tuple[State, 
                 moments = grown.read(f"optim/{slot}/{name}")
                 assert moments.shape == grown.entries[f"weights/{name}"].shape
                 assert not moments.any()
+            if "how" in grown.record["growth"][-1]:
+                continue  # paired: test_growth_in_pairs.py
             values = grown.read(f"weights/{name}")
             if ".self.o." in name or ".ffn.down." in name:
                 assert not values.any()
@@ -100,13 +103,16 @@ def _both(pair: tuple[State, State], old: str, new: str) -> list[tuple[State, st
 
 def test_the_record_tells_what_happened(pair: tuple[State, State]) -> None:
     before, grown = pair
-    line = grown.record["growth"][-1]
+    line = dict(grown.record["growth"][-1])
+    operators = ["layers 3 -> 5", "ffn 64 -> 96"]
+    if line.pop("how", None) == {"new_layers": "paired"}:  # drawn at their full size, so last
+        operators.reverse()
     assert line == {
         "step": 9,
         "updates": UPDATES,
         "from": to_dict(TINY),
         "to": to_dict(BOTH),
-        "operators": ["layers 3 -> 5", "ffn 64 -> 96"],
+        "operators": operators,
         "seed": 5,
     }
     assert grown.record["model"] == to_dict(BOTH)

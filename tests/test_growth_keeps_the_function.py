@@ -69,10 +69,10 @@ def test_the_logits_are_those_of_the_plain_model() -> None:
 @pytest.mark.parametrize(
     ("tensor", "where"),
     [
-        ("decoder.layers.2.self.o.weight", "decoder.layers.2.self (new, a copy of layer 1)"),
-        ("decoder.layers.2.self.o.bias", "decoder.layers.2.self (new, a copy of layer 1)"),
-        ("decoder.layers.4.ffn.down.weight", "decoder.layers.4.ffn (new, a copy of layer 2)"),
-        ("decoder.layers.4.ffn.down.bias", "decoder.layers.4.ffn (new, a copy of layer 2)"),
+        ("decoder.layers.2.self.o.weight", "decoder.layers.2.self (new, behind layer 1)"),
+        ("decoder.layers.2.self.o.bias", "decoder.layers.2.self (new, behind layer 1)"),
+        ("decoder.layers.4.ffn.down.weight", "decoder.layers.4.ffn (new, behind layer 2)"),
+        ("decoder.layers.4.ffn.down.bias", "decoder.layers.4.ffn (new, behind layer 2)"),
     ],
 )
 def test_a_copy_that_is_not_silent_is_found_and_named(tensor: str, where: str) -> None:
@@ -129,7 +129,7 @@ def test_layers_are_spread_evenly_and_the_first_stays_first() -> None:
             gaps = [b - a for a, b in zip(places, [*places[1:], new], strict=True)]
             assert places[0] == 0 and max(gaps) - min(gaps) <= 1 and min(gaps) >= 1
             origins = [source(i, old, new) for i in range(new)]
-            assert [i for i, (_, is_copy) in enumerate(origins) if not is_copy] == places
+            assert [i for i, (_, is_new) in enumerate(origins) if not is_new] == places
             assert [o for o, _ in origins] == sorted(o for o, _ in origins)
 
 

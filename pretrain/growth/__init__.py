@@ -48,7 +48,7 @@ OPERATORS: dict[str, Operator] = {
     "hidden": width.wider,
     "vocab": width.more_words,
 }
-"""What can be enlarged, and by which operator, in the order of application."""
+"""What can be enlarged, and by which operator, in the order of GROWS."""
 assert tuple(OPERATORS) == GROWS
 FOLLOWS = {
     "hidden": ("norm_eps", "logit_scale"),
@@ -101,31 +101,25 @@ def grow(
     to = completed(now, to, how)
     operators = OPERATORS | {"vocab": functools.partial(width.more_words, pieces=pieces)}
     names, grown, at = [], State(whole.entries, settled(state.record)), now
-    for size, operator in operators.items():
+    order = sorted(operators, key=lambda size: size == "layers" and how.draws_layers)
+    for size in order:
         if getattr(at, size) == getattr(to, size):
             continue
         keys = [key for key in (size, *FOLLOWS.get(size, ())) if hasattr(to, key)]
         target = dataclasses.replace(at, **{key: getattr(to, key) for key in keys})
-        grown = operator(grown, at, target, seed, how)
+        grown = operators[size](grown, at, target, seed, how)
         names.append(f"{size} {getattr(at, size)} -> {getattr(to, size)}")
         at = target
     if said(at) != said(to):
         names.append(f"words said {said(at)} -> {said(to)}")
-    step = state.record.get("step", 0)
-    line = {
-        "step": step,
-        "updates": state.record.get("updates", 0),
-        "from": to_dict(now),
-        "to": to_dict(to),
-        "operators": names,
-        "seed": seed,
-    }
+    progress = {key: state.record.get(key, 0) for key in ("step", "updates")}
+    line = {**progress, "from": to_dict(now), "to": to_dict(to), "operators": names, "seed": seed}
     if options := {k: v for k, v in to_dict(how).items() if v != getattr(EXACT, k)}:
         line["how"] = options
     record = {**grown.record, "model": to_dict(to)}
     record["growth"] = [*state.record.get("growth", []), line]
     if how.rewarm_steps and record.get("scales"):
-        record["rewarm"] = {"step": step, "steps": how.rewarm_steps}
+        record["rewarm"] = {"step": progress["step"], "steps": how.rewarm_steps}
     kinds = ("weights", *slots(grown), *((ROWS, COLUMNS) if factors else ()))
     entries = _ordered(factored(grown) if factors else grown, to, kinds)
     if rounded:
@@ -146,7 +140,7 @@ def remarks(before: State, after: State, how: Growing) -> list[str]:
     elif (
         not how.rewarm_steps
         and rewarm
-        and any(divided.get(name) != was.get(name) for name in before.names())
+        and any(scale not in was.values() for scale in divided.values())
     ):
         found.append(
             f"rewarm_steps: 0, but an earlier way back has {rewarm['steps']} steps left and takes "

@@ -4,6 +4,7 @@ r"""One axis of a tensor made longer: where its old entries go, and what stands 
 
         zero       nobody listens yet, or nothing is said
         random     as large as the old entries: what computes something that nobody reads
+        paired     the same in twos, alike (a writer) or opposite (a reader): what cancels itself
         mean       of the old ones along the axis, or of some of them
         copies     the old ones again: copies.py
 
@@ -26,7 +27,7 @@ from pretrain.growth.moments import power, rescaled, slots
 from pretrain.mixing import Mixture, mixed
 from pretrain.state import Entry, State, draw
 
-How = Literal["zero", "random", "mean", "copies"]
+How = Literal["zero", "random", "paired", "mean", "copies"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Fill:
     copies: Copies | None = None
     """Of `copies`: which is whose."""
     divided: bool = False
-    """Of `copies`: they have their share each (a reader), or are all the same (a writer)."""
+    """Of `copies`: they have their share each (a reader), or are all the same (a writer). Of
+    `paired`: they are opposite, or the same."""
     noise: float = 0.0
     """Of `copies`: zero-sum noise, as a share of what each has."""
     pieces: Mixture | None = None
@@ -215,6 +217,13 @@ def _new(values: torch.Tensor, size: tuple[int, ...], cut: _Longer, fill: Fill) 
         grown = mean.repeat(1, size[1], 1)
         grown[0, : len(fill.pieces.rows)] = mixed(values[0], fill.pieces)
         return grown
+    if fill.how == "paired":
+        first = _new(values, (size[0], (size[1] + 1) // 2, size[2]), cut, Fill("random"))
+        grown = first.expand(size[0], (size[1] + 1) // 2, size[2]).repeat_interleave(2, 1)
+        if fill.divided:
+            grown[:, 1::2] *= -1
+            grown[:, size[1] // 2 * 2 :] = 0.0  # one without a twin is not read
+        return grown[:, : size[1]]
     if fill.how == "random":
         # in float64, so that the float32 that is drawn from it does not depend on the thread count
         rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / values.numel() ** 0.5

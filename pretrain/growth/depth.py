@@ -1,23 +1,36 @@
-r"""Deeper: copies of layers that add nothing yet, so that the function is kept.
+r"""Deeper: layers that add nothing yet, so that the function is kept.
 
     3 layers      0   1       2            old layer i of L goes to place i * L' // L;
-                  |   | \     | \          the places after it, up to the next, are its copies
-    5 layers      0   1   1'  2   2'
+                  |   | \     | \          the places after it, up to the next, are new
+    5 layers      0   1   n   2   n
 
-In a copy every tensor is the source layer's, except that those which WRITE the stream (the table's
-`writes`: attention and feed-forward outputs and their biases) are zero: the copy adds 0, and its
-outputs receive a gradient from the first step on, the rest from the second.
+    silent    a copy of the layer before it, with zeros in every tensor that WRITES the stream (the
+              table's `writes`): it adds exactly 0, its outputs receive a gradient from the
+              first step on, the rest from the second
+    paired    a fresh layer of the final sizes whose units stand in twins: alike in what they read,
+              opposite in what they write, u(x) w - u(x) w = 0. It adds 0 but for rounding, and
+              the twins' gradients are opposite where they read and equal where they write: the
+              first step parts them, at full size (q, k and the layer's norms, whose twins stand
+              behind them, learn from the second on). Twins are neighbours along ffn, and along
+              head_dim in v and o (under one attention: T5's position bias differs by head); an odd
+              one out is silent
 
-Pre-norm (CPM, T5, both stacks) this keeps the function to the last bit. Behind a post-norm without
-a gain (RoFormer v2) x + 0 is normalised again, which changes nothing but eps. With a gain and bias
-(RoFormer v1) they move: an old layer hands those of its last norm to its last copy, and what is in
-between has 1 and 0, because a normalised stream that is normalised again is the same.
+Pairs are the antisymmetric initialization of Zhang et al. 2020 ("A type of generalization error
+induced by initialization in deep neural networks"), layer by layer. Such layers learn as random
+ones do: under pre-norm better than silent ones in long runs, behind post-norms worse (measured:
+docs/growth.md). Dropout between twins (T5's within the gated layer) tells them apart: noise of mean
+zero while training.
+
+Pre-norm (CPM, T5, both stacks) adding 0 keeps the function. Behind a post-norm without a gain
+(RoFormer v2) x + 0 is normalised again, which changes nothing but eps. With a gain and bias
+(RoFormer v1) they move: an old layer hands those of its last norm to its last new one, and what is
+in between has 1 and 0, because a normalised stream that is normalised again is the same.
 
     old       x -> norm(g, b) -> next layer
     deeper    x -> norm(1, 0) -> + 0 -> norm(1, 0) -> + 0 -> norm(g, b) -> next layer
 
-Two copies of one layer get the same first update; noise on what they do not say yet parts them.
-Other methods, for comparison, none preserving:
+Two silent copies of one layer get the same first update; noise on what they do not say yet parts
+them. Other methods, for comparison, none preserving:
 
     stack     0 1 2 0 1     the layers once more from the first on, nothing silenced (StackBERT,
                             Gong et al., ICML 2019; G_stack, Du et al., NeurIPS 2024)
@@ -29,9 +42,9 @@ from dataclasses import replace
 import torch
 
 from configs.grown import Growing
-from configs.model import ModelConfig, RoFormerConfig, Tensor, shape, tensors
+from configs.model import ModelConfig, RoFormerConfig, Tensor, axis_size, shape, tensors
 from pretrain.growth.moments import power, slots, zeros
-from pretrain.state import Entry, State, draw, fresh
+from pretrain.state import Entry, State, draw, fresh, seed_of
 
 STACKED = ("stack", "bert2bert", "bert2bert_aki")
 """Methods that add layers by stacking."""
@@ -43,18 +56,19 @@ def place(layer: int, old_layers: int, new_layers: int) -> int:
 
 
 def source(layer: int, old_layers: int, new_layers: int) -> tuple[int, bool]:
-    """The old layer that layer `layer` of the deeper model comes from, and whether it is a copy."""
+    """The old layer that a layer of the deeper model is or stands behind, and whether it is new."""
     old = max(i for i in range(old_layers) if place(i, old_layers, new_layers) <= layer)
     return old, place(old, old_layers, new_layers) != layer
 
 
 def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growing) -> State:
-    """`state` with to.layers layers; `seed` decides noise and random layers."""
+    """`state` with to.layers layers; `seed` decides noise and what is drawn."""
     updates = state.record.get("updates", 0)
     old_born, old_scales = state.record.get("born", {}), state.record.get("scales", {})
     entries: dict[str, Entry] = {}
     born, scales = {}, {}
-    plain = fresh(to, seed).entries
+    # two growths with one seed do not draw the same numbers
+    plain = fresh(to, seed_of(seed, "layers", now.layers, to.layers)).entries
     for prefix in ("weights", *slots(state)):
         for tensor in tensors(to):
             origin, is_new = _origin(tensor, now, to, how)
@@ -64,19 +78,50 @@ def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Grow
             if is_new and power(prefix):
                 entries[key] = zeros(shape(to, tensor))
             elif is_new and how.method not in STACKED:
-                random = how.method == "random" or _shifts(to, tensor)
-                silent = zeros(shape(to, tensor)) if tensor.writes is not None else None
-                copy = silent or _noisy(state.entries[source_key], tensor, seed, how.noise)
                 # an average of weights (EMA, Lookahead) begins as the weights that it is of
-                entries[key] = plain[f"weights/{tensor.name}"] if random else copy
+                drawn = plain[f"weights/{tensor.name}"]
+                entries[key] = _begun(tensor, drawn, state.entries[source_key], to, seed, how)
             else:
                 entries[key] = state.entries[source_key]
             born[tensor.name] = updates if is_new else old_born.get(origin, 0)
-            if origin in old_scales:
+            if origin in old_scales and not (is_new and how.draws_layers):
                 scales[tensor.name] = old_scales[origin]
     buffers = {key: entry for key, entry in state.entries.items() if key.startswith("buffers/")}
     record = {**state.record, "born": born}
     return State({**entries, **buffers}, {**record, "scales": scales} if scales else record)
+
+
+def _begun(
+    tensor: Tensor, drawn: Entry, copied: Entry, to: ModelConfig, seed: int, how: Growing
+) -> Entry:
+    """What a tensor of a new layer begins as, of a fresh layer's and the layer's before it."""
+    if how.method == "random" or _shifts(to, tensor):
+        return drawn
+    if how.new_layers == "paired":
+        return _paired(drawn, tensor, to)
+    return (
+        zeros(drawn.shape) if tensor.writes is not None else _noisy(copied, tensor, seed, how.noise)
+    )
+
+
+def _paired(entry: Entry, tensor: Tensor, config: ModelConfig) -> Entry:
+    """A fresh tensor, its units as twins: alike in what they read, opposite in what they write."""
+    units, sign = (tensor.in_, -1) if tensor.writes is not None else (tensor.out, 1)
+    if units[-1:] not in (("ffn",), ("head_dim",)) or tensor.name.split(".")[-2] in ("q", "k"):
+        return entry  # norms and biases of what is written are neutral as drawn
+    size = axis_size(config, units[-1])
+    twins = size // 2 * 2
+
+    def read() -> torch.Tensor:
+        values = entry.read()
+        by_unit = values.movedim(-1, 0) if sign < 0 else values
+        by_unit = by_unit.unflatten(0, (-1, size))
+        by_unit[:, 1:twins:2] = sign * by_unit[:, 0:twins:2]
+        if sign < 0:
+            by_unit[:, twins:] = 0.0
+        return values
+
+    return replace(entry, read=read)
 
 
 def _noisy(entry: Entry, tensor: Tensor, seed: int, noise: float) -> Entry:

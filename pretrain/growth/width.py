@@ -3,14 +3,18 @@
     axis       new OUTPUT entries (rows)            new INPUT entries (columns)
     ffn        random: units that compute           zero: nobody listens yet
     heads      random q, k, v; random T5 bias       zero in o
+    both, `added: paired`: random in twos           opposite, so that a pair's two terms cancel
     head_dim   random q, v; zero k; q x scale       zero in o
     vocab      the mean of the rows, of its pieces' rows for a word made of several
     hidden     see below
 
 The zero side gets a gradient from the first step on, the random side from the second; zero on both
-sides would never wake up. In head_dim, q takes up the change of the score's scale; under rotary
-positions the old pair i goes to pair k i for a whole factor k, where the same base turns it by the
-same angles; for other sizes the base changes (configs/grown.py) and every pair stays.
+sides would never wake up. Of pairs both sides get one from the first (depth.py); two heads of a
+pair are dropped apart by dropout of attention, which adds noise of mean zero in training.
+
+In head_dim, q takes up the change of the score's scale; under rotary positions the old pair i goes
+to pair k i for a whole factor k, where the same base turns it by the same angles; for other sizes
+the base changes (configs/grown.py) and every pair stays.
 
 The hidden width by a whole factor k is tiled, the stream becomes [x; ..; x]: what writes it is
 repeated, what reads it is divided by k, and the norm before a tied head too, because that head
@@ -66,6 +70,8 @@ def _inner(copies: Copies, how: Growing) -> Rule:
 
     def rule(tensor: Tensor, dim: int) -> Fill:
         reads = _reads(tensor, dim)
+        if how.added == "paired" and not copied:
+            return Fill("paired", divided=reads)
         if not copied:
             return Fill("zero" if reads and how.method != "random" else "random")
         if reads:
