@@ -21,6 +21,7 @@ from typing import Any
 COLOURS = {
     "scratch": "#222222",
     "ours": "#c0392b",
+    "paired": "#8e44ad",
     "stack": "#2471a3",
     "random": "#7d8b2f",
     "reset": "#e59866",
@@ -28,10 +29,11 @@ COLOURS = {
 }
 NAMES = {
     "scratch": "from scratch",
-    "ours": "ours",
+    "ours": "ours, silent layers",
+    "paired": "ours, paired layers",
     "stack": "G_stack",
     "random": "random layers",
-    "reset": "ours, moments at zero",
+    "reset": "paired, moments at zero",
     "small": "small, not grown",
 }
 HEADS = [
@@ -105,8 +107,9 @@ def table(rows: list[Row]) -> str:
             points = [(log(r["flops"]), r["loss"]) for r in curve]
             at, beyond = between(points, log(row["flops"]))
             cost.append(f"{row['loss'] - at:+.3f}{'*' * beyond}")
-            after, of = row["mixing_steps"], row["constant_steps"]
-            mixing.append(f"not in {of:,}" if after is None else f"{after:,} of {of:,}")
+            if "constant_steps" in row:
+                after, of = row["mixing_steps"], row["constant_steps"]
+                mixing.append(f"not in {of:,}" if after is None else f"{after:,} of {of:,}")
         cells += [f"{share[0]:.2f}" if share else "1" if arm == "scratch" else ""]
         cells += [", ".join(f"{row['loss']:.3f}" for row in found)]
         cells += [", ".join(f"{part:.1%}{'*' * extended}" for part, extended in saved)]

@@ -12,7 +12,7 @@ Each budget is a run of its own length, grown at the share `--at` of it, so that
 the saving goes with the budget. Every run goes through train(), every growth through `launch grow`;
 all arms see the same samples in the same order. The learning rate is tuned for each arm alone, on
 the same grid (--lr) with runs of `--tune` of the steps and a seed of their own (0); controls have
-that of `ours`. FLOPs as `plan` counts them (attention in full, the head as often as it speaks).
+that of `paired`. FLOPs as `plan` counts them (attention in full, the head as often as it speaks).
 
 What was measured is kept in OUT/tuning and OUT/seed-N.json after each run: started again, it goes
 on, and seeds can be measured by processes side by side (`--seeds 1`, `--seeds 2`; `--seeds` alone
@@ -23,6 +23,8 @@ of all seeds that are there: benchmarks/growth_curves.py.
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -41,7 +43,16 @@ from pretrain.growth.moments import zeros
 from pretrain.plan import row_of
 from pretrain.state import State
 
-METHODS = {"ours": "exact", "stack": "stack", "random": "random", "reset": "exact"}
+PAIRED = ["--new-layers", "paired"]
+WORDS = {
+    "ours": [],
+    "paired": PAIRED,
+    "stack": ["--method", "stack"],
+    "random": ["--method", "random"],
+    "reset": PAIRED,
+}
+"""What `launch grow` is told beside the sizes, by arm."""
+ARMS = ("ours", "paired", "stack", "random")
 CONTROLS = ("reset", "small")
 BUDGETS = (0.25, 0.5, 1.0)
 CURVE = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -184,7 +195,6 @@ def grown(study: Study, results: "Results", arms: Iterable[str], budgets: Iterab
 
 def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
     """The small model's checkpoint, grown by an arm's method."""
-    from launch.cli import main as launch
     from pretrain import checkpoint as files
 
     rate = study.rates[arm]
@@ -197,8 +207,10 @@ def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
     to = Path(f"{out}.yaml")
     to.write_text(dump({"model": to_dict(large_of(study))}), "utf-8")
     target = out.with_name(out.name + "-carried") if arm == "reset" else out
-    words = ["grow", str(small), "--to", str(to), "--out", str(target)]
-    assert launch([*words, "--seed", str(results.seed), "--method", METHODS[arm]]) == 0
+    # in a process of its own: its allocator gives every page back, which would slow the training
+    words = [sys.executable, "-m", "launch", "grow", str(small), "--to", str(to)]
+    words += ["--out", str(target), "--seed", str(results.seed), *WORDS[arm]]
+    subprocess.run(words, check=True)
     if arm == "reset":  # every moment at zero, every tensor at its first update
         state = files.read(target)
         moments = {k: zeros(e.shape) for k, e in state.entries.items() if k.startswith("optim/")}
@@ -211,10 +223,12 @@ def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
 
 def mixing(study: Study, results: "Results", name: str, at: int, steps: int) -> dict[str, Any]:
     """Steps after the growth until the loss is no longer above that of scratch at the same steps,
-    of those at a constant rate; None where it stays above."""
+    of those at a constant rate; None where it stays above. Nothing if scratch was not run yet."""
     rate = study.rates["scratch"]
-    ours = _losses(study.out / "runs" / f"{name}-{results.seed}")
-    plain = _losses(study.out / "runs" / f"scratch-{rate:g}-{results.seed}")
+    beside = study.out / "runs" / f"scratch-{rate:g}-{results.seed}"
+    if not (beside / "metrics.jsonl").exists():
+        return {}
+    ours, plain = _losses(study.out / "runs" / f"{name}-{results.seed}"), _losses(beside)
     upto = steps - round(steps * DECAY)
     gaps = [ours[step] - plain[step] for step in range(at + 1, upto + 1) if step in plain]
     window = max(1, round(WINDOW * (upto - at)))
@@ -262,10 +276,10 @@ class Results:
 def the_same(study: Study, tune: float) -> None:
     """End with a sentence if the folder holds another study."""
     about = {"page": study.page, "small": study.small, "steps": study.steps, "at": study.at}
-    about |= {"tuning_steps": study.share(tune)}
+    about |= {"tuning_steps": study.share(tune), "arms": WORDS}
     path = study.out / "study.json"
     kept = json.loads(path.read_text("utf-8")) if path.exists() else about
-    if other := [key for key in about if about[key] != kept[key]]:
+    if other := [key for key in about if about[key] != kept.get(key)]:
         raise SystemExit(f"{path}: was measured with another {', '.join(other)}; name another OUT")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -278,7 +292,7 @@ def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> di
     tried: dict[float, dict[str, float]] = {}
     for rate in rates:
         results = Results(study.out / "tuning" / f"{rate:g}.json", 0)
-        short = replace(study, steps=study.share(share), rates=dict.fromkeys(METHODS, rate))
+        short = replace(study, steps=study.share(share), rates=dict.fromkeys(WORDS, rate))
         short.rates["scratch"] = rate
         scratch(short, results, [1.0])
         grown(short, results, arms, [1.0])
@@ -288,7 +302,7 @@ def tuned(study: Study, rates: list[float], arms: list[str], share: float) -> di
         losses = ", ".join(f"{rate:g}: {tried[rate][arm]:.4f}" for rate in rates)
         edge = ", the edge of the grid" if rate in (min(rates), max(rates)) else ""
         print(f"learning rate of {arm}: {rate:g} ({losses}){edge}", flush=True)
-    return best | {control: best["ours"] for control in CONTROLS if "ours" in best}
+    return best | {control: best["paired"] for control in CONTROLS if "paired" in best}
 
 
 def main() -> None:
@@ -306,21 +320,20 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--curve", type=float, nargs="*", default=list(CURVE))
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
-    arms = ["ours", "stack", "random"]
-    parser.add_argument("--arms", nargs="*", default=arms, choices=arms)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument(
         "--controls",
         nargs="*",
         default=[],
         choices=CONTROLS,
-        help="ours with moments at zero; the small model trained on (at --control-budgets)",
+        help="paired with moments at zero; the small model trained on (at --control-budgets)",
     )
     parser.add_argument("--control-budgets", type=float, nargs="*", default=[0.25])
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--tune", type=float, default=0.1, help="a share of the steps")
     words = parser.parse_args()
-    if 0 in words.seeds or (words.controls and "ours" not in words.arms):
-        parser.error("seed 0 is that of the tuning; --controls stand beside --arms ours")
+    if 0 in words.seeds or (words.controls and "paired" not in words.arms):
+        parser.error("seed 0 is that of the tuning; --controls stand beside --arms paired")
     page = read_yaml(words.page)
     page["data"]["train"] = [{"corpus": words.corpus}]
     small = {key: yaml.safe_load(value) for key, value in (s.split("=") for s in words.small)}

@@ -93,7 +93,7 @@ def test_the_study_runs_and_goes_on(tmp_path: Path, tiny_corpus: Path) -> None:
         return ran.stdout
 
     tuned = study()
-    assert tuned.count("learning rate of") == 4 and not list(tmp_path.glob("out/seed-*"))
+    assert tuned.count("learning rate of") == 5 and not list(tmp_path.glob("out/seed-*"))
     study("1")
     files = sorted(tmp_path.glob("out/*/*.json")) + sorted(tmp_path.glob("out/seed-1.json"))
     before = {file: file.read_bytes() for file in files if file.parent.name != "grown"}
@@ -102,13 +102,13 @@ def test_the_study_runs_and_goes_on(tmp_path: Path, tiny_corpus: Path) -> None:
     assert all(file.read_bytes() == kept for file, kept in before.items())
     rows = losses(tmp_path / "out")
     budgets = {arm: sorted(r["budget"] for r in rows if r["arm"] == arm) for arm in
-               ("scratch", "ours", "stack", "random", "reset", "small")}  # fmt: skip
+               ("scratch", "ours", "paired", "stack", "random", "reset", "small")}  # fmt: skip
     assert budgets["scratch"] == [0.125, 0.25, 0.5, 0.75, 1.0]
-    assert all(budgets[arm] == [0.25, 0.5, 1.0] for arm in ("ours", "stack", "random"))
+    assert all(budgets[arm] == [0.25, 0.5, 1.0] for arm in ("ours", "paired", "stack", "random"))
     assert budgets["reset"] == budgets["small"] == [0.25]
-    for name in ("from scratch", "ours", "G_stack", "random layers", "ours, moments at zero"):
+    for name in ("from scratch", "ours", "G_stack", "random layers", "paired, moments at zero"):
         assert f"| {name} |" in said
     # the same tensors, the same samples: only the moments differ, and so the losses
     at = {r["arm"]: r["loss"] for r in rows if r["budget"] == 0.25}
-    assert at["ours"] != at["reset"] and at["ours"] == pytest.approx(at["reset"], abs=0.3)
+    assert at["paired"] != at["reset"] and at["paired"] == pytest.approx(at["reset"], abs=0.3)
     assert (tmp_path / "out/figure.svg").read_text("utf-8").startswith("<svg")
