@@ -7,19 +7,18 @@ r"""Deeper: layers that add nothing yet, so that the function is kept.
     silent    a copy of the layer before it, with zeros in every tensor that WRITES the stream (the
               table's `writes`): it adds exactly 0, its outputs receive a gradient from the
               first step on, the rest from the second
-    paired    a fresh layer of the final sizes whose units stand in twins: alike in what they read,
-              opposite in what they write, u(x) w - u(x) w = 0. It adds 0 but for rounding, and
-              the twins' gradients are opposite where they read and equal where they write: the
-              first step parts them, at full size (q, k and the layer's norms, whose twins stand
-              behind them, learn from the second on). Twins are neighbours along ffn, and along
-              head_dim in v and o (under one attention: T5's position bias differs by head); an odd
-              one out is silent
+    paired    a fresh layer of the final sizes, matrices as large as those of the layer before it,
+              norms the same as its, whose units stand in twins: alike in what they read, opposite
+              in what they write, u(x) w - u(x) w = 0. It adds 0 but for rounding, and the twins'
+              gradients are opposite where they read and equal where they write: the first step
+              parts them, at full size (q, k and the layer's norms, whose twins stand behind them,
+              learn from the second on). Twins are neighbours along ffn, and along head_dim in v
+              and o (under one attention: T5's position bias differs by head); an odd one is silent
 
 Pairs are the antisymmetric initialization of Zhang et al. 2020 ("A type of generalization error
-induced by initialization in deep neural networks"), layer by layer. Such layers learn as random
-ones do: under pre-norm better than silent ones in long runs, behind post-norms worse (measured:
-docs/growth.md). Dropout between twins (T5's within the gated layer) tells them apart: noise of mean
-zero while training.
+induced by initialization in deep neural networks"), layer by layer. Under pre-norm they learn
+better than silent and random layers, behind post-norms worse (measured: docs/growth.md). Dropout
+between twins (T5's within the gated layer) tells them apart: noise of mean zero while training.
 
 Pre-norm (CPM, T5, both stacks) adding 0 keeps the function. Behind a post-norm without a gain
 (RoFormer v2) x + 0 is normalised again, which changes nothing but eps. With a gain and bias
@@ -98,10 +97,23 @@ def _begun(
     if how.method == "random" or _shifts(to, tensor):
         return drawn
     if how.new_layers == "paired":
-        return _paired(drawn, tensor, to)
+        return copied if tensor.op == "norm" else _paired(_as_large(drawn, copied), tensor, to)
     return (
         zeros(drawn.shape) if tensor.writes is not None else _noisy(copied, tensor, seed, how.noise)
     )
+
+
+def _as_large(entry: Entry, like: Entry) -> Entry:
+    """A drawn matrix with the root mean square of another, which training may have made a hundredth
+    of what a fresh one has; as drawn where that one is zero."""
+
+    def read() -> torch.Tensor:
+        values = entry.read()
+        norms = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (like.read(), values))
+        size, drawn = (float(norm) for norm in norms)
+        return values * (size / drawn) if size and drawn else values
+
+    return replace(entry, read=read)
 
 
 def _paired(entry: Entry, tensor: Tensor, config: ModelConfig) -> Entry:
