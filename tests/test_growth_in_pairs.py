@@ -208,7 +208,10 @@ def test_an_average_of_weights_begins_as_the_weights_that_it_is_of() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_layer_adds_nothing_under_dropout(family: str) -> None:
     """Twins share their head's probabilities, those that dropout leaves too. In T5's gated layer
-    dropout stands between them: noise of mean zero, less than what an old layer says."""
+    dropout stands between them: noise of mean zero, of n / 2 pairs each 2 p / (1 - p) of a unit's
+    variance: about (0.1 / 0.9) ** 0.5 = a third of what a layer as large says (0.25 to 0.42).
+    """
+    torch.manual_seed(1)
     before = start(family)
     grown = grow(before, deeper(before), 1, PAIRED)
     config = dataclasses.replace(model_config(grown), dropout=0.1, attention_dropout=0.5)
@@ -227,7 +230,7 @@ def test_a_new_layer_adds_nothing_under_dropout(family: str) -> None:
         is_new = source(int(name.split(".")[2]), 2, 4)[1]
         if is_new and family == "t5" and name.endswith("ffn"):
             old = said[name.replace(".layers.1.", ".layers.0.").replace(".layers.3.", ".layers.2.")]
-            assert 0 < std < old / 3, name
+            assert 0 < std < old / 2, name
         else:
             assert (std < 1e-12) == is_new, name
 
