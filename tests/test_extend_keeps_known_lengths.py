@@ -12,7 +12,7 @@ import torch
 from configs.extended import ROWS, Extend, extended, promise
 from configs.grown import Growing
 from configs.load import ConfigError, to_dict
-from configs.model import CPMConfig, ModelConfig, RoFormerConfig
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig
 from configs.positions import PositionTable
 from pretrain import proof, proof_of_length
 from pretrain.generate import load_model, write
@@ -28,6 +28,7 @@ BERT = RoFormerConfig(
     "roformer", 1, vocab=97, hidden=32, layers=2, heads=4, head_dim=8, ffn=64, positions=48,
     init_std=0.1,
 )  # fmt: skip
+T5 = T5PegasusConfig("t5_pegasus", 97, hidden=32, layers=2, heads=4, head_dim=8, ffn=48)
 FAMILIES: dict[str, ModelConfig] = {"cpm": TINY, "bert": BERT}
 
 
@@ -189,6 +190,20 @@ def test_moments_go_with_their_rows(method: str) -> None:
             assert new.shape == old.shape
     assert after.record["born"] == before.record["born"]
     assert after.record["extensions"][0]["method"] == method
+
+
+@pytest.mark.parametrize("family", ["cpm", "t5"])
+@pytest.mark.parametrize("slot", ["ema", "slow"])
+def test_averages_of_weights_grow_as_the_weights_do(family: str, slot: str) -> None:
+    before = trained(TINY if family == "cpm" else T5)
+    averages = {
+        f"optim/{slot}/{name}": before.entries[f"weights/{name}"] for name in before.names()
+    }
+    before = State({**before.entries, **averages}, before.record)
+    for method in (*ROWS, "hierarchical") if family == "cpm" else ("buckets",):
+        after = longer(before, method, LONG if family == "cpm" else 1024)
+        for name in after.names():
+            assert torch.equal(after.read(f"optim/{slot}/{name}"), after.read(f"weights/{name}"))
 
 
 def test_new_rows_are_those_named() -> None:

@@ -12,6 +12,8 @@ be written out, when another method follows: its rows are then those that the de
     new buckets of T5       copies of the last bucket of their side
     their moments           exp_avg 0; exp_avg_sq the mean over the old rows (growth/moments.py
                             says why not 0)
+    averages of weights     as the weights, each from its own old rows: a Lookahead that synchronises
+                            with zeros would halve the new ones
 
 Sources: Su, kexue.fm/archives/7947; T5's buckets: the project's own derivation (extend beyond the
 last distance, so that no old distance changes its bucket).
@@ -26,7 +28,7 @@ from configs.load import to_dict
 from configs.model import ModelConfig, T5PegasusConfig, axis_size, init_std, tensors
 from configs.positions import PositionTable
 from pretrain.growth import model_config
-from pretrain.growth.moments import factored, slots, unfactored
+from pretrain.growth.moments import factored, power, slots, unfactored
 from pretrain.state import Entry, State, draw
 
 TABLE = "embed.positions.weight"
@@ -106,7 +108,7 @@ def _table_maker(
 
     def make() -> torch.Tensor:
         old = state.read(f"{kind}/{TABLE}")
-        if kind != "weights":
+        if power(kind):
             fill = old.mean(0) if kind.endswith("exp_avg_sq") else torch.zeros(old.shape[1])
             return torch.cat([old, fill.expand(rows - len(old), -1)])
         written = old if old_table is None else decomposed(old, old_table, reach)
@@ -146,7 +148,7 @@ def _bucket_maker(
         parts = []
         for side in old.chunk(sides):
             fill = side[-1:]
-            if kind != "weights":
+            if power(kind):
                 fill = old.mean(0, keepdim=True) * kind.endswith("exp_avg_sq")
             parts += [side, fill.expand(new - len(side), -1)]
         return torch.cat(parts)
