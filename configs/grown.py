@@ -27,9 +27,9 @@ CARRIED = ("norm_eps", "logit_scale", "softmax_scale", "rope_base", "words_said"
 """What growth carries over, changed or not."""
 PRESERVING = ("exact", "su")
 """Methods that keep the function; the others are there to be compared with."""
-GROWS = ("layers", "heads", "head_dim", "ffn", "hidden", "vocab")
-"""The sizes that can be enlarged, in the order of application: layers that are copies first, to
-grow as what they copy does; drawn ones last (Growing.draws_layers), at their full size."""
+GROWS = ("heads", "head_dim", "ffn", "hidden", "vocab", "layers")
+"""The sizes that can be enlarged, in the order of application: new layers have their full size, so
+that noise on a silent copy tells the copies in it apart too."""
 MATRICES = ("heads", "head_dim", "ffn", "hidden")
 """Those by which the matrices of a layer become larger."""
 FREE = ("dropout", "attention_dropout", "init_std")
@@ -73,6 +73,16 @@ class Growing:
         return self.method == "random" or (
             self.method in PRESERVING and self.new_layers == "paired"
         )
+
+    @property
+    def draws_copies(self) -> bool:
+        """Whether it is drawn which old unit a new one is a copy of (bert2BERT)."""
+        return self.method in ("bert2bert", "bert2bert_aki")
+
+    @property
+    def stacks_layers(self) -> bool:
+        """Whether new layers are the old ones once more, from the first on."""
+        return self.method == "stack" or self.draws_copies
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""
@@ -164,10 +174,10 @@ def averages(config: ModelConfig) -> bool:
 def idle(now: ModelConfig, to: ModelConfig, how: Growing) -> list[str]:
     """The options that change nothing between these sizes, a sentence each."""
     more = {size for size in GROWS if getattr(to, size) > getattr(now, size)}
-    drawn = how.method in ("bert2bert", "bert2bert_aki")
-    units = bool(more & {"ffn", "heads"})
+    drawn, units = how.draws_copies, bool(more & {"ffn", "heads"})
     tiled = "hidden" in more and (drawn or times(now.hidden, to.hidden) is not None)
-    copies = tiled or (units and (drawn or how.method == "su" or how.added == "copied"))
+    inner = units and (drawn or how.method == "su" or how.added == "copied")
+    copies = tiled or inner
     begun = "layers" in more and how.method in PRESERVING
     silent = begun and how.new_layers == "silent"
     found = []
@@ -178,6 +188,10 @@ def idle(now: ModelConfig, to: ModelConfig, how: Growing) -> list[str]:
         found.append(f"noise: {how.noise}, but nothing is a copy (of layers only silent ones are)")
     if how.split != EXACT.split and (drawn or not copies):
         found.append(f"split: {how.split}, but no copies share a reading by it")
+    elif how.split != EXACT.split and inner and not tiled and silent and not how.noise:
+        found.append(
+            f"split: {how.split}, but silent layers read nothing; noise parts copies there"
+        )
     if how.new_layers != EXACT.new_layers and not begun:
         why = f"{how.method} adds its own" if "layers" in more else "there are no new layers"
         found.append(f"new_layers: {how.new_layers}, but {why}")
@@ -249,11 +263,11 @@ def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | No
 def _repeated(now: ModelConfig, to: ModelConfig, nearest: dict[str, Any]) -> list[str]:
     """What Su's form cannot do; `nearest` is corrected."""
     wrong = []
-    for key in ("hidden", "ffn"):
-        old, new = getattr(now, key), getattr(to, key)
-        if new > old and times(old, new) is None:
-            nearest[key] = old * max(1, round(new / old))
-            wrong.append(f"{key} {old} cannot become {new} by method su, which repeats it")
+    if to.hidden > now.hidden and times(now.hidden, to.hidden) is None:
+        nearest["hidden"] = now.hidden * max(1, round(to.hidden / now.hidden))
+        wrong.append(
+            f"hidden {now.hidden} cannot become {to.hidden} by method su, which repeats it"
+        )
     if isinstance(now, RoFormerConfig) and to.hidden > now.hidden:
         nearest["hidden"] = now.hidden
         wrong.append(

@@ -24,6 +24,7 @@ import shutil  # noqa: E402
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
+from datetime import timedelta  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine
     from pretrain.monitor import Terminal
     from pretrain.state import State
+
+
+PATIENCE = timedelta(days=1)
+"""So long do ranks wait for the first one's proof of a changed model (2.6 B: 24 minutes)."""
 
 
 def train(
@@ -235,15 +240,20 @@ def _kept(
     changed = State(changed.entries, changed.record | {"stage": number, "border": True})
     path = checkpoint_path(job, number, int(changed.record["step"]))
     aside = path.with_name(f".{path.name}.growing")  # no checkpoint until it is proven
-    checkpoint.write_state(aside, changed, job.corpora.tokenizer_folder)
-    verdict: dict[str, Any] = {}
-    if job.mesh.rank == 0:
+
+    def proven() -> dict[str, Any]:
+        if job.mesh.rank:
+            return {}
         verdict = prove(checkpoint.read(aside))
         proof.write_proof(aside, verdict)
         if judge(verdict)[0]:
             shutil.rmtree(path, ignore_errors=True)  # a damaged one may stand there
             os.rename(aside, path)
-    verdict = checkpoint.gather(verdict)[0]
+        return verdict
+
+    with job.watch.busy(), checkpoint.own_group(PATIENCE) as ranks:
+        checkpoint.write_state(aside, changed, job.corpora.tokenizer_folder)
+        verdict = ranks.together(proven, aside)[0]
     holds, sentence = judge(verdict)
     job.monitor.out.say(sentence)
     kind = "growth" if stages(job.config)[number].extend is None else "extension"

@@ -13,6 +13,7 @@ Signals cannot do this: a rank that hangs inside a collective runs no Python han
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -131,6 +132,18 @@ class Watch:
     def beat(self, step: int) -> None:
         """This rank moves; `step` steps are done."""
         self._step, self._heard = step, time.monotonic()
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Look away while a block runs that is no step and may take hours: a large model's proof.
+
+        A rank that dies meanwhile still ends the others, who wait for it in a collective.
+        """
+        self._heard = math.inf
+        try:
+            yield
+        finally:
+            self._heard = time.monotonic()
 
     def _look(self) -> None:
         pause = min(1.0, self.stall_s / 10)

@@ -2,15 +2,18 @@
 
 import io
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from configs.load import from_dict
 from configs.run import RunConfig
+from pretrain import proof
 from pretrain.corpora import open_corpora
 from pretrain.engine import Engine
 from pretrain.monitor import Terminal
@@ -65,6 +68,22 @@ def go_stalling(config: dict[str, Any], rank: int, step: int, seconds: float) ->
         return honest(self, model, batch, token_losses)
 
     with mock.patch.object(Causal, "loss", loss):
+        return train(page)
+
+
+def go_proving(config: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Train as a launched rank does, through a growth whose proof takes so long, in a job whose
+    collectives wait for less."""
+    page = from_dict(RunConfig, config)
+    enlist(Path(page.run.out), dist.get_rank())
+    honest = proof.prove
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds * 0.8))
+
+    def prove(*states: Any, **how: Any) -> dict[str, Any]:
+        time.sleep(seconds)
+        return honest(*states, **how)
+
+    with mock.patch.object(proof, "prove", prove):
         return train(page)
 
 

@@ -51,6 +51,16 @@ def test_a_stalled_rank_is_named_and_all_stacks_are_kept(tmp_path: Path, tiny_co
     assert "in train_step" in _log(tmp_path, "stack-0000.txt")
 
 
+def test_a_long_proof_is_no_stall(tmp_path: Path, tiny_corpus: Path) -> None:
+    """Neither for the rank that proves nor for those that wait, whose steps wait for less."""
+    stages = [{"steps": 2}, {"steps": 2, "model": {"layers": 3}}]
+    changes = {**CHANGES, "stages": stages, "run__steps": None, "schedule": {}}
+    config = page(tmp_path / "run", tiny_corpus, **changes)
+    ranks = Mortals(2, tmp_path, "tests.fault_jobs:go_proving", config=config, seconds=14.0)
+    assert ranks.codes() == [0, 0], ranks.log(0) + ranks.log(1)
+    assert len(metrics(tmp_path / "run")) == 4
+
+
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path, tiny_corpus: Path) -> None:
     config = page(tmp_path / "run", tiny_corpus, **CHANGES, **SLOW)
     job = {"config": config, "rank": 9, "step": 0, "seconds": 0.0}

@@ -162,6 +162,28 @@ def test_silent_layers_part_at_once_with_noise(family: str) -> None:
     assert distance(WAYS["noise"]) > 1e-3
 
 
+@pytest.mark.parametrize("way", [WAYS["noise"], Growing(method="su", noise=0.1)])
+def test_copies_of_units_part_in_silent_layers_too(way: Growing) -> None:
+    """Nothing reads them there, so that noise on their readers alone would leave them locked."""
+    config = larger("cpm", {"layers": 4, "ffn": 128})
+
+    def distance(how: Growing) -> float:
+        weights = trained_on(grow(small("cpm"), config, 1, how, rounded=False), STEPS)
+        one, other = weights["decoder.layers.1.ffn.down.weight"].chunk(2, dim=1)
+        assert float(one.norm()) > 0
+        return float((one - other).norm() / one.norm())
+
+    assert distance(dataclasses.replace(way, noise=0.0)) < 1e-9  # the negative control
+    assert distance(way) > 1e-2
+
+
+def test_silent_copies_have_other_noise_when_they_grow_again() -> None:
+    name, first = "weights/decoder.layers.1.self.q.weight", larger("cpm", {"layers": 4})
+    once = grow(small("cpm"), first, 1, WAYS["noise"])
+    twice = grow(once, larger("cpm", {"layers": 8}), 1, WAYS["noise"])
+    assert not torch.equal(twice.read(name), once.read(name))
+
+
 @pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
 def test_noise_that_does_not_add_up_to_zero_is_found(sizes: dict[str, int]) -> None:
     before = small("cpm")

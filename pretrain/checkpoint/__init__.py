@@ -28,7 +28,7 @@ from pretrain.checkpoint.places import (
     checkpoint_name,
     layout,
 )
-from pretrain.checkpoint.ranks import first_rank, gather
+from pretrain.checkpoint.ranks import first_rank, gather, own_group
 from pretrain.checkpoint.reading import damage, found_in, newest, own_hash, read, resolve
 from pretrain.checkpoint.retention import rotate
 from pretrain.checkpoint.saver import Saver
@@ -49,6 +49,7 @@ __all__ = [
     "gather",
     "layout",
     "newest",
+    "own_group",
     "own_hash",
     "read",
     "resolve",

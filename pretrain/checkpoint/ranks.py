@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ EVERYONE = Ranks()
 
 
 @contextlib.contextmanager
-def own_group() -> Iterator[Ranks]:
-    """All ranks by a group of their own over gloo, for a thread; every rank calls this."""
+def own_group(patience: timedelta | None = None) -> Iterator[Ranks]:
+    """All ranks by a group of their own over gloo, for a thread, or for what one rank does while
+    the others wait for longer than a step's timeout; every rank calls this."""
     if not _started() or dist.get_world_size() == 1:
         yield EVERYONE
         return
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=patience)
     try:
         yield Ranks(group)
     finally:

@@ -41,12 +41,12 @@ from pretrain.state import Entry, State
 Operator = Callable[[State, ModelConfig, ModelConfig, int, Growing], State]
 
 OPERATORS: dict[str, Operator] = {
-    "layers": deeper,
     "heads": width.more_heads,
     "head_dim": width.larger_heads,
     "ffn": width.more_units,
     "hidden": width.wider,
     "vocab": width.more_words,
+    "layers": deeper,
 }
 """What can be enlarged, and by which operator, in the order of GROWS."""
 assert tuple(OPERATORS) == GROWS
@@ -101,13 +101,12 @@ def grow(
     to = completed(now, to, how)
     operators = OPERATORS | {"vocab": functools.partial(width.more_words, pieces=pieces)}
     names, grown, at = [], State(whole.entries, settled(state.record)), now
-    order = sorted(operators, key=lambda size: size == "layers" and how.draws_layers)
-    for size in order:
+    for size, operator in operators.items():
         if getattr(at, size) == getattr(to, size):
             continue
         keys = [key for key in (size, *FOLLOWS.get(size, ())) if hasattr(to, key)]
         target = dataclasses.replace(at, **{key: getattr(to, key) for key in keys})
-        grown = operators[size](grown, at, target, seed, how)
+        grown = operator(grown, at, target, seed, how)
         names.append(f"{size} {getattr(at, size)} -> {getattr(to, size)}")
         at = target
     if said(at) != said(to):

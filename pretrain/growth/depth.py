@@ -29,7 +29,7 @@ in between has 1 and 0, because a normalised stream that is normalised again is 
     deeper    x -> norm(1, 0) -> + 0 -> norm(1, 0) -> + 0 -> norm(g, b) -> next layer
 
 Two silent copies of one layer get the same first update; noise on what they do not say yet parts
-them. Other methods, for comparison, none preserving:
+them, and the copies of units and heads in them. Other methods, for comparison, none preserving:
 
     stack     0 1 2 0 1     the layers once more from the first on, nothing silenced (StackBERT,
                             Gong et al., ICML 2019; G_stack, Du et al., NeurIPS 2024)
@@ -40,13 +40,10 @@ from dataclasses import replace
 
 import torch
 
-from configs.grown import Growing
+from configs.grown import PRESERVING, Growing
 from configs.model import ModelConfig, RoFormerConfig, Tensor, axis_size, shape, tensors
 from pretrain.growth.moments import power, slots, zeros
 from pretrain.state import Entry, State, draw, fresh, seed_of
-
-STACKED = ("stack", "bert2bert", "bert2bert_aki")
-"""Methods that add layers by stacking."""
 
 
 def place(layer: int, old_layers: int, new_layers: int) -> int:
@@ -76,10 +73,11 @@ def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Grow
                 continue
             if is_new and power(prefix):
                 entries[key] = zeros(shape(to, tensor))
-            elif is_new and how.method not in STACKED:
+            elif is_new and not how.stacks_layers:
                 # an average of weights (EMA, Lookahead) begins as the weights that it is of
                 drawn = plain[f"weights/{tensor.name}"]
-                entries[key] = _begun(tensor, drawn, state.entries[source_key], to, seed, how)
+                copied = state.entries[source_key]
+                entries[key] = _begun(tensor, drawn, copied, now, to, seed, how)
             else:
                 entries[key] = state.entries[source_key]
             born[tensor.name] = updates if is_new else old_born.get(origin, 0)
@@ -91,16 +89,23 @@ def deeper(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Grow
 
 
 def _begun(
-    tensor: Tensor, drawn: Entry, copied: Entry, to: ModelConfig, seed: int, how: Growing
+    tensor: Tensor,
+    drawn: Entry,
+    copied: Entry,
+    now: ModelConfig,
+    to: ModelConfig,
+    seed: int,
+    how: Growing,
 ) -> Entry:
     """What a tensor of a new layer begins as, of a fresh layer's and the layer's before it."""
     if how.method == "random" or _shifts(to, tensor):
         return drawn
     if how.new_layers == "paired":
         return copied if tensor.op == "norm" else _paired(_as_large(drawn, copied), tensor, to)
-    return (
-        zeros(drawn.shape) if tensor.writes is not None else _noisy(copied, tensor, seed, how.noise)
-    )
+    if tensor.writes is not None:
+        return zeros(drawn.shape)
+    label = f"{tensor.name}.growth.copy.{now.layers}-{to.layers}"
+    return _noisy(copied, tensor, label, seed, how.noise)
 
 
 def _as_large(entry: Entry, like: Entry) -> Entry:
@@ -136,7 +141,7 @@ def _paired(entry: Entry, tensor: Tensor, config: ModelConfig) -> Entry:
     return replace(entry, read=read)
 
 
-def _noisy(entry: Entry, tensor: Tensor, seed: int, noise: float) -> Entry:
+def _noisy(entry: Entry, tensor: Tensor, label: str, seed: int, noise: float) -> Entry:
     """A matrix of a silent copy, with noise of a share of its size."""
     if not noise or tensor.op != "linear":
         return entry
@@ -146,7 +151,7 @@ def _noisy(entry: Entry, tensor: Tensor, seed: int, noise: float) -> Entry:
         rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / values.numel() ** 0.5
         if rms == 0:
             return values
-        return values + draw(f"{tensor.name}.growth.copy", seed, entry.shape, noise * rms)
+        return values + draw(label, seed, entry.shape, noise * rms)
 
     return replace(entry, read=read)
 
@@ -155,11 +160,11 @@ def _origin(tensor: Tensor, now: ModelConfig, to: ModelConfig, how: Growing) -> 
     """The name of the tensor that this one comes from, and whether it is new."""
     if tensor.layer is None:
         return tensor.name, False
-    if how.method in STACKED:
+    if how.stacks_layers:
         old, is_new = tensor.layer % now.layers, tensor.layer >= now.layers
     else:
         old, is_new = source(tensor.layer, now.layers, to.layers)
-    shifts = how.method not in (*STACKED, "random") and _shifts(to, tensor)
+    shifts = how.method in PRESERVING and _shifts(to, tensor)
     if shifts and tensor.name.rpartition(".")[0] == _last_norm(to, tensor.layer):
         is_new = tensor.layer + 1 != place(old + 1, now.layers, to.layers)
     return tensor.name.replace(f".layers.{tensor.layer}.", f".layers.{old}.", 1), is_new

@@ -12,8 +12,8 @@ be written out, when another method follows: its rows are then those that the de
     new buckets of T5       copies of the last bucket of their side
     their moments           exp_avg 0; exp_avg_sq the mean over the old rows (growth/moments.py
                             says why not 0)
-    averages of weights     as the weights, each from its own old rows: a Lookahead that synchronises
-                            with zeros would halve the new ones
+    averages of weights     as the weights, each from its own old rows: Lookahead would halve new
+                            rows at its next step if it had zeros for them
 
 Sources: Su, kexue.fm/archives/7947; T5's buckets: the project's own derivation (extend beyond the
 last distance, so that no old distance changes its bucket).

@@ -59,14 +59,14 @@ def more_heads(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: 
 
 
 def _copies(old: int, new: int, axis: str, seed: int, how: Growing) -> Copies:
-    if how.method in ("bert2bert", "bert2bert_aki"):
+    if how.draws_copies:
         return drawn(old, new, seed, axis)
     return evenly(old, new, how.split)
 
 
 def _inner(copies: Copies, how: Growing) -> Rule:
     """An axis within a layer: what leaves it is read by the layer's output."""
-    copied = how.added == "copied" or how.method in ("su", "bert2bert", "bert2bert_aki")
+    copied = how.added == "copied" or how.method == "su" or how.draws_copies
 
     def rule(tensor: Tensor, dim: int) -> Fill:
         reads = _reads(tensor, dim)
@@ -108,7 +108,7 @@ def wider(state: State, now: ModelConfig, to: ModelConfig, seed: int, how: Growi
     copies = _copies(now.hidden, to.hidden, "embed", seed, how)
     if how.method == "random":
         rule: Rule = _filled
-    elif how.method.startswith("bert2bert") or copies.times is not None:
+    elif how.draws_copies or copies.times is not None:
         rule = _tiled(now, copies, how)
     else:
         rule = _padded(now, to)
