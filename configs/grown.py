@@ -34,7 +34,7 @@ MATRICES = ("heads", "head_dim", "ffn", "hidden")
 """Those by which the matrices of a layer become larger."""
 FREE = ("dropout", "attention_dropout", "init_std")
 """What may differ because it changes neither a tensor nor the function at inference."""
-LARGEST_EPS_BEHIND = 1e-11
+LARGEST_EPS_BEHIND = 1e-12
 """Layers behind a post-norm change the function by about their norms' eps; so much is rounding."""
 BY_PAIR = ("ntk", "ntk_fixed", "ntk_mixed")
 """Forms of longer rotary positions in which a pair's frequency depends on the number of pairs."""

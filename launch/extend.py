@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
     print(json.dumps(found, ensure_ascii=False, indent=1) if words.json else _table(found))
     if not found["kept"]:
         print(
-            f"{words.out}: is NOT what was promised, see proof.json; nothing was removed, do not "
-            "train on from it (证明未通过，请勿继续训练)",
+            f"{words.out}: is NOT what was promised and was not made; what was written stands with "
+            f"its proof in {found['at']} (未通过证明，未生成检查点)",
             file=sys.stderr,
         )
     return 0 if found["kept"] else 1
@@ -53,8 +53,9 @@ def main(argv: list[str]) -> int:
 
 def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dict[str, Any]:
     """Read, extend, write, prove; returns the proof. ValueError for what cannot be done."""
-    from pretrain import allocator, checkpoint, proof, proof_of_length
+    from pretrain import allocator, checkpoint, proof_of_length, proven
     from pretrain.growth import model_config, positions
+    from pretrain.state import State
 
     if out.exists():
         raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
@@ -68,16 +69,21 @@ def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dic
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
     state = positions.extend(before, to, how, seq_len, seed)
-    checkpoint.write_state(out, positions.unbound(state), tokenizer)
-    found = {
-        "verb": "extend",
-        "source": str(folder),
-        "seed": seed,
-        "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
-        **proof_of_length.prove(before, checkpoint.read(out), tokenizer),
-    }
-    proof.write_proof(out, found)
-    return {**found, "out": str(out)}
+
+    def prove(after: State) -> dict[str, Any]:
+        return {
+            "verb": "extend",
+            "source": str(folder),
+            "seed": seed,
+            "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
+            **proof_of_length.prove(before, after, tokenizer),
+        }
+
+    found = proven.written(
+        out, positions.unbound(state), tokenizer, prove, lambda f: bool(f["kept"])
+    )
+    at = out if found["kept"] else proven.aside_of(out)
+    return {**found, "out": str(out), "at": str(at)}
 
 
 def changed(now: dict[str, Any], to: dict[str, Any]) -> dict[str, Any]:
@@ -100,5 +106,5 @@ def _table(found: dict[str, Any]) -> str:
             relation = "<=" if one["within"] else ("above" if not found["promised"] else "ABOVE")
             said = f"{one['max_difference']:.2e} {relation} {one['tolerance']:.2e}"
             lines.append((f"{part['tokens']} tokens", f"{digits}: logits differ by {said}"))
-    lines.append(("proof", f"{found['out']}/proof.json: {'kept' if found['kept'] else 'NOT KEPT'}"))
+    lines.append(("proof", f"{found['at']}/proof.json: {'kept' if found['kept'] else 'NOT KEPT'}"))
     return "\n".join(f"{name:<16} {value}" for name, value in lines)

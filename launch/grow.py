@@ -1,9 +1,10 @@
 """A larger model, the same function: `grow RUN_OR_CHECKPOINT --to MODEL_YAML --out DIR`.
 
-    checkpoint --read--> state --growth.grow--> larger --write--> DIR --read back--> proof.json
+    checkpoint --read--> state --growth.grow--> larger --write, read back, prove--> DIR, proof.json
 
 The tensors are computed and written one at a time. The proof reads what was written, not what was
-meant; a method that does not mean to keep the function is told by how much it moved it.
+meant, and without it there is no DIR (pretrain/proven.py); a method that does not mean to keep the
+function is told by how much it moved it.
 `init: {from: DIR, what: all}` in a run's config then trains on, moments and progress included; its
 `model:` must have the numbers that growth has changed, which are printed.
 """
@@ -81,8 +82,8 @@ def main(argv: list[str]) -> int:
     if not holds(proof):
         what = "the function was NOT kept" if proof["means_to_keep"] else "it was NOT written right"
         print(
-            f"{arguments.out}: {what}, see proof.json; nothing was removed, "
-            "do not train on from it (未通过证明，请勿继续训练)",
+            f"{arguments.out}: {what} and it was not made; what was written stands with its proof "
+            f"in {proof['at']} (未通过证明，未生成检查点)",
             file=sys.stderr,
         )
         return 1
@@ -109,7 +110,7 @@ def grow(
 
     more_words: a tokenizer that has the checkpoint's tokens in their places, and more.
     """
-    from pretrain import allocator, checkpoint, growth, proof
+    from pretrain import allocator, checkpoint, growth, proof, proven
     from pretrain.state import State
 
     if out.exists():
@@ -137,25 +138,26 @@ def grow(
         grown = State(grown.entries, grown.record | of)
     batch, why = _recorded(before.record)
     precision = before.record.get("config", {}).get("precision", "fp32")
-    checkpoint.write_state(out, grown, more_words or tokenizer)
-    after = checkpoint.read(out)
-    found = {
-        "verb": "grow",
-        "source": str(folder),
-        "operators": after.record["growth"][-1]["operators"],
-        "seed": seed,
-        "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
-        "how": to_dict(how),
-        "remarks": growth.remarks(before, grown, how),
-        **proof.prove(before, after, probes, batch=batch, precision=precision, pieces=pieces),
-    }
-    if made:
-        found["new_words"] = made
-    if batch is None:
-        found["batch"] = {"none": why}
-    found["init"] = "all" if before.names("optim") else "weights"
-    proof.write_proof(out, found)
-    return {**found, "out": str(out)}
+
+    def prove(after: State) -> dict[str, Any]:
+        found = {
+            "verb": "grow",
+            "source": str(folder),
+            "operators": after.record["growth"][-1]["operators"],
+            "seed": seed,
+            "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
+            "how": to_dict(how),
+            "remarks": growth.remarks(before, grown, how),
+            **proof.prove(before, after, probes, batch=batch, precision=precision, pieces=pieces),
+            "init": "all" if before.names("optim") else "weights",
+        }
+        if made:
+            found["new_words"] = made
+        return found if batch is not None else found | {"batch": {"none": why}}
+
+    found = proven.written(out, grown, more_words or tokenizer, prove, proof.holds)
+    at = out if proof.holds(found) else proven.aside_of(out)
+    return {**found, "out": str(out), "at": str(at)}
 
 
 def _spans(record: dict[str, Any]) -> bool:
@@ -226,7 +228,7 @@ def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
 
 
 def _table(proof: dict[str, Any]) -> str:
-    from pretrain.proof import holds
+    from pretrain.proof import holds, verdict
 
     def size(model: dict[str, Any]) -> str:
         config = _typed(model)
@@ -239,15 +241,6 @@ def _table(proof: dict[str, Any]) -> str:
 
     changed = [k for k in CARRIED if proof["from"].get(k) != proof["to"].get(k)]
     follow = "; ".join(f"model.{k}: {proof['to'][k]!r}" for k in changed)
-    verdict = "kept" if proof["kept"] else f"CHANGED, first at {proof['differs_at']}"
-    if proof["kept"] and abs(proof["old_words_fall_by"]) > 1e-9:
-        verdict = "kept in the logits of the old words, NOT in their probabilities (旧词概率下降)"
-    if not proof["means_to_keep"]:
-        far = f"logits moved by {proof['moved']:.2g} of their deviation"
-        verdict = f"NOT kept, as method {proof['method']} does not: {far} (不保持函数)"
-    good = holds(proof)
-    if not good and not proof["means_to_keep"]:
-        verdict = f"WRITTEN WRONG at {proof['not_as_computed'] or 'logits that are no numbers'}"
     batch = proof["batch"]
     losses = batch.get("none") or (
         "{float64[before]:.6f} -> {float64[after]:.6f} ({rows} {of})".format(**batch)
@@ -263,10 +256,10 @@ def _table(proof: dict[str, Any]) -> str:
         ("old words", _words(proof)),
         ("loss on probes", f"{proof['loss']['before']:.6f} -> {proof['loss']['after']:.6f}"),
         ("loss on data", losses),
-        ("function", verdict),
-        ("proof", f"{proof['out']}/proof.json"),
+        ("function", verdict(proof)),
+        ("proof", f"{proof['at']}/proof.json"),
     ]
-    if good:
+    if holds(proof):
         on = f"init: {{from: {proof['out']}, what: {proof['init']}}}"
         lines.append(("to train on", f"{on} (接着训练)"))
     return "\n".join(f"{name:<16} {value}" for name, value in lines)

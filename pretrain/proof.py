@@ -178,17 +178,17 @@ def _rounding(
 def _unrounded(
     before: State, after: State, pieces: Mixture | None = None
 ) -> tuple[State, str | None]:
-    """The growth from `before` to `after` without rounding, and the first weight of `after` that is
-    not its rounding; `after` itself where its record tells of no growth from `before`."""
+    """The growth from `before` to `after` without rounding, and the first tensor of `after` (weight
+    or moment) that is not its rounding; `after` itself where its record tells of no such growth."""
     lines = _lines(before, after)
     if not lines:
         return after, None
     to = model_config(State({}, {"model": lines[0]["to"]}))
     exact = grow(before, to, lines[0]["seed"], told(lines[0]), rounded=False, pieces=pieces)
-    for name in exact.names():
-        written = after.read(f"weights/{name}")
-        if not torch.equal(exact.read(f"weights/{name}").to(written.dtype), written):
-            return after, name
+    for key in exact.entries:
+        written = after.read(key)
+        if not torch.equal(exact.read(key).to(written.dtype), written):
+            return after, key.removeprefix("weights/")
     return State(exact.entries, after.record), None
 
 
@@ -270,15 +270,21 @@ def sentence(proof: dict[str, Any]) -> str:
     if batch := proof["batch"]:
         loss = "loss of {rows} rows {float64[before]:.6f} -> {float64[after]:.6f}".format(**batch)
     far = f"logits differ by {proof['float64']['max_difference']:.1e} in float64"
-    if not proof["means_to_keep"]:
+    return f"growth: {sizes or 'none'}: function {verdict(proof)}; {far}, {loss}"
+
+
+def verdict(proof: dict[str, Any]) -> str:
+    """Whether the function was kept, in words."""
+    if not holds(proof):
+        if proof["means_to_keep"]:
+            return f"CHANGED, first at {proof['differs_at']}"
+        return f"WRITTEN WRONG at {proof['not_as_computed'] or 'logits that are no numbers'}"
+    if not proof["kept"]:
         far = f"logits moved by {proof['moved']:.2g} of their deviation"
-        verdict = f"method {proof['method']} does not keep the function (不保持函数)"
-        if not holds(proof):
-            verdict = f"WRITTEN WRONG at {proof['not_as_computed'] or 'logits that are no numbers'}"
-    else:
-        verdict = "function kept" if proof["kept"] else f"CHANGED at {proof['differs_at']}"
-        verdict = verdict if proof["kept"] else f"FUNCTION {verdict}"
-    return f"growth: {sizes or 'none'}: {verdict}; {far}, {loss}"
+        return f"NOT kept, as method {proof['method']} does not: {far} (不保持函数)"
+    if abs(proof["old_words_fall_by"]) > 1e-9:
+        return "kept in the logits of the old words, NOT in their probabilities (旧词概率下降)"
+    return "kept"
 
 
 def logits(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -24,7 +24,6 @@ import shutil  # noqa: E402
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from datetime import timedelta  # noqa: E402
 from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -48,10 +47,6 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine
     from pretrain.monitor import Terminal
     from pretrain.state import State
-
-
-PATIENCE = timedelta(days=1)
-"""So long do ranks wait for the first one's proof of a changed model (2.6 B: 24 minutes)."""
 
 
 def train(
@@ -234,34 +229,24 @@ def _kept(
     judge: Callable[[dict[str, Any]], tuple[bool, str]],
 ) -> "State":
     """A changed state as the first checkpoint of stage `number`, if what was written is proven."""
-    from pretrain import checkpoint, proof
+    from pretrain import checkpoint, proven
     from pretrain.state import State
 
     changed = State(changed.entries, changed.record | {"stage": number, "border": True})
     path = checkpoint_path(job, number, int(changed.record["step"]))
-    aside = path.with_name(f".{path.name}.growing")  # no checkpoint until it is proven
-
-    def proven() -> dict[str, Any]:
-        if job.mesh.rank:
-            return {}
-        verdict = prove(checkpoint.read(aside))
-        proof.write_proof(aside, verdict)
-        if judge(verdict)[0]:
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one may stand there
-            os.rename(aside, path)
-        return verdict
-
-    with job.watch.busy(), checkpoint.own_group(PATIENCE) as ranks:
-        checkpoint.write_state(aside, changed, job.corpora.tokenizer_folder)
-        verdict = ranks.together(proven, aside)[0]
+    if checkpoint.first_rank():
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one may stand there
+    words = job.corpora.tokenizer_folder
+    with job.watch.busy():
+        verdict = proven.written(path, changed, words, prove, lambda found: judge(found)[0])
     holds, sentence = judge(verdict)
     job.monitor.out.say(sentence)
     kind = "growth" if stages(job.config)[number].extend is None else "extension"
     job.monitor.event(kind, int(changed.record["step"]), says=sentence, proven=holds)
     if not holds:
         raise checkpoint.CheckpointError(
-            f"{aside}: the changed model is not what was proven, see proof.json; the checkpoint "
-            "before it is whole (未通过证明)"
+            f"{proven.aside_of(path)}: the changed model is not what was proven, see proof.json; "
+            "the checkpoint before it is whole (未通过证明)"
         )
     return checkpoint.read(path)
 

@@ -70,7 +70,8 @@ def test_a_broken_promise_exits_non_zero(
     monkeypatch.setattr("pretrain.proof_of_length.extend", broken)
     assert call(run, "--seq-len", "96", "--out", str(run.parent / "long")) == 1
     both = capsys.readouterr()
-    assert "NOT KEPT" in both.out and "do not train on from it" in both.err
+    assert "NOT KEPT" in both.out and "was not made" in both.err
+    assert not (run.parent / "long").exists()
     assert "ABOVE" in both.out
     found = json.loads((run.parent / "long/proof.json").read_text("utf-8"))
     assert "embeddings" in found["differs_at"]

@@ -36,14 +36,14 @@ def test_a_run_is_grown_and_proven(run: Path, capsys: pytest.CaptureFixture[str]
     out = run.parent / "grown"
     assert call(run, "--set", "layers=5", "--set", "model.ffn=96", "--out", str(out)) == 0
     said = capsys.readouterr().out
-    assert "function         kept" in said and "layers 3 -> 5; ffn 64 -> 96" in said
+    assert "function         kept" in said and "ffn 64 -> 96; layers 3 -> 5" in said
     assert checkpoint.damage(out) == []
     grown = checkpoint.read(checkpoint.resolve(out))
     assert grown.record["model"]["layers"] == 5 and grown.record["updates"] == 7
     assert grown.entries["optim/exp_avg_sq/decoder.layers.4.ffn.up.weight"].shape == (96, 32)
     proof = json.loads((out / "proof.json").read_text("utf-8"))
     assert proof["kept"] and proof["float64"]["within"] and proof["float32"]["within"]
-    assert proof["operators"] == ["layers 3 -> 5", "ffn 64 -> 96"]
+    assert proof["operators"] == ["ffn 64 -> 96", "layers 3 -> 5"]
 
 
 def test_the_bytes_do_not_depend_on_what_the_state_was_read_from(run: Path) -> None:
@@ -60,7 +60,7 @@ def test_json_is_the_proof(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out)["kept"] is True
 
 
-def test_a_proof_that_fails_ends_in_an_error_and_removes_nothing(
+def test_a_proof_that_fails_leaves_nothing_to_train_on(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def loud(size: tuple[int, ...]) -> Entry:
@@ -71,8 +71,23 @@ def test_a_proof_that_fails_ends_in_an_error_and_removes_nothing(
     assert call(run, "--set", "layers=4", "--out", str(out)) == 1
     said = capsys.readouterr()
     assert "CHANGED, first at decoder.layers.3.self (new, behind layer 2)" in said.out
-    assert "nothing was removed" in said.err
-    assert json.loads((out / "proof.json").read_text("utf-8"))["kept"] is False
+    assert f"stands with its proof in {out.parent}/.grown.growing" in said.err and not out.exists()
+    assert (
+        json.loads((out.parent / ".grown.growing/proof.json").read_text("utf-8"))["kept"] is False
+    )
+    monkeypatch.undo()
+    assert call(run, "--set", "layers=4", "--out", str(out)) == 0 and out.exists()
+
+
+def test_a_proof_that_is_broken_off_leaves_nothing_to_train_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(*states: State, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "prove", broken_off)
+    assert call(run, "--set", "layers=4", "--out", str(run.parent / "grown")) == 130
+    assert not (run.parent / "grown").exists()
 
 
 @pytest.mark.parametrize(

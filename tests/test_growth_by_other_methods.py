@@ -17,8 +17,8 @@ from launch.cli import main
 from pretrain import checkpoint, proof
 from pretrain.growth import grow, remarks
 from pretrain.growth.copies import drawn
-from pretrain.state import fresh, seed_of
-from tests.growing import changed
+from pretrain.state import State, fresh, seed_of
+from tests.growing import changed, held
 from tests.test_growth_of_every_family import FAMILIES, PROBES, far, larger, small, under
 
 SU, STACK = Growing(method="su"), Growing(method="stack")
@@ -83,7 +83,7 @@ def test_the_others_reach_every_size_and_say_how_far_they_moved(family: str, how
     told = proof.prove(before, grow(before, to, 1, how), PROBES)
     assert how.method not in PRESERVING and not told["means_to_keep"] and not told["kept"]
     assert told["moved"] > 0.01 and told["loss"]["after"] != told["loss"]["before"]
-    assert f"method {how.method} does not keep" in proof.sentence(told)
+    assert f"function NOT kept, as method {how.method} does not" in proof.sentence(told)
 
 
 def test_bert2bert_s_copies_share_what_reads_them() -> None:
@@ -229,3 +229,22 @@ def test_what_was_written_wrong_does_not_pass_under_any_method(value: float) -> 
     found = proof.prove(before, changed(after, **{name: damaged}), PROBES)
     assert found["not_as_computed"] == name and not proof.holds(found)
     assert f"WRITTEN WRONG at {name}" in proof.sentence(found)
+
+
+@pytest.mark.parametrize("how", [Growing(), STACK], ids=lambda how: how.method)
+def test_a_moment_that_was_written_wrong_is_found_too(how: Growing) -> None:
+    before, to = small("cpm"), larger("cpm", layers=4)
+    after, key = grow(before, to, 1, how), "optim/exp_avg_sq/decoder.layers.3.ffn.up.weight"
+    assert proof.holds(proof.prove(before, after, PROBES))
+    nan = held(torch.full(after.entries[key].shape, float("nan")))
+    found = proof.prove(before, State({**after.entries, key: nan}, after.record), PROBES)
+    assert found["not_as_computed"] == key and not proof.holds(found)
+
+
+def test_a_run_says_what_the_command_says_of_the_function() -> None:
+    before, wider = small("cpm"), larger("cpm", ffn=128)
+    kept = proof.prove(before, grow(before, wider, 1, COPIES), PROBES)
+    assert kept["kept"] and "function kept;" in proof.sentence(kept)
+    words = larger("cpm", vocab=194)
+    fallen = proof.prove(before, grow(before, words, 1), PROBES)
+    assert "NOT in their probabilities" in proof.sentence(fallen)
