@@ -65,7 +65,8 @@ class Growing:
     rewarm_steps: int = 0
     """Steps over which the learning rate of what was divided among copies goes from the exact
     rule's (1 / k of the others') to that of the others; 0: it stays, or goes along with an earlier
-    way back that is not over (恢复学习率)."""
+    way back that is not over. Rules that size their steps by the matrix divide no rate, only the
+    decay (恢复学习率)."""
 
     @property
     def draws_layers(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import Literal
 
+from configs.grown import Growing
 from configs.model import ModelConfig, Tensor, local_shape, shape, tensors
 
 Rule = Literal["adamw", "lamb", "rms_adamw", "adafactor", "muon"]
@@ -26,6 +27,10 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "muon_scale": ("muon",),
 }
 """Keys that only some rules read."""
+
+SIZES_ITS_STEPS = ("lamb", "rms_adamw", "adafactor", "muon")
+"""Rules whose step in a matrix has the matrix's own size, or one that is set: what was divided
+among copies is not trained at a divided rate."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,10 @@ def orthogonalised(tensor: Tensor) -> bool:
     return tensor.op == "linear" and tensor.layer is not None
 
 
-def problems_with_model(section: Optimizer, model: ModelConfig, grows: bool) -> list[str]:
-    """What the rule cannot do for a model, or where a stage grows."""
+def problems_with_model(
+    section: Optimizer, model: ModelConfig, how: Growing | None = None
+) -> list[str]:
+    """What the rule cannot do for a model, or for one whose matrices have grown, and how."""
     found = []
     tied = [t.name for t in tensors(model) if t.op == "lookup" and t.tied_to is not None]
     if section.lazy_rows and tied:
@@ -185,7 +192,12 @@ def problems_with_model(section: Optimizer, model: ModelConfig, grows: bool) -> 
             f"lazy_rows: {tied[0]} of {model.family} is tied to the head, whose gradient reaches "
             "every row; leave it out (词表与输出层共享，没有未用到的行)"
         )
-    if grows and section.name == "muon" and section.muon_scale != "spectral":
+    if how is not None and section.name == "muon" and how.method == "su":
+        found.append(
+            "name: muon cannot go on as the small model did from matrices that grew by method su; "
+            "grow by method exact (生长须用 exact)"
+        )
+    elif how is not None and section.name == "muon" and section.muon_scale != "spectral":
         found.append(
             f"muon_scale: is {section.muon_scale}, a grown matrix goes on as the small one only "
             "with spectral; set that from the first stage on (生长须用 spectral)"

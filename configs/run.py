@@ -272,7 +272,7 @@ class RunConfig:
         """What the update rule of a stage cannot do there."""
         model, smaller = stage_model(self, number), stage_model(self, max(0, number - 1))
         grows = any(getattr(model, size) != getattr(smaller, size) for size in MATRICES)
-        found = problems_with_model(rule, model, grows)
+        found = problems_with_model(rule, model, stages(self)[number].grow if grows else None)
         before = at_stage(self, max(0, number - 1)).optimizer
         if moments(before) != moments(rule):
             found.append(
@@ -329,7 +329,10 @@ def stage_model(config: RunConfig, number: int) -> ModelConfig:
             except ConfigError as error:
                 raise ConfigError(f"stages.{index}.extend: {error}") from None
         if stage.model:
-            larger = _changed(data, stage.model, f"stages.{index}.model")
+            named = dict(stage.model)
+            if named.get("words_said", 0) is None:  # all of them; left out, it stays as it was
+                named["words_said"] = named.get("vocab", data["vocab"])
+            larger = _changed(data, named, f"stages.{index}.model")
             data = to_dict(completed(_changed(data, {}, "model"), larger, stage.grow))
     return _changed(data, {}, "model")
 

@@ -18,7 +18,16 @@ PAGES = {
     "run": (
         "RunConfig",
         (
-            *("positions", "batch", "extended", "model", "objectives", "faults", "monitoring"),
+            *(
+                "positions",
+                "batch",
+                "extended",
+                "grown",
+                "model",
+                "objectives",
+                "faults",
+                "monitoring",
+            ),
             *("optimizers", "parallel", "recompute", "run"),
         ),
     ),

@@ -21,21 +21,13 @@ from typing import TYPE_CHECKING, Any
 from configs.grown import CARRIED, EXACT, FREE, Growing, completed, said
 from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
-from configs.run import RunConfig
+from configs.run import RunConfig, at_stage
+from launch import grammar
 
 if TYPE_CHECKING:
     from pretrain.mixing import Mixture
     from pretrain.probes import Recorded
 
-HELP = {
-    "method": "exact and su keep the function; stack, bert2bert, bert2bert_aki, random do not",
-    "added": "new units and heads: random and unread, copies that share the reading, or in twos",
-    "noise": "zero-sum noise on what reads copies, a share of its size (0)",
-    "split": "the first of two copies' share of what reads them (0.5)",
-    "new_layers": "paired: fresh, their units cancel in twos; or silent: copies, outputs of zero",
-    "new_words": "new rows of the vocabulary: the mean, or also masked until words_said lets them",
-    "rewarm_steps": "steps until copies learn at the rate of the others (0: they never do)",
-}
 SIZES = ("layers", "hidden", "heads", "head_dim", "ffn", "vocab")
 
 
@@ -61,13 +53,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=1, help="decides the new random rows")
     fields = dataclasses.fields(Growing)
+    docs = {row["key"].rpartition(".grow.")[2]: row["doc"] for row in grammar.fields("run")}
     for field in fields:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=type(field.default),
             choices=typing.get_args(typing.get_type_hints(Growing)[field.name]) or None,
             default=field.default,
-            help=HELP[field.name],
+            help=docs[field.name].replace("%", "%%"),
         )
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     arguments = parser.parse_args(argv)
@@ -218,7 +211,7 @@ def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
     from pretrain.corpora import open_corpora
 
     try:
-        page = from_dict(RunConfig, record["config"])
+        page = at_stage(from_dict(RunConfig, record["config"]), record.get("stage", 0))
         corpora = open_corpora(page.data, page.objective, page.run.seed, said(page.model))
     except ConfigError as error:
         return None, f"its page is refused today: {str(error).splitlines()[0]}"

@@ -16,14 +16,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.grown import FREE, said
-from configs.load import ConfigError, dump, to_dict
+from configs.extended import Extend
+from configs.grown import FREE, MATRICES, Growing, said
+from configs.load import ConfigError, dump, from_dict, to_dict
 from configs.model import ModelConfig, longest_row
-from configs.run import RunConfig, first_step, stage_model, stages, total_steps
+from configs.optimizers import problems_with_model
+from configs.run import RunConfig, at_stage, first_step, stage_model, stages, total_steps
 from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
 from pretrain.faults import with_skips
-from pretrain.growth import model_config
+from pretrain.growth import model_config, told
 from pretrain.state import State, fresh
 
 if TYPE_CHECKING:
@@ -139,6 +141,10 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
             # Grown onto more words (launch/grow.py): its corpora are encoded anew.
             data = found.record["data"] or corpora.whole_record
             placed = found.record | {"stage": stage, "data": data}
+            wider = [told(line) for line in found.record.get("growth", []) if _wider(line)]
+            rule, model = at_stage(config, stage).optimizer, model_config(found)
+            if wrong := problems_with_model(rule, model, wider[-1] if wider else None):
+                raise ConfigError("\n".join(f"optimizer.{sentence}" for sentence in wrong))
             found = State(found.entries, placed, found.verify)
         found = _saying(found, stage_model(config, found.record["stage"]))
         _check(config, found, source, corpora, resumes=False)
@@ -150,6 +156,11 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
     if checkpoint.first_rank():
         (run / "config.yaml").write_text(dump(config), "utf-8")
     return found
+
+
+def _wider(line: dict[str, Any]) -> bool:
+    """Whether matrices became larger in a growth, by its line in the record."""
+    return any(line["to"][size] != line["from"][size] for size in MATRICES)
 
 
 def _stage(config: RunConfig, state: State) -> int:
@@ -174,6 +185,26 @@ def _unlike(config: RunConfig, state: State, stage: int) -> list[tuple[str, Any,
         for key in sorted(have | want)
         if have.get(key) != want.get(key) and key not in free
     ]
+
+
+def _otherwise(config: RunConfig, state: State) -> list[str]:
+    """Where the page tells a change of the model that lies behind the checkpoint unlike it was."""
+    done: list[tuple[str, int, Growing | Extend]]
+    done = [("grow", line["step"], told(line)) for line in state.record.get("growth", [])]
+    lines = state.record.get("extensions", [])
+    done += [("extend", line["step"], from_dict(Extend, line["how"])) for line in lines]
+    found = []
+    for number in range(1, state.record["stage"] + 1):
+        border, stage = first_step(config, number), stages(config)[number]
+        for kind, was in [(kind, how) for kind, step, how in done if step == border]:
+            have, want = to_dict(was), to_dict(getattr(stage, kind) or was)
+            found += [
+                f"stages.{number}.{kind}.{key}: is {want[key]}, the checkpoint was made with "
+                f"{have[key]} at step {border} (模型已按原设置改变)"
+                for key in have
+                if have[key] != want[key]
+            ]
+    return found
 
 
 def _saying(state: State, model: ModelConfig) -> State:
@@ -204,6 +235,7 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
             f"model.{key}: is {want}, the checkpoint {path} has {have}"
             for key, want, have in _unlike(config, state, record["stage"])
         ]
+        found += _otherwise(config, state) if resumes else []
     found += changes(record["data"], corpora.whole_record, int(record["samples"]))
     tokenizer = record.get("tokenizer") or corpora.tokenizer.fingerprint
     if tokenizer != corpora.tokenizer.fingerprint:

@@ -73,7 +73,7 @@ def test_a_broken_promise_exits_non_zero(
     assert "NOT KEPT" in both.out and "was not made" in both.err
     assert not (run.parent / "long").exists()
     assert "ABOVE" in both.out
-    found = json.loads((run.parent / "long/proof.json").read_text("utf-8"))
+    found = json.loads((run.parent / ".long.growing/proof.json").read_text("utf-8"))
     assert "embeddings" in found["differs_at"]
 
 

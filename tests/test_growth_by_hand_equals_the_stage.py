@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import ConfigError
 from launch.cli import main
 from pretrain import checkpoint
 from pretrain.state import State
@@ -66,3 +67,17 @@ def test_a_run_goes_on_from_a_small_one_that_ended_where_the_growth_begins(
     on["init"]["from"], on["run"]["out"] = str(tmp_path / "alone"), str(tmp_path / "never")
     with pytest.raises(Exception, match=r"init\.what: is all, .*alone holds weights alone"):
         world2.run(GO, config=on)
+
+
+def test_a_rule_that_cannot_go_on_from_wider_matrices_is_refused_by_hand_too(
+    tmp_path: Path, tiny_corpus: Path, world1: World
+) -> None:
+    common = {"optimizer": {"lr": 1e-3, "name": "muon"}, "schedule": {}}
+    world1.run(GO, config=page(tmp_path / "small", tiny_corpus, run__steps=1, **common))
+    large = page(tmp_path / "large", tiny_corpus, run__steps=2, **common)
+    large["model"] |= {"ffn": 96}
+    large["init"] = {"from": str(tmp_path / "grown"), "what": "all"}
+    words = ["--to", str(write(tmp_path / "large.yaml", large)), "--out", str(tmp_path / "grown")]
+    assert main(["grow", str(tmp_path / "small"), *words]) == 0
+    with pytest.raises(ConfigError, match=r"optimizer\.muon_scale: is rms, a grown matrix"):
+        world1.run(GO, config=large)

@@ -168,6 +168,13 @@ GROWS = {"stages": [{"steps": 4}, {"steps": 4, "model": {"ffn": 4096}}], "run": 
         ({"optimizer": {"lr": 0.1, "lazy_rows": True}}, "embed.tokens.weight of cpm is tied"),
         ({"optimizer": {"lr": 0.1, "name": "muon"}} | GROWS, "muon_scale: is rms, a grown matrix"),
         (
+            {"optimizer": {"lr": 0.1, "name": "muon", "muon_scale": "spectral"},
+             "run": {"out": "none"},
+             "stages": [{"steps": 4},
+                        {"steps": 4, "model": {"hidden": 2048}, "grow": {"method": "su"}}]},
+            "name: muon cannot go on as the small model did from matrices that grew by method su",
+        ),
+        (
             {"stages": [{"steps": 4}, {"steps": 4, "optimizer": {"name": "muon"}}],
              "run": {"out": "none"}},
             "stages.1.optimizer.name: cannot go from adamw to muon",

@@ -13,7 +13,7 @@ import pytest
 
 from configs.grown import Growing
 from configs.load import ConfigError, from_dict
-from configs.run import RunConfig
+from configs.run import RunConfig, stage_model
 from pretrain import checkpoint
 from pretrain.growth import grow, remarks
 from pretrain.growth.moments import rewarm, settled
@@ -68,6 +68,40 @@ def test_width_grows_with_noise_and_is_warmed_up_again(
     world2.run(GO, config=plain)
     one, other = losses(tmp_path / "whole"), losses(tmp_path / "plain")
     assert one[: BORDER + 1] == other[: BORDER + 1] and one[-1] != other[-1]
+
+
+def test_a_growth_that_is_done_is_not_told_otherwise(
+    tmp_path: Path, tiny_corpus: Path, world1: World
+) -> None:
+    run = tmp_path / "run"
+    short = {"schedule": {}, "stages": [{"steps": 1}, {"steps": 2, "model": {"layers": 3}}]}
+    config = page(run, tiny_corpus, run__steps=None, **short)
+    config["stages"][1]["grow"] = {"noise": 0.05}
+    world1.run(GO, config={**config, "run": {**config["run"], "stop_at_step": 2}})
+    config["stages"][1]["grow"] = {"new_layers": "paired", "noise": 0.05}
+    with pytest.raises(
+        ConfigError, match=r"stages.1.grow.new_layers: is paired, .* with silent at step 1"
+    ):
+        world1.run(GO, config=config)
+    config["stages"][1]["grow"] = {"noise": 0.05}
+    world1.run(GO, config=config)
+
+
+def test_all_words_are_said_where_a_stage_says_null() -> None:
+    config = page(Path("run"), Path("corpus"), run__steps=None, schedule={})
+    masked = {"steps": 2, "model": {"vocab": 640}, "grow": {"new_words": "masked"}}
+    config["stages"] = [{"steps": 2}, masked, {"steps": 2, "model": {"words_said": None}}]
+    read = from_dict(RunConfig, config)
+    assert [stage_model(read, n).words_said for n in range(3)] == [None, 320, 640]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lamb", "rms_adamw", "adafactor", "muon"])
+def test_a_way_back_of_what_is_not_divided_is_told(rule: str) -> None:
+    before, how = trained(), Growing(rewarm_steps=5)
+    before.record["config"] = {"optimizer": {"name": rule}}
+    found = remarks(before, grow(before, replace(TINY, hidden=64), 1, how), how)
+    assert len(found) == (rule != "adamw")
+    assert rule == "adamw" or f"under {rule}, which sizes its steps" in found[0]
 
 
 def test_stacking_in_a_run_is_allowed_and_named(

@@ -24,6 +24,7 @@ from typing import Any, cast
 from configs.grown import EXACT, GROWS, Growing, completed, idle, refusal, said
 from configs.load import from_dict, to_dict
 from configs.model import ModelConfig, tensors
+from configs.optimizers import SIZES_ITS_STEPS
 from pretrain.growth import width
 from pretrain.growth.depth import deeper
 from pretrain.growth.moments import (
@@ -136,6 +137,11 @@ def remarks(before: State, after: State, how: Growing) -> list[str]:
         found.append(
             f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided (该选项不起作用)"
         )
+    elif how.rewarm_steps and (rule := _rule(before)) in SIZES_ITS_STEPS:
+        found.append(
+            f"rewarm_steps: {how.rewarm_steps}, and under {rule}, which sizes its steps by the "
+            "matrix, no rate was divided: only the decay comes back (只恢复权重衰减)"
+        )
     elif (
         not how.rewarm_steps
         and rewarm
@@ -146,6 +152,11 @@ def remarks(before: State, after: State, how: Growing) -> list[str]:
             "along what is divided now; give it steps of its own (随之前的恢复一同进行)"
         )
     return found
+
+
+def _rule(state: State) -> str:
+    """The update rule that a state was trained by, as far as its record tells."""
+    return str(state.record.get("config", {}).get("optimizer", {}).get("name", ""))
 
 
 def _ordered(state: State, model: ModelConfig, kinds: Sequence[str]) -> dict[str, Entry]:
