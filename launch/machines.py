@@ -65,7 +65,8 @@ def deepspeed_line(
         raise UserError(f"no `deepspeed` beside {sys.executable}; run ./launch/setup.sh (缺少安装)")
     # Python is named: the script's own first line breaks where the environment's path has a space.
     line = [sys.executable, program, "--num_gpus" if gpu else "--num_accelerators", str(devices)]
-    return [*line, *machines.words(devices, logs), str(ROOT / "pretrain" / "train.py"), *words]
+    line += [*machines.words(devices, logs), str(ROOT / "pretrain" / "train.py"), *words]
+    return [*line, "--gpu"] if gpu else line
 
 
 def free_port() -> int:

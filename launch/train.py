@@ -34,6 +34,7 @@ from configs.load import ConfigError, load
 from configs.run import RunConfig, world_problems
 from launch.cli import UserError
 from launch.machines import Machines, deepspeed_line
+from pretrain.device import ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
@@ -120,7 +121,7 @@ def environment(gpu: bool) -> dict[str, str]:
     """What the job inherits: marked lines asked for, our Python first, the CPU unless `gpu`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     env = {**os.environ, "BAJIE_LAUNCHED": "1", "PATH": path}
-    return env if gpu else {**env, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return env if gpu else {**env, **ON_CPU}
 
 
 @dataclass

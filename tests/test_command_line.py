@@ -110,6 +110,26 @@ def test_reading_a_page_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+NO_GPU = "bajie: --gpu: PyTorch finds no NVIDIA GPU here; leave it out (没有可用的 GPU)\n"
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["generate", "runs/none", "--prompt", "春天", "--gpu"]) == 2
+    assert capsys.readouterr().err == NO_GPU
+
+
+def test_a_rank_without_the_gpu_that_was_asked_for_does_not_train(tmp_path: Path) -> None:
+    """DeepSpeed would take the CPU without a word. The launcher itself may well have no GPU."""
+    words = [ROOT / "pretrain/train.py", "--local_rank=0", RUN, f"run.out={tmp_path}", "--gpu"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, NO_GPU)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 # ---- check ---------------------------------------------------------------------------------------
 
 
@@ -357,7 +377,9 @@ def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
     assert here[2:5] == ["--num_accelerators", "2", "--master_port"]
     assert Path(here[6]).name == "train.py"
     assert here[7:] == ["page.yaml", "run.steps=3"]
-    assert line([], 8, Machines("h"), gpu=True)[2:6] == ["--num_gpus", "8", "--hostfile", "h"]
+    many = line(["page.yaml"], 8, Machines("h"), gpu=True)
+    assert many[2:6] == ["--num_gpus", "8", "--hostfile", "h"]
+    assert many[-2:] == ["page.yaml", "--gpu"]  # the ranks look: this machine may have none
     each = line([], 4, Machines.of(3, 1, "10.0.0.7:29500", None))
     assert each[5:12] == [
         str(tmp_path / "hostfile-1"), "--no_ssh", "--node_rank", "1",
