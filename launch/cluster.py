@@ -22,6 +22,7 @@ from configs.executing import SLURM_TIME
 from configs.load import ConfigError, dump, load
 from configs.run import RunConfig, world_problems
 from launch.cli import UserError
+from launch.machines import at_least_one
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -103,8 +104,7 @@ def job_file(words: argparse.Namespace) -> str:
 def _check(words: argparse.Namespace, nodes: int) -> RunConfig:
     config = load(words.config, RunConfig, words.overrides)
     for name, value in (("--nodes", nodes), ("--devices", words.devices)):
-        if value < 1:
-            raise UserError(f"{name} is {value}, must be at least 1 (至少为 1)")
+        at_least_one(name, value)
     if problems := world_problems(config, nodes * words.devices):
         raise ConfigError("\n".join(problems))
     return config

@@ -32,7 +32,6 @@ import psutil
 
 from configs.load import ConfigError, load
 from configs.run import RunConfig, world_problems
-from launch.cli import UserError
 from launch.machines import Machines, deepspeed_line
 from pretrain.device import ON_CPU
 
@@ -74,11 +73,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, RunConfig, args.overrides)
-    if args.devices < 1:
-        raise UserError(f"--devices is {args.devices}, must be at least 1 (设备数至少为 1)")
-    if not args.hostfile and (problems := world_problems(config, args.nodes * args.devices)):
-        raise ConfigError("\n".join(problems))
     machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
+    if problems := world_problems(config, machines.processes(args.devices)):
+        raise ConfigError("\n".join(problems))
     gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
     words = [args.config, *args.overrides]
     name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"

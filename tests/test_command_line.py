@@ -68,6 +68,10 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["corpus", SAMPLE, "data.wrokers=1"], "did you mean 'workers'"),
         (["train", RUN, "--devices", "0"], "--devices is 0"),
         (["train", RUN, "--devices", "3", "parallel.tensor=2"], "parallel.tensor: is 2"),
+        (["train", RUN, "--nodes", "0"], "--nodes is 0, must be at least 1"),
+        (["train", RUN, "--hostfile", "no-such-file"], "no-such-file: there is no such hostfile"),
+        (["check", RUN, "--devices", "0"], "--devices is 0, must be at least 1"),
+        (["check", SAMPLE, "--devices", "-8"], "--devices is -8"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(
@@ -387,6 +391,26 @@ def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
     ]  # fmt: skip
     hosts = (tmp_path / "hostfile-1").read_text().splitlines()
     assert hosts == [f"machine-{at} slots=4" for at in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "words", "says"),
+    [
+        ("", [], "names no machine"),
+        ("# nobody\n\n", [], "names no machine"),
+        ("n1 slots=1\nn2\n", [], "line 2: is 'n2', must be like node01 slots=8"),
+        ("n1 slots=1\nn1 slots=1\n", [], "line 2: is 'n1 slots=1'"),
+        ("n1 slots=4\nn2 slots=2\n", ["--devices", "4"], "n2 has slots=2, --devices is 4"),
+        ("n1 slots=1\nn2 slots=1\nn3 slots=1\n", ["parallel.tensor=2"], "is 2, 3 processes"),
+    ],
+)
+def test_a_hostfile_is_read_before_anything_starts(
+    hosts: str, words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed trains on this machine alone where it finds none, and counts nothing."""
+    (tmp_path / "hosts").write_text(hosts)
+    assert cli.main(["train", RUN, "--hostfile", str(tmp_path / "hosts"), *words]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_free_port_is_free() -> None:
