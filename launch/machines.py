@@ -1,7 +1,8 @@
 """The line that starts DeepSpeed's launcher: here, on many machines by ssh, on each by itself.
 
 one machine               deepspeed --num_gpus 8 --master_port FREE pretrain/train.py ...
---hostfile FILE           the same, which reaches the others by ssh
+--hostfile FILE           the same, which reaches the others by pdsh and ssh; of our environment
+                          they get PYTHON* and NCCL*, all else must be a word of the command
 --nodes 4 --node-rank R   each machine starts its own ranks; machine 0 is where they meet
   --master HOST:PORT
 """
@@ -45,6 +46,11 @@ class Machines:
                 f"--master HOST:PORT (is {master}), and no --hostfile (多机参数有误)"
             )
         return cls(None, {}, nodes, rank, host, port)
+
+    @property
+    def prefixes(self) -> frozenset[str]:
+        """The names of the hostfile as pdsh says them, whole or without their domain."""
+        return frozenset({*self.slots, *(host.partition(".")[0] for host in self.slots)})
 
     def processes(self, devices: int) -> int:
         """How many the job has; UserError where the hostfile has less room for those of a node."""

@@ -91,10 +91,11 @@ def main(argv: list[str]) -> int:
     for left in range(config.faults.restarts, -1, -1):
         with open(log, "ab") as stream:
             job = Job(
-                command,
+                [*command, "--launched"],
                 environment(gpu),
                 stream,
                 ranks=ranks,
+                hosts=machines.prefixes,
                 grace_s=args.grace_s,
                 folder=Path(config.run.out),
             )
@@ -115,9 +116,9 @@ def main(argv: list[str]) -> int:
 
 
 def environment(gpu: bool) -> dict[str, str]:
-    """What the job inherits: marked lines asked for, our Python first, the CPU unless `gpu`."""
+    """What the job inherits on this machine: our Python first, the CPU unless `gpu`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    env = {**os.environ, "BAJIE_LAUNCHED": "1", "PATH": path}
+    env = {**os.environ, "PATH": path}
     return env if gpu else {**env, **ON_CPU}
 
 
@@ -131,6 +132,8 @@ class Job:
     """Everything that launcher and ranks print."""
     ranks: int | None = None
     """How many must report a good end; None: not known (several machines)."""
+    hosts: frozenset[str] = frozenset()
+    """What pdsh puts in front of the lines of a machine, with a colon."""
     grace_s: float = 60.0
     """From the first signal to the kill."""
     folder: Path | None = None
@@ -333,7 +336,8 @@ class Job:
         self.log.flush()
 
     def _line(self, line: str) -> None:
-        chatter, mark, text = line.partition(MARK)
+        host, colon, rest = line.partition(": ")
+        chatter, mark, text = (rest if colon and host in self.hosts else line).partition(MARK)
         if mark:
             self._show(text)
         if "exits successfully" in chatter:

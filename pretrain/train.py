@@ -41,6 +41,7 @@ from configs.run import (  # noqa: E402
     with_threads,
     world_problems,
 )
+from pretrain.device import ON_CPU, check_gpu  # noqa: E402
 from pretrain.loop import Job, checkpoint_path, passed_over, run_stage  # noqa: E402
 
 if TYPE_CHECKING:
@@ -308,6 +309,8 @@ def _words(argv: Sequence[str]) -> argparse.Namespace:
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. run.steps=100"
     )
     parser.add_argument("--gpu", action="store_true", help="a GPU, or nothing at all")
+    # By `launch train`. Words reach the machines of a hostfile, the environment does not.
+    parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's; RANK says it too
     return parser.parse_intermixed_args(argv)
 
@@ -317,6 +320,8 @@ def main(argv: Sequence[str]) -> int:
     import signal
 
     words = _words(argv)
+    if words.launched and not words.gpu:
+        os.environ.update(ON_CPU)
     rank = int(os.environ.get("RANK", "0"))
     flag = {"raised": False}
 
@@ -332,14 +337,13 @@ def main(argv: Sequence[str]) -> int:
     from pretrain.monitor import first_to_speak, terminal
 
     try:
-        out = terminal(Path(config.run.out), rank)
+        out = terminal(Path(config.run.out), rank, words.launched)
     except OSError as error:
         if rank == 0:
             print(f"bajie: run.out: {error} (无法写入运行目录)", file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, raise_flag)
-    from pretrain.device import check_gpu
     from pretrain.watch import enlist, told
 
     entry = enlist(Path(config.run.out), rank)

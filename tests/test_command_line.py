@@ -300,6 +300,26 @@ def test_a_rank_that_complains_is_heard_once(
     assert job.complained
 
 
+@pytest.mark.parametrize(
+    ("line", "said", "last"),
+    [
+        (MARK + "bajie: batch.micro: is 0", "bajie: batch.micro: is 0\n", ""),
+        ("bajie: n: run.out: Permission denied", "bajie: n: run.out: Permission denied\n", ""),
+        ("RuntimeError: ValueError: ill", "", "RuntimeError: ValueError: ill"),
+        ("[rank1]: OSError: full", "", "OSError: full"),
+    ],
+)
+@pytest.mark.parametrize("host", ["", "node01: ", "node02: "])
+def test_a_line_means_the_same_from_another_machine(
+    host: str, line: str, said: str, last: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pdsh puts "HOST: " in front, without the domain."""
+    machines = Machines("hosts", {"node01.lab": 1, "node02": 1})
+    job = Job([], {}, io.BytesIO(), hosts=machines.prefixes)
+    job._line(host + line)
+    assert (capsys.readouterr().err, job.last_error) == (said, last)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_every_rank_save(stage: Stage, number: int) -> None:
     stage.when_running(lambda: os.kill(os.getpid(), number))
