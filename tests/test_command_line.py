@@ -117,11 +117,12 @@ def test_reading_a_page_imports_no_torch() -> None:
 NO_GPU = "bajie: --gpu: PyTorch finds no NVIDIA GPU here; leave it out (没有可用的 GPU)\n"
 
 
+@pytest.mark.parametrize("words", [["generate", "--prompt", "春天"], ["evaluate", "--data", "c"]])
 def test_a_gpu_that_is_not_there_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert cli.main(["generate", "runs/none", "--prompt", "春天", "--gpu"]) == 2
+    assert cli.main([*words, "runs/none", "--gpu"]) == 2
     assert capsys.readouterr().err == NO_GPU
 
 
