@@ -31,6 +31,9 @@ STOPPED = 75
 """Exit code of a run that was told to stop before its end (EX_TEMPFAIL)."""
 GRACE_S = 180
 """From the notice that a job will end to its end: time to save."""
+CORES_PER_GPU = 4
+"""CPU cores of a process with a GPU where the page has no run.threads: Python, the loader, what
+saves, NCCL. Slurm gives a task one core if it is not asked."""
 
 SLURM = """\
 #!/bin/bash
@@ -41,6 +44,7 @@ cd {here}
 {exports}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # from 22.05 on srun does not take it over
 
 # Before the time limit the shell hears USR1: all ranks save, the steps end with code {stopped}, and
 # the job stands in the queue again. On preemption Slurm itself says TERM and puts the job back.
@@ -48,7 +52,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 stop={stop}
 rm -f "$stop"
 trap 'touch "$stop"' USR1
-srun --kill-on-bad-exit=1 bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' - \\
+srun --kill-on-bad-exit=1 bash -c {on_node} - \\
   {train} \\
   --nodes "$SLURM_NNODES" --master "$head:$port" &
 step=$!
@@ -73,7 +77,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpu", action="store_true", help="GPUs; without it CPUs are used")
     parser.add_argument("--time", default="24:00:00", help="Slurm: limit of the job")
     parser.add_argument("--sbatch", nargs="*", default=[], help="Slurm: e.g. partition=a account=b")
-    parser.add_argument("--setup", default="", help="shell lines a node runs first")
+    parser.add_argument("--setup", default="", help="shell lines each node runs first")
     parser.add_argument("--python", default=sys.executable, help="Python on the nodes")
     parser.add_argument("--image", help="Kubernetes: image that holds the environment")
     parser.add_argument("--claim", help="Kubernetes: volume claim of the shared file system")
@@ -139,6 +143,11 @@ def train_words(words: argparse.Namespace) -> list[str]:
     return [*line, "--stopped-code", str(STOPPED), *gpu]
 
 
+def on_node(words: argparse.Namespace, last: str) -> str:
+    """What the shell of each node does: the lines of --setup, then `last` if none has failed."""
+    return " && ".join([*filter(str.strip, words.setup.splitlines()), last])
+
+
 def slurm(words: argparse.Namespace, config: RunConfig) -> str:
     """The sbatch file."""
     if not SLURM_TIME.fullmatch(words.time):
@@ -146,6 +155,7 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
     if wrong := [o for o in words.sbatch if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", o)]:
         raise UserError(f"--sbatch: '{wrong[0]}' must be like account=lab (写长选项名，不带横线)")
     out = Path(config.run.out)
+    cores = config.run.threads or (CORES_PER_GPU if words.gpu else 1)
     log = out.absolute() / "logs" / "slurm-%j.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     options = [
@@ -157,7 +167,8 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         "requeue",
         "open-mode=append",
         f'output="{log}"',
-        *([f"gpus-per-node={words.devices}"] if words.gpu else [f"cpus-per-task={words.devices}"]),
+        *([f"gpus-per-node={words.devices}"] if words.gpu else []),
+        f"cpus-per-task={words.devices * cores}",
         *words.sbatch,
     ]
     exports = [f"export {name}={value}" for name, value in OFFLINE.items()]
@@ -168,7 +179,8 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         devices=words.devices,
         options="\n".join(f"#SBATCH --{option}" for option in options),
         here=shlex.quote(str(Path.cwd())),
-        exports="\n".join([*exports, *words.setup.splitlines()]),
+        exports="\n".join(exports),
+        on_node=shlex.quote(on_node(words, 'exec "$@" --node-rank "$SLURM_NODEID"')),
         train=shlex.join(train_words(words)),
         stopped=STOPPED,
         stop=shlex.quote(str(out.absolute() / "stop")),
@@ -187,12 +199,12 @@ def kubernetes(words: argparse.Namespace, config: RunConfig) -> str:
     per_node = ["--nodes", str(words.nodes), "--node-rank", "$JOB_COMPLETION_INDEX"]
     line = shlex.join(train_words(words)) + " " + " ".join(per_node)
     line += f" --master {name}-0.{name}:{PORT}"
-    setup = [f"cd {shlex.quote(str(Path.cwd()))}", *words.setup.splitlines(), f"exec {line}"]
+    shell = f"cd {shlex.quote(str(Path.cwd()))} && " + on_node(words, f"exec {line}")
     needs = {"nvidia.com/gpu": words.devices} if words.gpu else {"cpu": words.devices}
     container: dict[str, Any] = {
         "name": "train",
         "image": words.image,
-        "command": ["bash", "-c", " && ".join(setup)],
+        "command": ["bash", "-c", shell],
         "env": [
             {"name": key, "value": value}
             for key, value in {**OFFLINE, "PYTHONPATH": str(ROOT)}.items()
