@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     problems are printed instead, and the exit code is 2."""
     parser = argparse.ArgumentParser("python -m launch check", description=__doc__.split("\n")[0])
     parser.add_argument("config", nargs="?", help="a run, a corpus or a file of sizes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch.samples=64")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. batch.samples=64"
+    )
     parser.add_argument("--devices", type=int, help="also: can this run live on so many?")
     parser.add_argument("--explain", action="store_true", help="print what may stand in a page")
     parser.add_argument("--json", action="store_true", help="print JSON")

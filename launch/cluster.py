@@ -67,7 +67,9 @@ def main(argv: list[str]) -> int:
     """The verb: prints the file, or writes it to --out."""
     parser = argparse.ArgumentParser("python -m launch cluster", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="the page of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="go into the job as well")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="go into the job as well"
+    )
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--slurm", action="store_true", help="an sbatch file")
     kind.add_argument("--kubernetes", action="store_true", help="an indexed Job and its Service")
@@ -126,11 +128,17 @@ def expanded(hosts: str) -> list[str]:
             found.append(before + after)
             continue
         for piece in inner.split(","):
-            low, _, high = piece.partition("-")
-            numbers = range(int(low), int(high or low) + 1)
+            ends = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+            low, high = (ends[1], ends[2] or ends[1]) if ends else ("1", "0")
+            if int(low) > int(high):
+                raise UserError(
+                    f"--hostfile: '{piece}' in '{part.strip()}' must be a number or two that rise, "
+                    "e.g. node[01-04,7] (编号范围有误)"
+                )
+            numbers = range(int(low), int(high) + 1)
             found += [f"{before}{number:0{len(low)}d}{after}" for number in numbers]
-    if not found or len(set(found)) < len(found):
-        raise UserError(f"--hostfile: '{hosts}' names {found}; each machine once (主机重复)")
+    if twice := [host for host in dict.fromkeys(found) if found.count(host) > 1]:
+        raise UserError(f"--hostfile: '{hosts}' names {', '.join(twice)} more than once (主机重复)")
     return found
 
 

@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
     """The verb; the exit code is the job's own, 137 where it had to be killed."""
     parser = argparse.ArgumentParser("python -m launch train", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a page like configs/runs/cpm-small-1gpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. run.steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. run.steps=100"
+    )
     parser.add_argument("--devices", type=int, default=1, help="processes on this machine")
     parser.add_argument(
         "--hostfile", help="DeepSpeed's hostfile: --devices on each of its machines"

@@ -308,7 +308,7 @@ def _words(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. run.steps=100"
     )
-    parser.add_argument("--gpu", action="store_true", help="a GPU, or nothing at all")
+    parser.add_argument("--gpu", action="store_true", help="on NVIDIA GPUs or not at all")
     # By `launch train`. Words reach the machines of a hostfile, the environment does not.
     parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's; RANK says it too

@@ -29,9 +29,21 @@ RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
 def test_machines_are_counted_as_slurm_writes_them() -> None:
     assert expanded("node[01-03,7],extra") == ["node01", "node02", "node03", "node7", "extra"]
     assert expanded("a-b.c") == ["a-b.c"]
-    for wrong in ("a,a", "a[1-", "a b"):
-        with pytest.raises(UserError, match="--hostfile"):
+    for wrong, says in {
+        "a,b,a": "names a more than once",
+        "n[1-3,2]": "names n2 more than once",
+        "a[1-": "names no machine",
+        "a b": "names no machine",
+        "": "names no machine",
+        "node[-]": "'-' in 'node[-]' must be a number or two that rise",
+        "node[04-01]": "'04-01' in 'node[04-01]' must be",
+        "x, node[1-]": "'1-' in 'node[1-]' must be",
+        "node[1,,2]": "'' in 'node[1,,2]' must be",
+        "node[1-2-3]": "'1-2-3' in",
+    }.items():
+        with pytest.raises(UserError, match="--hostfile") as raised:
             expanded(wrong)
+        assert says in str(raised.value)
 
 
 def test_the_hostfile_names_each_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,24 @@ def test_a_mistake_is_one_sentence_and_code_2(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("verb", ["train", "cluster", "corpus", "plan"])
+def test_only_the_page_is_required(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, *(["--slurm"] if verb == "cluster" else [])])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
+
+
+def test_the_script_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    from pretrain.train import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--local_rank=0", "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert said.startswith("usage: deepspeed pretrain/train.py [-h] [--gpu] config [key=value ...]")
+
+
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAJIE_TRACEBACK", "1")
     with pytest.raises(ConfigError):
