@@ -38,6 +38,7 @@ saves, NCCL. Slurm gives a task one core if it is not asked."""
 SLURM = """\
 #!/bin/bash
 # {config} on {nodes} x {devices} devices; written by `python -m launch cluster`.
+# Slurm writes its log only where the folder stands: mkdir -p {logs}
 {options}
 set -u
 cd {here}
@@ -165,7 +166,8 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
     out = Path(config.run.out)
     cores = config.run.threads or (CORES_PER_GPU if words.gpu else 1)
     log = out.absolute() / "logs" / "slurm-%j.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    if words.out is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
     options = [
         f"job-name=bajie-{out.name}",
         f"nodes={words.nodes}",
@@ -187,6 +189,7 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         devices=words.devices,
         options="\n".join(f"#SBATCH --{option}" for option in options),
         here=shlex.quote(str(Path.cwd())),
+        logs=shlex.quote(str(log.parent)),
         exports="\n".join(exports),
         on_node=shlex.quote(on_node(words, 'exec "$@" --node-rank "$SLURM_NODEID"')),
         train=shlex.join(train_words(words)),

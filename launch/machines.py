@@ -69,11 +69,16 @@ class Machines:
             return ["--hostfile", self.hostfile, "--master_port", str(free_port())]
         if self.nodes == 1:
             return ["--master_port", str(free_port())]
-        file = logs / f"hostfile-{self.rank}"
-        lines = [f"machine-{at} slots={devices}\n" for at in range(self.nodes)]
-        file.write_text("".join(lines), "utf-8")
         where = ["--master_addr", self.host, "--master_port", self.port]
-        return ["--hostfile", str(file), "--no_ssh", "--node_rank", str(self.rank), *where]
+        file = str(logs / f"hostfile-{self.rank}")
+        return ["--hostfile", file, "--no_ssh", "--node_rank", str(self.rank), *where]
+
+    def write(self, devices: int, logs: Path) -> None:
+        """The folder of the logs, and in it the hostfile that words() names, where there is one."""
+        logs.mkdir(parents=True, exist_ok=True)
+        if self.nodes > 1:
+            lines = [f"machine-{at} slots={devices}\n" for at in range(self.nodes)]
+            (logs / f"hostfile-{self.rank}").write_text("".join(lines), "utf-8")
 
 
 def deepspeed_line(

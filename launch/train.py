@@ -82,11 +82,11 @@ def main(argv: list[str]) -> int:
     words = [args.config, *args.overrides]
     name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"
     log = Path(config.run.out, "logs", name)
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
     print("$ " + shlex.join(["deepspeed", *command[2:]]), flush=True)
     if args.dry_run:
         return 0
+    machines.write(args.devices, log.parent)
     if args.node_rank == 0:
         Path(config.run.out, "stop").unlink(missing_ok=True)
     ranks = None if args.hostfile else args.devices

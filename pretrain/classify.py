@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from configs.objectives import Labels
-from configs.run import CorpusShare, Data
 from pretrain.answer import right_padded
 from pretrain.batches import Batch
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import open_corpora, trained_length
+from pretrain.corpora import open_measured, trained_length
 from pretrain.device import place
 from pretrain.generate import load_model
 from pretrain.labelled import fit
@@ -85,8 +84,7 @@ def _of_corpus(
 ) -> Iterator[Any]:
     trained = record["config"]["objective"]
     objective = Labels("labels", tuple(trained.get("fields", ())))
-    data = Data((CorpusShare(str(corpus)),), seq_len)
-    corpora = open_corpora(data, objective, 0, record["model"]["vocab"])
+    corpora = open_measured(corpus, seq_len, objective, record["model"]["vocab"])
     if record.get("tokenizer") not in (None, corpora.tokenizer.fingerprint):
         raise TaskError(
             f"--data: {corpus} was encoded by another tokenizer than the checkpoint's; encode it "

@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.objectives import Causal
-from configs.run import CorpusShare, Data
-from pretrain.corpora import Corpora, check_learnt, open_corpora, trained_length
+from pretrain.corpora import Corpora, check_learnt, open_measured, trained_length
 from pretrain.device import check_gpu
 
 Ints = NDArray[np.int64]
@@ -147,9 +146,8 @@ def bits(
     length = seq_len or trained_length(state.record) or state.record["model"]["positions"]
     section = Causal()
     _check(samples, int(length), state.record["model"].get("positions"))
-    data = Data((CorpusShare(str(corpus)),), int(length))
     sizes = state.record["model"]
-    corpora = open_corpora(data, section, 0, sizes.get("words_said") or sizes["vocab"])
+    corpora = open_measured(corpus, int(length), section, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model, task = load_model(state, *place(gpu)), objectives.build(section)
     device = next(model.parameters()).device

@@ -23,11 +23,10 @@ from torch import nn
 from configs.load import from_dict
 from configs.model import CPMConfig, T5PegasusConfig, longest_row
 from configs.objectives import Masked
-from configs.run import CorpusShare, Data
 from pretrain import scores
 from pretrain.answer import answer, framed, right_padded
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import check_learnt, open_corpora, trained_length
+from pretrain.corpora import check_learnt, open_measured, trained_length
 from pretrain.decoding import Decoding, Written
 from pretrain.device import place
 from pretrain.generate import load_model, write
@@ -88,9 +87,10 @@ def masked(
             f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
             "(超过位置数)"
         )
-    data = Data((CorpusShare(str(corpus)),), int(length))
     sizes = state.record["model"]
-    corpora = open_corpora(data, objective, 0, sizes.get("words_said") or sizes["vocab"])
+    corpora = open_measured(
+        corpus, int(length), objective, sizes.get("words_said") or sizes["vocab"]
+    )
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model: Any = load_model(state, *place(gpu))
     device = next(model.parameters()).device

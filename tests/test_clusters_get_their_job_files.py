@@ -98,6 +98,7 @@ def test_each_node_is_set_up_and_only_a_stopped_run_is_put_back(code: int, tmp_p
     words = [RUN, f"run.out={tmp_path / 'run'}", "--slurm", "--nodes", "2", "--setup", setup]
     script = tmp_path / "job.sh"
     assert main([*words, "--python", str(tmp_path / "train"), "--out", str(script)]) == 0
+    assert (tmp_path / "run" / "logs").is_dir()  # or Slurm would have nowhere to write to
     slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[01-02]", "NNODES": "2", "CPUS_PER_TASK": "1"}
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **{f"SLURM_{k}": v for k, v in slurm.items()}}
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)

@@ -428,8 +428,17 @@ def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
         str(tmp_path / "hostfile-1"), "--no_ssh", "--node_rank", "1",
         "--master_addr", "10.0.0.7", "--master_port",
     ]  # fmt: skip
-    hosts = (tmp_path / "hostfile-1").read_text().splitlines()
+    assert not list(tmp_path.iterdir())
+    Machines.of(3, 1, "10.0.0.7:29500", None).write(4, tmp_path / "logs")
+    hosts = (tmp_path / "logs" / "hostfile-1").read_text().splitlines()
     assert hosts == [f"machine-{at} slots=4" for at in range(3)]
+
+
+@pytest.mark.parametrize("words", [["train", "--dry-run"], ["cluster", "--slurm"]])
+def test_what_is_only_printed_leaves_nothing_behind(words: list[str], tmp_path: Path) -> None:
+    many = ["--nodes", "2", *(["--master", "h:1"] if words[0] == "train" else [])]
+    assert cli.main([*words, RUN, f"run.out={tmp_path / 'run'}", *many]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,9 @@ def test_what_a_user_gets_wrong_is_a_sentence(
         cli.main(["evaluate", str(folder), "--task", "csl", "--data", str(tmp_path / "file")]) == 2
     )
     assert "is not UTF-8" in capsys.readouterr().err
+    line = ["evaluate", str(folder), "--task", "mlm", "--data", str(tmp_path / "nocorpus")]
+    assert cli.main(line) == 2
+    assert f"--data: {tmp_path}/nocorpus is no corpus" in capsys.readouterr().err
     made = tmp_path / "t5"
     other = saved(made, SIZES["t5"])
     assert cli.main(["evaluate", str(other), "--task", "mlm", "--data", str(tmp_path)]) == 2
