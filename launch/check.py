@@ -18,6 +18,7 @@ from configs import run as run_page
 from configs.load import ConfigError, load, read_yaml
 from configs.model import ModelConfig, parameter_count
 from launch import grammar
+from launch.machines import at_least_one
 
 CORPUS_SECTIONS = {"tokenizer", "split", "clean", "dedup"}
 
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
     problems are printed instead, and the exit code is 2."""
     parser = argparse.ArgumentParser("python -m launch check", description=__doc__.split("\n")[0])
     parser.add_argument("config", nargs="?", help="a run, a corpus or a file of sizes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch.samples=64")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. batch.samples=64"
+    )
     parser.add_argument("--devices", type=int, help="also: can this run live on so many?")
     parser.add_argument("--explain", action="store_true", help="print what may stand in a page")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -73,13 +76,15 @@ def main(argv: list[str]) -> int:
 
 def check(path: str, overrides: list[str], devices: int | None = None) -> dict[str, Any]:
     """What a page comes to, as plain data; ConfigError lists every problem of it."""
+    if devices is not None:
+        at_least_one("--devices", devices)
     kind = kind_of(path)
     config = load(path, PAGES[kind], overrides)
     found: dict[str, Any] = {"config": path, "kind": kind}
     if isinstance(config, corpus_page.CorpusConfig):
         return found | _corpus_summary(config)
     if isinstance(config, run_page.RunConfig):
-        if devices and (problems := run_page.world_problems(config, devices)):
+        if devices is not None and (problems := run_page.world_problems(config, devices)):
             raise ConfigError("\n".join(problems))
         return found | _run_summary(config)
     assert isinstance(config, Sizes)

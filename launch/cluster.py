@@ -22,6 +22,7 @@ from configs.executing import SLURM_TIME
 from configs.load import ConfigError, dump, load
 from configs.run import RunConfig, world_problems
 from launch.cli import UserError
+from launch.machines import at_least_one
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -30,16 +31,21 @@ STOPPED = 75
 """Exit code of a run that was told to stop before its end (EX_TEMPFAIL)."""
 GRACE_S = 180
 """From the notice that a job will end to its end: time to save."""
+CORES_PER_GPU = 4
+"""CPU cores of a process with a GPU where the page has no run.threads: Python, the loader, what
+saves, NCCL. Slurm gives a task one core if it is not asked."""
 
 SLURM = """\
 #!/bin/bash
 # {config} on {nodes} x {devices} devices; written by `python -m launch cluster`.
+# Slurm writes its log only where the folder stands: mkdir -p {logs}
 {options}
 set -u
 cd {here}
 {exports}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # from 22.05 on srun does not take it over
 
 # Before the time limit the shell hears USR1: all ranks save, the steps end with code {stopped}, and
 # the job stands in the queue again. On preemption Slurm itself says TERM and puts the job back.
@@ -47,7 +53,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 stop={stop}
 rm -f "$stop"
 trap 'touch "$stop"' USR1
-srun --kill-on-bad-exit=1 bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' - \\
+srun --kill-on-bad-exit=1 bash -c {on_node} - \\
   {train} \\
   --nodes "$SLURM_NNODES" --master "$head:$port" &
 step=$!
@@ -62,7 +68,9 @@ def main(argv: list[str]) -> int:
     """The verb: prints the file, or writes it to --out."""
     parser = argparse.ArgumentParser("python -m launch cluster", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="the page of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="go into the job as well")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="go into the job as well"
+    )
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--slurm", action="store_true", help="an sbatch file")
     kind.add_argument("--kubernetes", action="store_true", help="an indexed Job and its Service")
@@ -72,7 +80,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpu", action="store_true", help="GPUs; without it CPUs are used")
     parser.add_argument("--time", default="24:00:00", help="Slurm: limit of the job")
     parser.add_argument("--sbatch", nargs="*", default=[], help="Slurm: e.g. partition=a account=b")
-    parser.add_argument("--setup", default="", help="shell lines a node runs first")
+    parser.add_argument("--setup", default="", help="shell lines each node runs first")
     parser.add_argument("--python", default=sys.executable, help="Python on the nodes")
     parser.add_argument("--image", help="Kubernetes: image that holds the environment")
     parser.add_argument("--claim", help="Kubernetes: volume claim of the shared file system")
@@ -103,8 +111,7 @@ def job_file(words: argparse.Namespace) -> str:
 def _check(words: argparse.Namespace, nodes: int) -> RunConfig:
     config = load(words.config, RunConfig, words.overrides)
     for name, value in (("--nodes", nodes), ("--devices", words.devices)):
-        if value < 1:
-            raise UserError(f"{name} is {value}, must be at least 1 (至少为 1)")
+        at_least_one(name, value)
     if problems := world_problems(config, nodes * words.devices):
         raise ConfigError("\n".join(problems))
     return config
@@ -122,11 +129,17 @@ def expanded(hosts: str) -> list[str]:
             found.append(before + after)
             continue
         for piece in inner.split(","):
-            low, _, high = piece.partition("-")
-            numbers = range(int(low), int(high or low) + 1)
+            ends = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+            low, high = (ends[1], ends[2] or ends[1]) if ends else ("1", "0")
+            if int(low) > int(high):
+                raise UserError(
+                    f"--hostfile: '{piece}' in '{part.strip()}' must be a number or two that rise, "
+                    "e.g. node[01-04,7] (编号范围有误)"
+                )
+            numbers = range(int(low), int(high) + 1)
             found += [f"{before}{number:0{len(low)}d}{after}" for number in numbers]
-    if not found or len(set(found)) < len(found):
-        raise UserError(f"--hostfile: '{hosts}' names {found}; each machine once (主机重复)")
+    if twice := [host for host in dict.fromkeys(found) if found.count(host) > 1]:
+        raise UserError(f"--hostfile: '{hosts}' names {', '.join(twice)} more than once (主机重复)")
     return found
 
 
@@ -139,6 +152,11 @@ def train_words(words: argparse.Namespace) -> list[str]:
     return [*line, "--stopped-code", str(STOPPED), *gpu]
 
 
+def on_node(words: argparse.Namespace, last: str) -> str:
+    """What the shell of each node does: the lines of --setup, then `last` if none has failed."""
+    return " && ".join([*filter(str.strip, words.setup.splitlines()), last])
+
+
 def slurm(words: argparse.Namespace, config: RunConfig) -> str:
     """The sbatch file."""
     if not SLURM_TIME.fullmatch(words.time):
@@ -146,8 +164,10 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
     if wrong := [o for o in words.sbatch if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", o)]:
         raise UserError(f"--sbatch: '{wrong[0]}' must be like account=lab (写长选项名，不带横线)")
     out = Path(config.run.out)
+    cores = config.run.threads or (CORES_PER_GPU if words.gpu else 1)
     log = out.absolute() / "logs" / "slurm-%j.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    if words.out is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
     options = [
         f"job-name=bajie-{out.name}",
         f"nodes={words.nodes}",
@@ -157,7 +177,8 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         "requeue",
         "open-mode=append",
         f'output="{log}"',
-        *([f"gpus-per-node={words.devices}"] if words.gpu else [f"cpus-per-task={words.devices}"]),
+        *([f"gpus-per-node={words.devices}"] if words.gpu else []),
+        f"cpus-per-task={words.devices * cores}",
         *words.sbatch,
     ]
     exports = [f"export {name}={value}" for name, value in OFFLINE.items()]
@@ -168,7 +189,9 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         devices=words.devices,
         options="\n".join(f"#SBATCH --{option}" for option in options),
         here=shlex.quote(str(Path.cwd())),
-        exports="\n".join([*exports, *words.setup.splitlines()]),
+        logs=shlex.quote(str(log.parent)),
+        exports="\n".join(exports),
+        on_node=shlex.quote(on_node(words, 'exec "$@" --node-rank "$SLURM_NODEID"')),
         train=shlex.join(train_words(words)),
         stopped=STOPPED,
         stop=shlex.quote(str(out.absolute() / "stop")),
@@ -187,12 +210,12 @@ def kubernetes(words: argparse.Namespace, config: RunConfig) -> str:
     per_node = ["--nodes", str(words.nodes), "--node-rank", "$JOB_COMPLETION_INDEX"]
     line = shlex.join(train_words(words)) + " " + " ".join(per_node)
     line += f" --master {name}-0.{name}:{PORT}"
-    setup = [f"cd {shlex.quote(str(Path.cwd()))}", *words.setup.splitlines(), f"exec {line}"]
+    shell = f"cd {shlex.quote(str(Path.cwd()))} && " + on_node(words, f"exec {line}")
     needs = {"nvidia.com/gpu": words.devices} if words.gpu else {"cpu": words.devices}
     container: dict[str, Any] = {
         "name": "train",
         "image": words.image,
-        "command": ["bash", "-c", " && ".join(setup)],
+        "command": ["bash", "-c", shell],
         "env": [
             {"name": key, "value": value}
             for key, value in {**OFFLINE, "PYTHONPATH": str(ROOT)}.items()

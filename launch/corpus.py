@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
     """The verb; 0 when the corpus is whole. Raises ConfigError and what the build has to say."""
     parser = argparse.ArgumentParser("python -m launch corpus", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a page like configs/corpora/sample.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.workers=2")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.workers=2"
+    )
     parser.add_argument("--plan", action="store_true", help="only say what it is made of")
     parser.add_argument("--json", action="store_true", help="print the manifest, or plan, as JSON")
     args = parser.parse_intermixed_args(argv)

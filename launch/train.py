@@ -32,8 +32,8 @@ import psutil
 
 from configs.load import ConfigError, load
 from configs.run import RunConfig, world_problems
-from launch.cli import UserError
 from launch.machines import Machines, deepspeed_line
+from pretrain.device import ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
     """The verb; the exit code is the job's own, 137 where it had to be killed."""
     parser = argparse.ArgumentParser("python -m launch train", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a page like configs/runs/cpm-small-1gpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. run.steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. run.steps=100"
+    )
     parser.add_argument("--devices", type=int, default=1, help="processes on this machine")
     parser.add_argument(
         "--hostfile", help="DeepSpeed's hostfile: --devices on each of its machines"
@@ -73,30 +75,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, RunConfig, args.overrides)
-    if args.devices < 1:
-        raise UserError(f"--devices is {args.devices}, must be at least 1 (设备数至少为 1)")
-    if not args.hostfile and (problems := world_problems(config, args.nodes * args.devices)):
-        raise ConfigError("\n".join(problems))
     machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
+    if problems := world_problems(config, machines.processes(args.devices)):
+        raise ConfigError("\n".join(problems))
     gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
     words = [args.config, *args.overrides]
     name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"
     log = Path(config.run.out, "logs", name)
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
     print("$ " + shlex.join(["deepspeed", *command[2:]]), flush=True)
     if args.dry_run:
         return 0
+    machines.write(args.devices, log.parent)
     if args.node_rank == 0:
         Path(config.run.out, "stop").unlink(missing_ok=True)
     ranks = None if args.hostfile else args.devices
     for left in range(config.faults.restarts, -1, -1):
         with open(log, "ab") as stream:
             job = Job(
-                command,
+                [*command, "--launched"],
                 environment(gpu),
                 stream,
                 ranks=ranks,
+                hosts=machines.prefixes,
                 grace_s=args.grace_s,
                 folder=Path(config.run.out),
             )
@@ -117,10 +118,10 @@ def main(argv: list[str]) -> int:
 
 
 def environment(gpu: bool) -> dict[str, str]:
-    """What the job inherits: marked lines asked for, our Python first, the CPU unless `gpu`."""
+    """What the job inherits on this machine: our Python first, the CPU unless `gpu`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    env = {**os.environ, "BAJIE_LAUNCHED": "1", "PATH": path}
-    return env if gpu else {**env, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PATH": path}
+    return env if gpu else {**env, **ON_CPU}
 
 
 @dataclass
@@ -133,6 +134,8 @@ class Job:
     """Everything that launcher and ranks print."""
     ranks: int | None = None
     """How many must report a good end; None: not known (several machines)."""
+    hosts: frozenset[str] = frozenset()
+    """What pdsh puts in front of the lines of a machine, with a colon."""
     grace_s: float = 60.0
     """From the first signal to the kill."""
     folder: Path | None = None
@@ -335,7 +338,8 @@ class Job:
         self.log.flush()
 
     def _line(self, line: str) -> None:
-        chatter, mark, text = line.partition(MARK)
+        host, colon, rest = line.partition(": ")
+        chatter, mark, text = (rest if colon and host in self.hosts else line).partition(MARK)
         if mark:
             self._show(text)
         if "exits successfully" in chatter:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from configs.objectives import Labels
-from configs.run import CorpusShare, Data
 from pretrain.answer import right_padded
 from pretrain.batches import Batch
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import open_corpora, trained_length
+from pretrain.corpora import open_measured, trained_length
+from pretrain.device import place
 from pretrain.generate import load_model
 from pretrain.labelled import fit
 from pretrain.objectives.labels import logits_at, places
@@ -26,7 +26,11 @@ from pretrain.tasks import TaskError, columns
 
 
 def labels(
-    checkpoint: str | Path, data: str | Path, limit: int | None, seq_len: int | None
+    checkpoint: str | Path,
+    data: str | Path,
+    limit: int | None,
+    seq_len: int | None,
+    gpu: bool = False,
 ) -> dict[str, Any]:
     """Accuracy and macro-averaged F1 x 100 over a corpus' valid split (`limit` rows of it) or the
     first `limit` lines of a file.
@@ -44,12 +48,15 @@ def labels(
     else:
         tokenizer = tokenizers.load(folder / "tokenizer")
         batches = _of_file(data, tokenizer, names, limit, length)
-    model: Any = load_model(state)
+    model: Any = load_model(state, *place(gpu))
+    device = next(model.parameters()).device
     confusion_LL = np.zeros((len(names), len(names)), np.int64)
     with torch.no_grad():
-        for batch in batches:
+        for rows in batches:
+            batch = rows.to(device)
             logits_NL, targets_N = logits_at(model, batch, places(batch))
-            np.add.at(confusion_LL, (targets_N.numpy(), logits_NL.argmax(-1).numpy()), 1)
+            both = targets_N.cpu().numpy(), logits_NL.argmax(-1).cpu().numpy()
+            np.add.at(confusion_LL, both, 1)
     return _told(confusion_LL, names)
 
 
@@ -77,8 +84,7 @@ def _of_corpus(
 ) -> Iterator[Any]:
     trained = record["config"]["objective"]
     objective = Labels("labels", tuple(trained.get("fields", ())))
-    data = Data((CorpusShare(str(corpus)),), seq_len)
-    corpora = open_corpora(data, objective, 0, record["model"]["vocab"])
+    corpora = open_measured(corpus, seq_len, objective, record["model"]["vocab"])
     if record.get("tokenizer") not in (None, corpora.tokenizer.fingerprint):
         raise TaskError(
             f"--data: {corpus} was encoded by another tokenizer than the checkpoint's; encode it "

@@ -21,7 +21,7 @@ import torch
 
 from configs.load import ConfigError, to_dict
 from configs.objectives import Objective, packing_of
-from configs.run import Data
+from configs.run import CorpusShare, Data
 from data_pipeline import index as corpus_index
 from data_pipeline import tokenizer as corpus_tokenizer
 from pretrain.batches import Batch, Rows, read_rows, step_samples
@@ -143,6 +143,15 @@ class Reading:
 def open_corpora(data: Data, objective: Objective, seed: int, vocab: int) -> Corpora:
     """Open the corpora of one section. Raises ConfigError as open_stages()."""
     return open_stages([Reading(data, objective)], seed, vocab)[0]
+
+
+def open_measured(corpus: str | Path, seq_len: int, objective: Objective, vocab: int) -> Corpora:
+    """Open the one corpus that `evaluate --data` names. Raises ConfigError as open_stages(), with
+    the word of the command for the key of a page."""
+    try:
+        return open_corpora(Data((CorpusShare(str(corpus)),), seq_len), objective, 0, vocab)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.train: ", "--data: ")) from None
 
 
 def open_stages(readings: Sequence[Reading], seed: int, vocab: int) -> list[Corpora]:

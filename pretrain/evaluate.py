@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.objectives import Causal
-from configs.run import CorpusShare, Data
-from pretrain.corpora import Corpora, check_learnt, open_corpora, trained_length
+from pretrain.corpora import Corpora, check_learnt, open_measured, trained_length
+from pretrain.device import check_gpu
 
 Ints = NDArray[np.int64]
 CHUNK = 1 << 24
@@ -127,13 +127,18 @@ def baselines(corpora: Corpora, samples: int) -> dict[str, float]:
 
 
 def bits(
-    checkpoint: str | Path, corpus: str | Path, samples: int = 256, seq_len: int | None = None
+    checkpoint: str | Path,
+    corpus: str | Path,
+    samples: int = 256,
+    seq_len: int | None = None,
+    gpu: bool = False,
 ) -> dict[str, Any]:
     """Bits per character of a checkpoint, a unigram and a bigram on a corpus' valid split."""
     import torch
 
     from pretrain import objectives
     from pretrain.checkpoint import read, resolve
+    from pretrain.device import place
     from pretrain.generate import load_model
     from pretrain.objectives.losses import token_losses_plain
 
@@ -141,15 +146,15 @@ def bits(
     length = seq_len or trained_length(state.record) or state.record["model"]["positions"]
     section = Causal()
     _check(samples, int(length), state.record["model"].get("positions"))
-    data = Data((CorpusShare(str(corpus)),), int(length))
     sizes = state.record["model"]
-    corpora = open_corpora(data, section, 0, sizes.get("words_said") or sizes["vocab"])
+    corpora = open_measured(corpus, int(length), section, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
-    model, task = load_model(state), objectives.build(section)
+    model, task = load_model(state, *place(gpu)), objectives.build(section)
+    device = next(model.parameters()).device
     nats, predicted = 0.0, 0
     with torch.no_grad():
         for batch in corpora.validation(samples, 0, 1, 4):
-            loss_sum, number = task.loss(model, batch, token_losses_plain)
+            loss_sum, number = task.loss(model, batch.to(device), token_losses_plain)
             nats, predicted = nats + float(loss_sum), predicted + int(number)
     characters = corpora.measured_characters(samples)
     scale = math.log(2) * max(characters, 1)
@@ -196,17 +201,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--lengths", help="of length and passkey: 128,256,512 (长度)")
     parser.add_argument("--plot", metavar="FILE", help="of length, passkey: the curves, SVG")
     parser.add_argument("--cleaned", metavar="FILE", help="of ape210k: write the set and end")
+    parser.add_argument("--gpu", action="store_true", help="on an NVIDIA GPU, in bf16")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
     if words.checkpoint is None and words.cleaned is None:
         parser.error("a checkpoint must be given (须给出检查点)")
     if words.data is None and words.task != "passkey":
         raise ValueError(f"--data: must be given for --task {words.task} (须给出数据)")
+    if words.gpu:
+        check_gpu()
     if words.task in ("length", "passkey"):
         result = reach(words)
     elif words.task == "bits":
         samples = 256 if words.samples is None else words.samples
-        result = bits(words.checkpoint, words.data, samples, words.seq_len)
+        result = bits(words.checkpoint, words.data, samples, words.seq_len, words.gpu)
     else:
         result = measured(words)
     if words.json:
@@ -236,10 +244,12 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
         ) from None
     head = {"task": words.task, "checkpoint": str(words.checkpoint)}
     if words.task == "length":
-        found = lengths.lengths(words.checkpoint, words.data, wanted, words.samples or 64)
+        count = words.samples or 64
+        found = lengths.lengths(words.checkpoint, words.data, wanted, count, gpu=words.gpu)
         head["data"] = str(words.data)
     else:
-        found = lengths.passkeys(words.checkpoint, wanted, samples=words.samples or 10)
+        count = words.samples or 10
+        found = lengths.passkeys(words.checkpoint, wanted, samples=count, gpu=words.gpu)
     if words.plot is not None:
         Path(words.plot).write_text(lengths.drawn(found), "utf-8")
     return head | found
@@ -255,18 +265,18 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
         return tasks.write_problems(words.task, words.data, words.cleaned, words.samples)
     head = {"task": words.task, "checkpoint": str(words.checkpoint), "data": str(words.data)}
     if words.task == "mlm":
-        chosen = words.masking, words.samples or 256, words.seq_len
+        chosen = words.masking, words.samples or 256, words.seq_len, words.gpu
         return head | tasks.masked(words.checkpoint, words.data, *chosen)
+    asked = words.checkpoint, words.data, words.samples, words.seq_len, words.gpu
     if words.task == "labels":
-        return head | classify.labels(words.checkpoint, words.data, words.samples, words.seq_len)
+        return head | classify.labels(*asked)
     if words.task in prompts.TASKS:
         return head | prompted(words)
-    model, tokenizer = tasks.opened(words.checkpoint)
+    model, tokenizer = tasks.opened(words.checkpoint, words.gpu)
     if words.task == "lcqmc":
         found = tasks.similarity(model, tokenizer, words.data, words.samples)
         if getattr(model.config, "labels", 0):
-            of_labels = classify.labels(words.checkpoint, words.data, words.samples, words.seq_len)
-            found["accuracy"] = of_labels["accuracy"]
+            found["accuracy"] = classify.labels(*asked)["accuracy"]
         return head | found
 
     def writes(sources: Sequence[str]) -> list[str]:
@@ -294,7 +304,7 @@ def prompted(words: argparse.Namespace) -> dict[str, Any]:
         raise tasks.TaskError("--shots, --examples: give both or neither (须同时给出)")
     asked = prompts.questions(words.task, words.data, words.samples, words.candidates)
     solved = prompts.questions(words.task, words.examples) if words.shots else []
-    model, tokenizer = tasks.opened(words.checkpoint)
+    model, tokenizer = tasks.opened(words.checkpoint, words.gpu)
     return prompts.chosen(model, tokenizer, asked, words.shots, solved)
 
 

@@ -34,6 +34,7 @@ from pretrain import checkpoint, models
 from pretrain.allowed import AllowedOutputs, Node, read_lines
 from pretrain.beam import Ahead, BranchingCache, search
 from pretrain.decoding import Decoding, Written
+from pretrain.device import place
 from pretrain.state import State
 
 PADDING = -1
@@ -375,15 +376,13 @@ def main(argv: Sequence[str]) -> int:
         words.patient,
         words.min_ends,
     )
-    if words.gpu and not torch.cuda.is_available():
-        raise ValueError("--gpu: PyTorch finds no NVIDIA GPU here; leave it out (没有可用的 GPU)")
+    where = place(words.gpu)
 
     from data_pipeline import tokenizer as corpus_tokenizer
 
     folder = checkpoint.resolve(words.checkpoint)
     tokenizer = corpus_tokenizer.load(folder / "tokenizer")
-    place = ("cuda", torch.bfloat16) if words.gpu else ("cpu", torch.float32)
-    model = load_model(checkpoint.read(folder), *place)
+    model = load_model(checkpoint.read(folder), *where)
     start = time.perf_counter()
     found = texts(model, tokenizer, words.prompt, decoding, words.allowed)
     elapsed_s = time.perf_counter() - start

@@ -29,6 +29,7 @@ from configs.grown import said
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, longest_row
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import check_learnt
+from pretrain.device import place
 from pretrain.generate import load_model
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.reading import sentinels_of
@@ -57,6 +58,7 @@ def lengths(
     wanted: Sequence[int],
     samples: int = 64,
     buckets: int = 8,
+    gpu: bool = False,
 ) -> dict[str, Any]:
     """Loss (nats a token) by bucket of positions for each length, over the same documents; `error`
     is the standard error over the documents, whose own losses stand beside it.
@@ -68,7 +70,7 @@ def lengths(
     state = read(resolve(checkpoint))
     words = tokenizers.load(Path(corpus) / "tokenizer")
     check_learnt(state.record, corpus, words.fingerprint)
-    model: Any = load_model(state)
+    model: Any = load_model(state, *place(gpu))
     _check(model.config, wanted)
     rows = _documents(Path(corpus) / "valid", max(wanted) + 1, samples)
     found = []
@@ -137,24 +139,25 @@ def by_position(
     encoder (mask_id given) the tokens that are masked there.
     """
     B, T = rows_BT.shape[0], rows_BT.shape[1] - 1
+    device = next(model.parameters()).device
     found_BT, counted_BT = np.zeros((B, T)), np.zeros((B, T), bool)
     hidden_BT = np.random.default_rng(0).random((B, T)) < MASKED
     at_once = max(1, TOKENS_AT_ONCE // T)
     for first in range(0, B, at_once):
-        part = torch.from_numpy(rows_BT[first : first + at_once])
+        part = torch.from_numpy(rows_BT[first : first + at_once]).to(device)
         tokens_BT, targets_BT = part[:, :-1], part[:, 1:]
         chosen_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
         if mask_id is not None:
-            chosen_BT = torch.from_numpy(hidden_BT[first : first + at_once])
+            chosen_BT = torch.from_numpy(hidden_BT[first : first + at_once]).to(device)
             targets_BT, tokens_BT = tokens_BT, tokens_BT.masked_fill(chosen_BT, mask_id)
-        positions_BT = torch.arange(T).expand_as(tokens_BT)
+        positions_BT = torch.arange(T, device=device).expand_as(tokens_BT)
         states_ND = model(tokens_BT, positions_BT)[chosen_BT]
-        losses_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
+        losses_BT = torch.zeros_like(tokens_BT, dtype=torch.float64)
         if len(states_ND):
             losses_N = token_losses_plain(model.logits, states_ND, targets_BT[chosen_BT])
             losses_BT[chosen_BT] = losses_N.double()
-        found_BT[first : first + at_once] = losses_BT.numpy()
-        counted_BT[first : first + at_once] = chosen_BT.numpy()
+        found_BT[first : first + at_once] = losses_BT.cpu().numpy()
+        counted_BT[first : first + at_once] = chosen_BT.cpu().numpy()
     return found_BT, counted_BT
 
 
@@ -211,11 +214,11 @@ def _losses_of(
     model: Any, words: Any, source_BS: np.ndarray, target_BX: np.ndarray
 ) -> NDArray[np.float64]:
     """Losses [B, X] of a T5's targets."""
-    found = []
+    found, device = [], next(model.parameters()).device
     at_once = max(1, TOKENS_AT_ONCE // source_BS.shape[1])
     for first in range(0, len(source_BS), at_once):
         source, target = (
-            torch.from_numpy(x[first : first + at_once]) for x in (source_BS, target_BX)
+            torch.from_numpy(x[first : first + at_once]).to(device) for x in (source_BS, target_BX)
         )
         start = target.new_full((len(target), 1), _start(words))
         ends = [target.new_full((len(target), 1), words.eod_id)]
@@ -224,9 +227,9 @@ def _losses_of(
         sides = [torch.cat([start, target[:, :-1]], 1), torch.cat([source, *ends], 1)]
         asked: list[Any] = []
         for side in sides:
-            asked += [side, torch.arange(side.shape[1]).expand_as(side), None]
+            asked += [side, torch.arange(side.shape[1], device=device).expand_as(side), None]
         losses_N = token_losses_plain(model.logits, model(*asked).flatten(0, 1), target.flatten())
-        found.append(losses_N.view_as(target).double().numpy())
+        found.append(losses_N.view_as(target).double().cpu().numpy())
     return np.concatenate(found)
 
 
@@ -248,6 +251,7 @@ def passkeys(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 10,
     seed: int = 0,
+    gpu: bool = False,
 ) -> dict[str, Any]:
     """Share of passkeys that are said whole, by length of the text and depth of the key in it."""
     from data_pipeline import tokenizer as tokenizers
@@ -255,7 +259,7 @@ def passkeys(
     folder = resolve(checkpoint)
     if not (folder / "tokenizer").is_dir():
         raise LengthError(f"{folder}: has no tokenizer/, texts cannot be read for it (缺少分词器)")
-    words, model = tokenizers.load(folder / "tokenizer"), load_model(read(folder))
+    words, model = tokenizers.load(folder / "tokenizer"), load_model(read(folder), *place(gpu))
     room = longest_row(model.config)  # type: ignore[arg-type]
     if room is not None and max(wanted) > room:
         raise LengthError(
@@ -303,11 +307,12 @@ def passkey(words: Any, length: int, depth: float, seed: int) -> tuple[list[int]
 @torch.no_grad()
 def _says(model: Any, words: Any, text: list[int], key: list[int]) -> bool:
     """Whether the likeliest tokens behind the text, or in its masks, are the key."""
-    count, answer = len(key), torch.tensor(key)
+    device = next(model.parameters()).device
+    count, answer = len(key), torch.tensor(key, device=device)
 
     def row(ids: list[int]) -> tuple[Tensor, Tensor, None]:
-        tokens_BT = torch.tensor([ids])
-        return tokens_BT, torch.arange(len(ids))[None], None
+        tokens_BT = torch.tensor([ids], device=device)
+        return tokens_BT, torch.arange(len(ids), device=device)[None], None
 
     if isinstance(model.config, CPMConfig):  # right token by token is what greedy would write
         hidden_BTD = model(*row([*text, *key]))[:, -count - 1 : -1]

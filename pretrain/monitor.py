@@ -88,17 +88,19 @@ def _measured_peak(device: torch.device, precision: str) -> float:
 
 @dataclass
 class Terminal:
-    """Where a person looks: a stream, prefixed when a launcher sorts our lines from chatter."""
+    """Where a person looks: a stream."""
 
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     errors: TextIO = field(default_factory=lambda: sys.stderr)
     enabled: bool = True
+    marked: bool = False
+    """Whether a launcher sorts our lines from chatter by MARK."""
 
     def say(self, text: str, passing: bool = False) -> None:
         """Show a line; a `passing` one is replaced by the next where the stream is a terminal."""
         if not self.enabled:
             return
-        if launched():
+        if self.marked:
             text = _marked(text, "\r" if passing else "")
         elif self.stream.isatty():
             text = f"\r\x1b[2K{text}" + ("" if passing else "\n")
@@ -109,23 +111,19 @@ class Terminal:
 
     def complain(self, text: str) -> None:
         """Show what a person must act on, whichever rank says it."""
-        self.errors.write(_marked(text, "") if launched() else f"{text}\n")
+        self.errors.write(_marked(text, "") if self.marked else f"{text}\n")
         self.errors.flush()
-
-
-def launched() -> bool:
-    """Whether `launch train` reads our output."""
-    return os.environ.get("BAJIE_LAUNCHED") == "1"
 
 
 def _marked(text: str, passing: str) -> str:
     return "".join(f"{MARK}{passing}{line}\n" for line in text.splitlines() or [""])
 
 
-def terminal(run: Path, rank: int) -> Terminal:
+def terminal(run: Path, rank: int, marked: bool) -> Terminal:
     """Send everything that this process and its libraries print to RUN/logs, keep a way out.
 
     File descriptors are redirected, so that C++ libraries are caught too. Only rank 0 speaks.
+    marked: `launch train` reads what we say.
     """
     logs = run / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -138,7 +136,7 @@ def terminal(run: Path, rank: int) -> Terminal:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    return Terminal(way_out, errors, enabled=rank == 0)
+    return Terminal(way_out, errors, enabled=rank == 0, marked=marked)
 
 
 def first_to_speak(run: Path) -> bool:

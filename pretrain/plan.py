@@ -323,8 +323,8 @@ def main(argv: list[str]) -> int:
     """`python -m launch plan CONFIG [key=value ...] --gpus N --gpu NAME [--json]`."""
     parser = argparse.ArgumentParser(prog="python -m launch plan", description="what a run costs")
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=int, default=1, help="devices (1)")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--gpus", "--devices", type=int, default=1, help="how many (1)")
     parser.add_argument("--gpu", default="h200", help="a card of configs/gpus.yaml (h200)")
     parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak ({MFU})")
     parser.add_argument("--json", action="store_true", help="print it as JSON")

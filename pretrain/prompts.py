@@ -218,13 +218,11 @@ def _losses(
     """Mean loss a token of the last `counted` tokens of each row."""
     if min(counted) < 1:
         raise TaskError("--data: has a text of less than two tokens (文本过短)")
-    out = [0.0] * len(rows)
+    out, device = [0.0] * len(rows), next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda at: len(rows[at]))
     for start in range(0, len(order), batch):
         places = order[start : start + batch]
-        tokens_BT, *given = right_padded(
-            [rows[at] for at in places], tokenizer.pad_id, torch.device("cpu")
-        )
+        tokens_BT, *given = right_padded([rows[at] for at in places], tokenizer.pad_id, device)
         hidden_BTD = model(tokens_BT, *given)
         for row, at in enumerate(places):
             end = len(rows[at]) - 1

@@ -23,12 +23,12 @@ from torch import nn
 from configs.load import from_dict
 from configs.model import CPMConfig, T5PegasusConfig, longest_row
 from configs.objectives import Masked
-from configs.run import CorpusShare, Data
 from pretrain import scores
 from pretrain.answer import answer, framed, right_padded
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import check_learnt, open_corpora, trained_length
+from pretrain.corpora import check_learnt, open_measured, trained_length
 from pretrain.decoding import Decoding, Written
+from pretrain.device import place
 from pretrain.generate import load_model, write
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.word_problems import Problem, cleaned
@@ -42,14 +42,14 @@ class TaskError(ValueError):
     """A checkpoint or a file that does not fit the task."""
 
 
-def opened(checkpoint: str | Path) -> tuple[nn.Module, Any]:
+def opened(checkpoint: str | Path, gpu: bool = False) -> tuple[nn.Module, Any]:
     """The model of a checkpoint or a run, and its tokenizer."""
     from data_pipeline import tokenizer as tokenizers
 
     folder = resolve(checkpoint)
     if not (folder / "tokenizer").is_dir():
         raise TaskError(f"{folder}: has no tokenizer/, texts cannot be read for it (缺少分词器)")
-    return load_model(read(folder)), tokenizers.load(folder / "tokenizer")
+    return load_model(read(folder), *place(gpu)), tokenizers.load(folder / "tokenizer")
 
 
 # ---------------------------------------------------------------- masked tokens
@@ -62,6 +62,7 @@ def masked(
     masking: str | None,
     samples: int,
     seq_len: int | None,
+    gpu: bool = False,
 ) -> dict[str, Any]:
     """How many of the masked tokens of a corpus' valid split a RoFormer guesses right.
 
@@ -86,15 +87,18 @@ def masked(
             f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
             "(超过位置数)"
         )
-    data = Data((CorpusShare(str(corpus)),), int(length))
     sizes = state.record["model"]
-    corpora = open_corpora(data, objective, 0, sizes.get("words_said") or sizes["vocab"])
+    corpora = open_measured(
+        corpus, int(length), objective, sizes.get("words_said") or sizes["vocab"]
+    )
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
-    model: Any = load_model(state)
+    model: Any = load_model(state, *place(gpu))
+    device = next(model.parameters()).device
     names = ("masked", "kept", "replaced")
     right, number = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     nats, five = 0.0, 0
-    for batch in corpora.validation(samples, 0, 1, 4):
+    for row in corpora.validation(samples, 0, 1, 4):
+        batch = row.to(device)
         hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.document_ids_BT)
         mask_BT = batch.loss_mask_BT
         targets_N, shown_N = batch.targets_BT[mask_BT], batch.tokens_BT[mask_BT]
@@ -278,7 +282,7 @@ def vectors(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 16) -
     stack = model.encoder if hasattr(model, "encoder") else model.decoder
     blocks = {stack.layers[0], stack.layers[len(stack.layers) - 1]}
     hooks = [b.register_forward_hook(lambda _m, _i, out: seen.append(out)) for b in blocks]
-    config = model.config
+    config, device = model.config, next(model.parameters()).device
     bos = None if isinstance(config, CPMConfig) else tokenizer.bos_id
     longest = min(512, longest_row(config) or 512) - 2
     rows = [
@@ -292,12 +296,12 @@ def vectors(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 16) -
         for start in range(0, len(order), batch):
             places = order[start : start + batch]
             seen.clear()
-            given = right_padded([rows[at] for at in places], tokenizer.pad_id, torch.device("cpu"))
+            given = right_padded([rows[at] for at in places], tokenizer.pad_id, device)
             forward(*given)
             both_BTD = torch.stack(seen).double().mean(0)
-            real_BT1 = torch.ones(both_BTD.shape[:2]) if given[2] is None else given[2] >= 0
-            real_BT1 = real_BT1.double()[..., None]
-            out[places] = ((both_BTD * real_BT1).sum(1) / real_BT1.sum(1)).numpy()
+            real_BT = torch.ones_like(given[0]) if given[2] is None else given[2] >= 0
+            real_BT1 = real_BT.double()[..., None]
+            out[places] = ((both_BTD * real_BT1).sum(1) / real_BT1.sum(1)).cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()

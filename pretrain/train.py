@@ -1,4 +1,4 @@
-"""The story of a run: `deepspeed pretrain/train.py CONFIG [key=value ...]`.
+"""The story of a run: `deepspeed pretrain/train.py CONFIG [key=value ...] [--gpu]`.
 
     mesh -> corpora -> state (newest good checkpoint | init.from | fresh weights)
     for each stage: grow the state if the stage has a larger model
@@ -17,6 +17,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":  # the launcher put pretrain/ first: the root takes its place
     sys.path[0] = ROOT
 
+import argparse  # noqa: E402
 import fnmatch  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
@@ -40,6 +41,7 @@ from configs.run import (  # noqa: E402
     with_threads,
     world_problems,
 )
+from pretrain.device import ON_CPU, check_gpu  # noqa: E402
 from pretrain.loop import Job, checkpoint_path, passed_over, run_stage  # noqa: E402
 
 if TYPE_CHECKING:
@@ -293,11 +295,28 @@ def _scales(job: Job, state: "State", names: list[str]) -> dict[str, Any]:
     return {**(state.record.get("scales") or {}), **dict.fromkeys(frozen, still)}
 
 
+def _words(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "deepspeed pretrain/train.py", description="train, or resume, the run of a page (训练)"
+    )
+    parser.add_argument("config", help="a page like configs/runs/cpm-small-1gpu.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. run.steps=100"
+    )
+    parser.add_argument("--gpu", action="store_true", help="on NVIDIA GPUs or not at all")
+    # By `launch train`. Words reach the machines of a hostfile, the environment does not.
+    parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's; RANK says it too
+    return parser.parse_intermixed_args(argv)
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; the exit code is 0, or 2 where a sentence says what to change."""
     import signal
 
-    words = [word for word in argv if not word.startswith("--local_rank")]
+    words = _words(argv)
+    if words.launched and not words.gpu:
+        os.environ.update(ON_CPU)
     rank = int(os.environ.get("RANK", "0"))
     flag = {"raised": False}
 
@@ -305,9 +324,7 @@ def main(argv: Sequence[str]) -> int:
         flag["raised"] = True
 
     try:
-        if not words:
-            raise ConfigError("usage: deepspeed pretrain/train.py CONFIG [key=value ...]")
-        config = load(words[0], RunConfig, words[1:])
+        config = load(words.config, RunConfig, words.overrides)
     except ConfigError as error:
         if rank == 0:
             print(f"bajie: {error}", file=sys.stderr)
@@ -315,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
     from pretrain.monitor import first_to_speak, terminal
 
     try:
-        out = terminal(Path(config.run.out), rank)
+        out = terminal(Path(config.run.out), rank, words.launched)
     except OSError as error:
         if rank == 0:
             print(f"bajie: run.out: {error} (无法写入运行目录)", file=sys.stderr)
@@ -326,6 +343,8 @@ def main(argv: Sequence[str]) -> int:
 
     entry = enlist(Path(config.run.out), rank)
     try:
+        if words.gpu:
+            check_gpu()
         train(config, out, lambda: flag["raised"])
         told(entry, state="ended")
     except BaseException as error:

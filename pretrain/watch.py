@@ -25,8 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-STALLED = 75
-"""Exit code of a rank that stalled, or waited for one that did (EX_TEMPFAIL: try again)."""
+STALLED = 69
+"""Exit code of a rank that stalled, or waited for one that did (EX_UNAVAILABLE). Not the code of a
+run that was told to stop: a job that always stalls would stand in the queue for ever."""
 WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
 """A main thread inside these waits for another rank."""
 ANSWER_S = 3.0

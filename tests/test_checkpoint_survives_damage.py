@@ -134,6 +134,8 @@ def test_the_newest_good_one_is_taken_and_the_damage_told(run: Path) -> None:
 def test_a_folder_that_is_no_checkpoint_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         checkpoint.resolve(tmp_path)
+    with pytest.raises(CheckpointError, match="runs/tyop: there is no such folder"):
+        checkpoint.resolve(tmp_path / "runs/tyop@ema")
     with pytest.raises(CheckpointError, match="has no manifest"):
         checkpoint.read(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "another"}')

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from launch.cli import UserError
-from launch.cluster import expanded, main
+from launch.cluster import STOPPED, expanded, main
 from launch.machines import Machines, free_port
+from pretrain.watch import STALLED
 from tests import small_slurm
 from tests.run_jobs import losses, page, write
 
@@ -28,9 +29,21 @@ RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
 def test_machines_are_counted_as_slurm_writes_them() -> None:
     assert expanded("node[01-03,7],extra") == ["node01", "node02", "node03", "node7", "extra"]
     assert expanded("a-b.c") == ["a-b.c"]
-    for wrong in ("a,a", "a[1-", "a b"):
-        with pytest.raises(UserError, match="--hostfile"):
+    for wrong, says in {
+        "a,b,a": "names a more than once",
+        "n[1-3,2]": "names n2 more than once",
+        "a[1-": "names no machine",
+        "a b": "names no machine",
+        "": "names no machine",
+        "node[-]": "'-' in 'node[-]' must be a number or two that rise",
+        "node[04-01]": "'04-01' in 'node[04-01]' must be",
+        "x, node[1-]": "'1-' in 'node[1-]' must be",
+        "node[1,,2]": "'' in 'node[1,,2]' must be",
+        "node[1-2-3]": "'1-2-3' in",
+    }.items():
+        with pytest.raises(UserError, match="--hostfile") as raised:
             expanded(wrong)
+        assert says in str(raised.value)
 
 
 def test_the_hostfile_names_each_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,12 +60,59 @@ def test_the_slurm_file_is_a_script_that_keeps_odd_names_whole(
     text = capsys.readouterr().out
     options = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
     assert {"--nodes=2", "--gpus-per-node=8", "--requeue", "--partition=big"} <= set(options)
+    assert "--cpus-per-task=32" in options  # 4 a process; Slurm alone would give the 8 one core
     assert f'--output="{out}/logs/slurm-%j.log"' in options
     assert f"'run.out={out}'" in text and "module load cuda" in text
     assert "export HF_HUB_OFFLINE=1" in text
     script = tmp_path / "job.sh"
     script.write_text(text)
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+@pytest.mark.parametrize("words, cores", [([], 2), (["run.threads=6"], 12), (["--gpu"], 8)])
+def test_a_task_has_the_cores_of_its_processes(
+    words: list[str], cores: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([RUN, "--slurm", "--devices", "2", *words]) == 0
+    assert f"#SBATCH --cpus-per-task={cores}\n" in capsys.readouterr().out
+
+
+SRUN = """#!/bin/sh
+shift
+for SLURM_NODEID in 0 1; do
+  export SLURM_NODEID; "$@" || code=$?
+done
+exit ${code:-0}
+"""
+SCONTROL = '#!/bin/sh\n[ "$1" = show ] && echo node01 || echo "scontrol $*"\n'
+TRAIN = '#!/bin/sh\necho "node $SLURM_NODEID: $SETUP, $SRUN_CPUS_PER_TASK cores"\nexit {code}\n'
+
+
+@pytest.mark.parametrize("code", [0, STOPPED, STALLED, 1])
+def test_each_node_is_set_up_and_only_a_stopped_run_is_put_back(code: int, tmp_path: Path) -> None:
+    """The script itself, on two nodes of a Slurm that is played."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("train", TRAIN.format(code=code))):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    setup = 'export SETUP="it\'s node $SLURM_NODEID"\n\ntrue'
+    words = [RUN, f"run.out={tmp_path / 'run'}", "--slurm", "--nodes", "2", "--setup", setup]
+    script = tmp_path / "job.sh"
+    assert main([*words, "--python", str(tmp_path / "train"), "--out", str(script)]) == 0
+    assert (tmp_path / "run" / "logs").is_dir()  # or Slurm would have nowhere to write to
+    slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[01-02]", "NNODES": "2", "CPUS_PER_TASK": "1"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **{f"SLURM_{k}": v for k, v in slurm.items()}}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    said = done.stdout.splitlines()
+    assert said[:2] == [f"node {n}: it's node {n}, 1 cores" for n in (0, 1)]
+    assert said[2:] == (["scontrol requeue 7"] if code == STOPPED else [])
+
+
+def test_no_node_trains_whose_setup_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    kubernetes = ["--kubernetes", "--image", "i", "--claim", "c", "--mount", "/share"]
+    for kind in (["--slurm"], kubernetes):
+        assert main([RUN, *kind, "--setup", "false"]) == 0
+        assert "false && exec " in capsys.readouterr().out
 
 
 def test_the_kubernetes_file_is_a_job_of_a_pod_a_node(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ import pytest
 from configs.load import ConfigError
 from launch import cli, grammar
 from launch.check import check
-from launch.machines import Machines, deepspeed_line, free_port
 from launch.train import MARK, Job
 from launch.train import main as train_main
 
@@ -68,6 +67,10 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["corpus", SAMPLE, "data.wrokers=1"], "did you mean 'workers'"),
         (["train", RUN, "--devices", "0"], "--devices is 0"),
         (["train", RUN, "--devices", "3", "parallel.tensor=2"], "parallel.tensor: is 2"),
+        (["train", RUN, "--nodes", "0"], "--nodes is 0, must be at least 1"),
+        (["train", RUN, "--hostfile", "no-such-file"], "no-such-file: there is no such hostfile"),
+        (["check", RUN, "--devices", "0"], "--devices is 0, must be at least 1"),
+        (["check", SAMPLE, "--devices", "-8"], "--devices is -8"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(
@@ -78,6 +81,24 @@ def test_a_mistake_is_one_sentence_and_code_2(
     assert said.startswith("bajie: ")
     assert says in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("verb", ["train", "cluster", "corpus", "plan"])
+def test_only_the_page_is_required(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, *(["--slurm"] if verb == "cluster" else [])])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
+
+
+def test_the_script_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    from pretrain.train import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--local_rank=0", "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert said.startswith("usage: deepspeed pretrain/train.py [-h] [--gpu] config [key=value ...]")
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,26 +367,3 @@ def test_a_killed_train_verb_lets_its_ranks_save_and_leaves_none(stage: Stage) -
         time.sleep(0.1)
     assert stage.nobody_left()
     assert {"saved-0", "saved-1"} <= {path.name for path in stage.folder.iterdir()}
-
-
-def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
-    def line(words: list[str], devices: int, machines: Machines, gpu: bool = False) -> list[str]:
-        return deepspeed_line(words, devices, gpu=gpu, machines=machines, logs=tmp_path)
-
-    here = line(["page.yaml", "run.steps=3"], 2, Machines())
-    assert here[0] == sys.executable  # not the script's first line: a path may hold a space
-    assert here[2:5] == ["--num_accelerators", "2", "--master_port"]
-    assert Path(here[6]).name == "train.py"
-    assert here[7:] == ["page.yaml", "run.steps=3"]
-    assert line([], 8, Machines("h"), gpu=True)[2:6] == ["--num_gpus", "8", "--hostfile", "h"]
-    each = line([], 4, Machines.of(3, 1, "10.0.0.7:29500", None))
-    assert each[5:12] == [
-        str(tmp_path / "hostfile-1"), "--no_ssh", "--node_rank", "1",
-        "--master_addr", "10.0.0.7", "--master_port",
-    ]  # fmt: skip
-    hosts = (tmp_path / "hostfile-1").read_text().splitlines()
-    assert hosts == [f"machine-{at} slots=4" for at in range(3)]
-
-
-def test_a_free_port_is_free() -> None:
-    assert 1024 < free_port() < 65536

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from launch.machines import free_port
+from launch.train import MARK
 from pretrain import checkpoint
 from tests.run_jobs import digests, losses, metrics, page, write
 from tests.worlds import World
@@ -139,3 +140,46 @@ def test_deepspeed_itself_from_another_folder(tmp_path: Path, tiny_corpus: Path)
     assert config.exists()
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(run)] == list(range(1, 16))
+
+
+SSH = '#!/bin/sh\n[ "$#" = 3 ] && echo 127.0.0.1\nexit 0\n'  # ssh HOST hostname -I
+PDSH = """#!{python}
+import os, subprocess, sys
+at = sys.argv.index("-w")
+hosts, line = sys.argv[at + 1].split(","), " ".join(sys.argv[at + 2 :])
+env = {{name: os.environ[name] for name in ("HOME", "PATH")}}
+pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+jobs = [
+    subprocess.Popen(["bash", "-c", line.replace("%n", str(n))], env=env, **pipe)
+    for n in range(len(hosts))
+]
+for host, job in zip(hosts, jobs):
+    for text in job.stdout:
+        sys.stdout.buffer.write(host.encode() + b": " + text)
+sys.exit(max(job.wait() for job in jobs))
+"""
+
+
+def test_what_ranks_say_by_ssh_is_heard(tmp_path: Path) -> None:
+    """Two "machines" behind a pdsh that, as ssh does, takes nothing of the environment along."""
+    for name, text in (("ssh", SSH), ("pdsh", PDSH.format(python=sys.executable))):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("node01 slots=1\nnode02 slots=1\n")
+    config = write(tmp_path / "run.yaml", page(tmp_path / "run", tmp_path / "no-corpus"))
+    line = [sys.executable, "-m", "launch", "train", str(config), "--hostfile"]
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*line, str(tmp_path / "hosts")],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+    )
+    said = done.stderr.splitlines()
+    assert done.returncode == 2 and 1 <= len(said) <= 2, done.stderr
+    assert all("is no corpus, it has no manifest.json" in text for text in said)
+    log = (tmp_path / "run/logs/launcher.log").read_text("utf-8")
+    assert "node02: " in log and f": {MARK}bajie: " in log

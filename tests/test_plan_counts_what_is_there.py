@@ -345,6 +345,7 @@ def test_the_mixture_is_shown_with_its_tokens(tmp_path: Path) -> None:
     ("words", "says"),
     [
         (["--gpus", "3", "parallel.tensor=2"], "cannot be divided"),
+        (["--devices", "3", "parallel.tensor=2"], "cannot be divided"),
         (["--gpus", "0"], "must be >= 1"),
         (["--mfu", "40"], "in (0, 1]"),
         (["--gpu", "tpu"], "configs/gpus.yaml"),

@@ -7,6 +7,7 @@ counted.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,40 @@ def test_vectors_are_means_of_the_first_and_last_block(
     assert result["samples"] == 2 and "whitened" in result
 
 
+@pytest.mark.parametrize("task", ["bits", "mlm", "length", "passkey", "csl", "lcqmc", "tnews"])
+def test_every_task_goes_where_generate_goes_with_a_gpu(
+    task: str,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No GPU is needed here: bf16 stays on the CPU. Where there is none for it, no task begins."""
+    asked: list[bool] = []
+
+    def place(gpu: bool) -> tuple[str, torch.dtype]:
+        asked.append(gpu)
+        return "cpu", torch.bfloat16 if gpu else torch.float32
+
+    for room in ("device", "tasks", "lengths"):
+        monkeypatch.setattr(f"pretrain.{room}.place", place)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    files = {"csl": "天气\t今天天气很好\n", "lcqmc": "今天\t今天\t1\n天气\t很好\t0\n"}
+    files["tnews"] = '{"sentence": "今天天气很好", "label_desc": "news_sports"}\n'
+    config = SIZES["roformer" if task == "mlm" else "cpm"]
+    data: Path = tmp_path / "file"
+    if task in files:
+        data.write_text(files[task], "utf-8")
+    elif task != "passkey":
+        config, data = replace(config, vocab=320), tiny_corpus
+    line = (saved(tmp_path, config), "--task", task, "--data", data, "--samples", 2)
+    if task in ("length", "passkey"):
+        line = (*line, "--lengths", 48)
+    found = [said(capsys, *line, *words) for words in ([], ["--gpu"])]
+    assert asked == [False, True]
+    assert found[0].keys() == found[1].keys()
+
+
 def test_what_a_user_gets_wrong_is_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +228,9 @@ def test_what_a_user_gets_wrong_is_a_sentence(
         cli.main(["evaluate", str(folder), "--task", "csl", "--data", str(tmp_path / "file")]) == 2
     )
     assert "is not UTF-8" in capsys.readouterr().err
+    line = ["evaluate", str(folder), "--task", "mlm", "--data", str(tmp_path / "nocorpus")]
+    assert cli.main(line) == 2
+    assert f"--data: {tmp_path}/nocorpus is no corpus" in capsys.readouterr().err
     made = tmp_path / "t5"
     other = saved(made, SIZES["t5"])
     assert cli.main(["evaluate", str(other), "--task", "mlm", "--data", str(tmp_path)]) == 2

@@ -178,7 +178,10 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """A verified checkpoint folder from what a user names: a checkpoint, or a run (its newest)."""
+    """A verified checkpoint folder from what a user names: a checkpoint, or a run (its newest).
+
+    Raises CheckpointError for what is not there, holds none, or is damaged.
+    """
     path, average = unmarked(path)  # RUN@ema
     if average:
         return Averaged(resolve(path))
@@ -187,6 +190,8 @@ def resolve(path: str | Path) -> Path:
         if wrong:
             raise CheckpointError("\n".join(wrong))
         return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder (没有这个文件夹)")
     good, wrong = newest(path)
     if good is None:
         what = "\n".join(wrong) or f"{path}: holds no checkpoint (没有检查点)"
