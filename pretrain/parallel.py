@@ -193,7 +193,8 @@ def _sequence_group(world: int, tensor: int, sequence: int) -> Any:
 
 def cpu_threads() -> int:
     """CPU threads of this process: the cores it may use, shared with its neighbours."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    said = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")  # torchrun's, DeepSpeed's, anybody's
+    here = next((int(os.environ[name]) for name in said if os.environ.get(name)), 1)
     return max(1, len(os.sched_getaffinity(0)) // here)
 
 

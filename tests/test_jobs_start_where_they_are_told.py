@@ -11,6 +11,7 @@ import pytest
 from launch import cli
 from launch.machines import Machines, deepspeed_line, free_port
 from launch.train import MARK, Job
+from pretrain.parallel import cpu_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
@@ -33,6 +34,19 @@ def test_a_rank_without_the_gpu_that_was_asked_for_does_not_train(tmp_path: Path
     done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, NO_GPU)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_cores_of_a_machine_are_those_of_its_own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE; all ranks together are on more."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert cpu_threads() == 2
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert cpu_threads() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cpu_threads() == 8
 
 
 def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
