@@ -126,6 +126,7 @@ def _build(
     # What is asked for: if it stands there already, nothing is done.
     not_within_a_source(config, out)
     tasks, files = ingest.plan(config.data)
+    not_of_itself(config, out, tasks)
     models = [
         xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
     ]
@@ -230,6 +231,18 @@ def not_within_a_source(config: CorpusConfig, out: Path) -> None:
             raise CorpusError(
                 f"data.out '{config.data.out}' lies within source '{source.name}', which would read"
                 " the corpus as its text; change data.out or the source's path (输出目录在来源之内)"
+            )
+
+
+def not_of_itself(config: CorpusConfig, out: Path, tasks: Sequence[Sequence[ingest.Part]]) -> None:
+    """Refuse to read what the corpus puts in its folder, and would replace by less."""
+    place = out.resolve()
+    for number, folder in {(p.source, Path(p.path).parent) for task in tasks for p in task}:
+        source = config.data.sources[number]
+        if source.kind != "datasets" and folder.resolve().is_relative_to(place):
+            raise CorpusError(
+                f"source '{source.name}' reads files of data.out itself ({folder}), which the build"
+                " would replace; give the new corpus a folder of its own (不能以语料自身为来源)"
             )
 
 

@@ -43,10 +43,10 @@ def not_others(config: CorpusConfig, out: Path) -> None:
     strange = [name for name in names if name != ".lock"]
     if not strange or {".lock", "stages"} <= set(names) or _manifest(out).get("format") == FORMAT:
         return
+    more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
     raise CorpusError(
-        f"data.out '{config.data.out}' holds {len(strange)} files or folders ('{strange[0]}' ...) "
-        "and is no corpus, which would be built over them; name an empty or a new folder "
-        "(目录非空且不是语料，请换一个目录)"
+        f"data.out '{config.data.out}' is no corpus, but holds '{strange[0]}'{more}, which a "
+        "corpus could overwrite; name an empty or a new folder (目录非空且不是语料，请换一个目录)"
     )
 
 

@@ -61,7 +61,8 @@ def test_files_that_are_no_corpus_are_left_alone(
     line = ["corpus", str(tmp_path / "page.yaml"), f"data.out={junk}", *word]
     assert cli.main(line) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert f"data.out '{junk}' holds 2 files or folders" in said and "is no corpus" in said
+    first = min(Path(name).parts[0], "notes.txt")
+    assert f"data.out '{junk}' is no corpus, but holds '{first}' and 1 more" in said
     assert {str(p.relative_to(junk)) for p in junk.rglob("*") if p.is_file()} == {name, "notes.txt"}
     assert (junk / name).read_text() == "years of work"
 
@@ -110,6 +111,18 @@ def test_a_corpus_encoded_again_takes_no_place_either(
     config = of(standing, source, data={"sources": [], "documents": str(built)})
     with pytest.raises(CorpusError, match=r"of another page \(data\.sources"):
         build.build(config)
+
+
+@pytest.mark.parametrize("word", [False, True])
+def test_a_corpus_is_not_built_of_its_own_files(word: bool, source: Path, standing: Path) -> None:
+    """Documents that this page drops would be lost."""
+    before = contents(standing)
+    (standing.parent / "link").symlink_to(standing)
+    for path in ("corpus/documents", "link/documents/*.zst"):
+        own = of(standing, standing.parent / path)
+        with pytest.raises(CorpusError, match=r"source 's0' reads files of data\.out itself"):
+            build.build(own, replacing=word)
+    assert contents(standing) == before
 
 
 def test_a_corpus_that_names_no_page_is_kept(source: Path, standing: Path) -> None:
