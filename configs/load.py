@@ -183,6 +183,17 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), allow_unicode=True, sort_keys=False)
 
 
+def flat(value: Any, lead: str = "") -> dict[str, Any]:
+    """Dotted key -> value, of mappings and of lists of mappings."""
+    inside = value
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        inside = dict(enumerate(value))
+    if not isinstance(inside, dict) or not inside:
+        return {lead: value}
+    dot = f"{lead}." if lead else ""
+    return {k: v for name, one in inside.items() for k, v in flat(one, f"{dot}{name}").items()}
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {_key(f): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

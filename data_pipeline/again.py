@@ -23,19 +23,26 @@ from data_pipeline import encode, executors, report
 from data_pipeline.blocks import SPLITS, Block, Stage, fingerprint_of, run
 from data_pipeline.losses import Losses
 from data_pipeline.progress import Progress
-from data_pipeline.publish import FORMAT, finished, publish, remember, replace_folder
+from data_pipeline.publish import publish, replace_folder
 from data_pipeline.shards import CorpusError, aside, sweep
 from data_pipeline.sources.places import first_place
+from data_pipeline.standing import FORMAT, finished, not_another, remember
 from data_pipeline.tally import Tally, together
 from data_pipeline.to_tokens import to_tokens
 
 
 def build_again(
-    config: CorpusConfig, out: Path, crew: executors.Crew, say: Progress, code: list[str]
+    config: CorpusConfig,
+    out: Path,
+    crew: executors.Crew,
+    say: Progress,
+    code: list[str],
+    replacing: bool,
 ) -> dict[str, Any]:
     """Encode the documents of the corpus in config.data.documents; returns the manifest.
 
-    `code` is the version of the pipeline. CorpusError if there is no whole corpus.
+    `code` is the version of the pipeline. CorpusError if there is no whole corpus, or, unless
+    `replacing`, one of another page in `out`.
     """
     folder, origin = _origin(config, out)
     models = [
@@ -48,6 +55,7 @@ def build_again(
     if (manifest := finished(out, asked)) is not None:
         say.line(f"{out}: complete, nothing to do (语料已建好)")
         return manifest
+    not_another(config, out, replacing)
     sweep(out, executors.still_at_work(out, config.data.executor))
 
     def stage(name: str, blocks: list[Block], tasks: int, inputs: list[Any], size: int) -> Stage:

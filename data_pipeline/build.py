@@ -25,9 +25,10 @@
 
 Each arrow is a stage (blocks.py) on one of datatrove's executors (executors.py) in a folder that is
 named by everything it depends on. A build that was killed goes on where it stood and makes the same
-bytes; a build that is complete is recognised and left alone; a changed config repeats what depends
-on the change. The old corpus stays until the new one is ready; there is no manifest while its files
-are being replaced.
+bytes; a build that is complete is recognised and left alone (standing.py, which also keeps what is
+not ours and, unless told, corpora of another config); a changed config repeats what depends on the
+change. The old corpus stays until the new one is ready; there is no manifest while its files are
+being replaced.
 """
 
 import fcntl
@@ -70,8 +71,16 @@ from data_pipeline.encode import Beside
 from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
 from data_pipeline.progress import Progress
-from data_pipeline.publish import FORMAT, finished, publish, rejects, remember
+from data_pipeline.publish import publish, rejects
 from data_pipeline.shards import CorpusError, aside, sweep
+from data_pipeline.standing import (
+    FORMAT,
+    finished,
+    no_file,
+    not_another,
+    not_others,
+    remember,
+)
 from data_pipeline.tally import Tally, together
 from data_pipeline.to_tokens import to_tokens
 from data_pipeline.unreadable import unread
@@ -83,8 +92,9 @@ CODE = sorted(
 )
 
 
-def build(config: CorpusConfig) -> dict[str, Any]:
-    """Build or finish the corpus in config.data.out; returns its manifest.
+def build(config: CorpusConfig, replacing: bool = False) -> dict[str, Any]:
+    """Build or finish the corpus in config.data.out; returns its manifest. `replacing`: also over a
+    corpus of another page.
 
     Raises CorpusError or another ValueError, one sentence: what cannot be read or written, which
     key to change. What was done until then is kept.
@@ -92,9 +102,10 @@ def build(config: CorpusConfig) -> dict[str, Any]:
     out = Path(os.path.expandvars(config.data.out)).expanduser()
     try:
         no_file(config, out)
+        not_others(config, out)
         out.mkdir(parents=True, exist_ok=True)
         with only_builder(out), executors.crew(config.data) as crew:
-            return _build(config, out, crew)
+            return _build(config, out, crew, replacing)
     except CorpusError as error:
         raise error.with_traceback(None) from None
     except OSError as error:
@@ -104,15 +115,18 @@ def build(config: CorpusConfig) -> dict[str, Any]:
         ) from None
 
 
-def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, Any]:
+def _build(
+    config: CorpusConfig, out: Path, crew: executors.Crew, replacing: bool
+) -> dict[str, Any]:
     """The story of a build. Long because it is told in one go, as `train()` is."""
     say = Progress()
     if config.data.documents is not None:
-        return again.build_again(config, out, crew, say, code_of(CODE))
+        return again.build_again(config, out, crew, say, code_of(CODE), replacing)
 
     # What is asked for: if it stands there already, nothing is done.
     not_within_a_source(config, out)
     tasks, files = ingest.plan(config.data)
+    not_of_itself(config, out, tasks)
     models = [
         xxhash.xxh3_128_hexdigest(f.read_bytes()) for f in encode.model_files(config.tokenizer)
     ]
@@ -124,6 +138,7 @@ def _build(config: CorpusConfig, out: Path, crew: executors.Crew) -> dict[str, A
     if (manifest := finished(out, asked)) is not None:
         say.line(f"{out}: complete, nothing to do (语料已建好)")
         return manifest
+    not_another(config, out, replacing)
     sweep(out, executors.still_at_work(out, config.data.executor))
     encode.refuse(config.tokenizer)  # late in the story, and yet no reason to clean first
     decontaminate.refuse(config)
@@ -209,16 +224,6 @@ def only_builder(out: Path) -> Iterator[None]:
         yield
 
 
-def no_file(config: CorpusConfig, out: Path) -> None:
-    """Refuse a place where a file stands."""
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise CorpusError(
-                f"data.out is '{config.data.out}', but {path} is a file; the corpus needs a folder:"
-                " change data.out, or move the file away (输出位置是一个文件)"
-            )
-
-
 def not_within_a_source(config: CorpusConfig, out: Path) -> None:
     """Refuse a corpus whose own files would be read as text."""
     for source in config.data.sources:
@@ -226,6 +231,18 @@ def not_within_a_source(config: CorpusConfig, out: Path) -> None:
             raise CorpusError(
                 f"data.out '{config.data.out}' lies within source '{source.name}', which would read"
                 " the corpus as its text; change data.out or the source's path (输出目录在来源之内)"
+            )
+
+
+def not_of_itself(config: CorpusConfig, out: Path, tasks: Sequence[Sequence[ingest.Part]]) -> None:
+    """Refuse to read what the corpus puts in its folder, and would replace by less."""
+    place = out.resolve()
+    for number, folder in {(p.source, Path(p.path).parent) for task in tasks for p in task}:
+        source = config.data.sources[number]
+        if source.kind != "datasets" and folder.resolve().is_relative_to(place):
+            raise CorpusError(
+                f"source '{source.name}' reads files of data.out itself ({folder}), which the build"
+                " would replace; give the new corpus a folder of its own (不能以语料自身为来源)"
             )
 
 

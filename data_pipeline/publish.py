@@ -21,8 +21,7 @@ from data_pipeline import decontaminate, index, near, sidefile, tokenizer, unrea
 from data_pipeline.blocks import SPLITS, Stage
 from data_pipeline.losses import Losses
 from data_pipeline.shards import aside
-
-FORMAT = "bajie-corpus-1"
+from data_pipeline.standing import FORMAT, note_page
 
 
 def publish(
@@ -36,6 +35,7 @@ def publish(
     manifest of the corpus whose documents these are, if there is one."""
     cleaned, _, divided, made, encoded, *gaps = stages
     (out / "manifest.json").unlink(missing_ok=True)
+    note_page(config, out)
     for split in SPLITS:
         for layout in sidefile.LAYOUTS:
             layout.path(out / split).unlink(missing_ok=True)
@@ -159,43 +159,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-
-
-def finished(out: Path, asked: str) -> dict[str, Any] | None:
-    """The manifest, if the folder holds what is asked for, whole."""
-    try:
-        built = orjson.loads((out / "stages" / "built.json").read_bytes())
-        manifest = orjson.loads((out / "manifest.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return None
-    whole = built == {"asked": asked, "sizes": sizes_of(out)}
-    return manifest if whole else None
-
-
-def remember(out: Path, asked: str, kept: Sequence[Stage]) -> None:
-    """Note that this corpus is complete, then drop the folders that nothing needs: stages of older
-    configs, and the shards that were merged into the index."""
-    with aside(out / "stages" / "built.json") as file:
-        file.write(orjson.dumps({"asked": asked, "sizes": sizes_of(out)}))
-    names = {stage.folder.name for stage in kept}
-    for folder in (out / "stages").iterdir():
-        if folder.is_dir() and folder.name not in names:
-            shutil.rmtree(folder)
-
-
-def sizes_of(out: Path) -> dict[str, int]:
-    """Bytes of the files that make the corpus."""
-    files = [
-        out / "manifest.json",
-        out / "report.html",
-        *out.glob("*.bin"),
-        *out.glob("*.idx"),
-        *(file for layout in sidefile.LAYOUTS for file in out.glob(f"*{layout.suffix}")),
-        *out.glob("tokenizer/*"),
-    ]
-    return {
-        str(file.relative_to(out)): file.stat().st_size for file in sorted(files) if file.exists()
-    }
 
 
 def rejects(counts: "Counter[str]", what: str = "rejected") -> dict[str, int]:

@@ -22,6 +22,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="only say what it is made of")
     parser.add_argument("--json", action="store_true", help="print the manifest, or plan, as JSON")
+    parser.add_argument(
+        "--replace", action="store_true", help="build over a corpus of another page"
+    )
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, CorpusConfig, args.overrides)
     from data_pipeline import build, mixture
@@ -32,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 0
     if not mixture.is_trivial(branches):
         print(mixture.tree(branches, tasks), file=sys.stderr, flush=True)
-    manifest = build.build(config)
+    manifest = build.build(config, args.replace)
     if args.json:
         print(json.dumps(manifest, ensure_ascii=False, indent=1))
     else:

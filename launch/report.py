@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from configs.load import ConfigError, to_dict
+from configs.load import ConfigError, flat, to_dict
 from data_pipeline import page, plots
 from data_pipeline.plots import Mark, Series
 from launch.record import Record, read
@@ -296,7 +296,7 @@ def _parts(record: Record) -> Iterator[str]:
 
 def _differences(records: Sequence[Record]) -> Iterator[str]:
     """Keys of the pages that are not the same in all runs."""
-    pages = [_flat(to_dict(r.config)) if r.config else {} for r in records]
+    pages = [flat(to_dict(r.config)) if r.config else {} for r in records]
     keys = list(dict.fromkeys(key for one in pages for key in one))
     rows = [
         (key, *(_shown(one.get(key)) for one in pages))
@@ -310,17 +310,6 @@ def _differences(records: Sequence[Record]) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _flat(value: Any, lead: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of mappings and of lists of mappings."""
-    inside = value
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        inside = dict(enumerate(value))
-    if not isinstance(inside, dict) or not inside:
-        return {lead: value}
-    dot = f"{lead}." if lead else ""
-    return {k: v for name, one in inside.items() for k, v in _flat(one, f"{dot}{name}").items()}
 
 
 def _events(record: Record) -> Iterator[str]:

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# What demo.sh and test.sh share: from a bare machine to a ready .venv. Run by itself it makes .venv and stops.
+# What demo.sh and test.sh share: from a bare machine to a ready .venv. Run by itself it makes .venv and stops:
+#
+#   ./launch/setup.sh [--gpu] [EXTRA ...]     ray, hf, web, test: pyproject.toml's; --gpu: torch with CUDA, for the
+#                                             machines that share .venv, even if this one (a login node) has no GPU
 #
 #   a Python 3.11-3.13 -> memory, disk -> .venv -> torch, pinned -> the rest, pinned -> a try of it -> stamp
 #                                                   |
 #         no NVIDIA driver: your own pip sources if they hold a CPU build, else PyTorch's CPU index,
 #         else (and with a driver) whatever your ordinary index gives, its cost said first
 #
-# The stamp is a hash of what was asked for; while it holds, all of this is skipped in a blink. A set-up that
-# broke off has no stamp and is thrown away by the next one. Two scripts started together wait for each other.
+# The stamp is a hash of what was asked for, and the extras; while it holds, all of this is skipped in a blink. An
+# environment that never had one is thrown away by the next set-up; one that was ready once is never: what is missing
+# is added. torch with CUDA serves machines without a GPU too. Two scripts started together wait for each other.
 #
 #   BAJIE_VENV=DIR      where the environment lies (default: .venv in the project)
 #   BAJIE_PYTHON=PATH   the Python to use
@@ -22,12 +26,13 @@ bajie_cuda_disk_mb=14000 # torch with CUDA: 3 GB down, 7 GB on disk, beside the 
 bajie_ready_disk_mb=1000 # the environment stands: a demo's artifacts only
 bajie_args=()
 bajie_job=
+bajie_torch=cpu # what torch must be able to do; cuda also serves the CPU
 
 bajie_say() { printf 'bajie: %s\n' "$*" >&2; }
 
-bajie_stop() { # ENGLISH CHINESE
+bajie_stop() { # ENGLISH CHINESE [STATUS]
     printf 'bajie: %s (%s)\n' "$1" "$2" >&2
-    exit 1
+    exit "${3:-1}"
 }
 
 # ---- the machine ------------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ bajie_broken_off() { # a signal came: pip goes too, and the missing stamp tells 
         kill -- "-$bajie_job" 2>/dev/null || true
         wait "$bajie_job" 2>/dev/null || true
     fi
-    bajie_say "set-up broken off; the next one starts it afresh (安装中断，下次会重新开始)"
+    bajie_say "set-up broken off; the next one takes it up again (安装中断，下次会继续)"
     exit 130
 }
 
@@ -195,7 +200,9 @@ bajie_own_sources() { bajie_pip_says '(index-url|find-links|no-index)='; } # has
 
 bajie_no_index() { bajie_pip_says "no-index='?(1|true|yes|on)"; }
 
-bajie_has_torch() { # VERSION [cpu|cuda]: is this torch here, and of this build?
+bajie_torch_version() { sed -n 's/^torch==//p' "$bajie_root/constraints.txt"; }
+
+bajie_has_torch() { # VERSION KIND (cpu|cuda): is this torch here, and of a build that can do this?
     "$bajie_venv/bin/python" -c '
 import importlib.metadata, sys
 try:
@@ -208,7 +215,7 @@ sys.exit(version != sys.argv[1] or (sys.argv[2] == "cuda" and local == "cpu"))
 
 bajie_install_torch() { # KIND (cpu|cuda)
     local version listed
-    version=$(sed -n 's/^torch==//p' "$bajie_root/constraints.txt")
+    version=$(bajie_torch_version)
     bajie_has_torch "$version" "$1" && return
     if [[ $1 == cpu ]]; then
         if bajie_own_sources && bajie_quietly "torch $version, CPU build, from your own pip sources" \
@@ -230,10 +237,15 @@ bajie_install_torch() { # KIND (cpu|cuda)
         bajie_quietly "torch $version" bajie_pip install --no-deps "torch==$version" || bajie_failed "torch $version did not install" "torch 安装失败"
     else
         bajie_check_disk "$bajie_venv" "$bajie_cuda_disk_mb"
-        bajie_quietly "torch $version for this machine's GPU (about 3 GB down, 7 GB on disk)" \
-            bajie_pip install --no-deps --force-reinstall "torch==$version" || bajie_failed "torch $version did not install" "torch 安装失败"
+        bajie_quietly "torch $version with CUDA (about 3 GB down, 7 GB on disk)" \
+            bajie_pip install --no-deps --force-reinstall "torch==$version" ||
+            bajie_failed "torch $version with CUDA did not install (if this node has no network: ./launch/setup.sh --gpu on one that has)" "CUDA 版 torch 安装失败"
     fi
 }
+
+bajie_extras() { sed -n '/^\[project.optional-dependencies\]/,/^\[/s/^\([a-z0-9_-]*\) *=.*/\1/p' "$bajie_root/pyproject.toml"; }
+
+bajie_known() { [[ $'\n'$(bajie_extras)$'\n' == *$'\n'"$1"$'\n'* ]]; } # EXTRA: is there one of this name?
 
 bajie_write_requirements() { # EXTRAS...: pyproject.toml's ranges as a list for pip
     "$bajie_venv/bin/python" - "$bajie_root/pyproject.toml" "$@" >"$bajie_venv/requirements.txt" <<'PYTHON'
@@ -272,24 +284,29 @@ bajie_install() { # KIND EXTRAS...
         bajie_failed "the installed packages do not import" "安装后无法导入"
 }
 
-bajie_hash() { # KIND: of all that decides what is installed
-    { cat "$bajie_root/pyproject.toml" "$bajie_root/constraints.txt" && printf '%s %s' "$bajie_root" "$1"; } | sha256sum | cut -c 1-32
+bajie_hash() { # of all that decides what is installed, but for the extras and the build of torch
+    { cat "$bajie_root/pyproject.toml" "$bajie_root/constraints.txt" && printf '%s' "$bajie_root"; } | sha256sum | cut -c 1-32
 }
 
-bajie_is_ready() { # HASH EXTRAS...: the stamp is of this hash and names these extras, and the Python runs
-    local hash=$1 stamp extra
-    shift
+bajie_is_ready() { # HASH KIND EXTRAS...: the stamp is of this hash and names these extras; the Python runs, torch is of this kind
+    local hash=$1 kind=$2 stamp extra
+    shift 2
     [[ -r $bajie_venv/bajie-stamp ]] || return 1
     stamp=" $(<"$bajie_venv/bajie-stamp") "
     [[ $stamp == " $hash "* ]] || return 1
     for extra in "$@"; do [[ $stamp == *" $extra "* ]] || return 1; done
-    "$bajie_venv/bin/python" -c 'pass' 2>/dev/null
+    bajie_has_torch "$(bajie_torch_version)" "$kind" 2>/dev/null
 }
 
-bajie_make_venv() { # a folder with a Python that runs, either ours (made afresh if broken off) or one that the user made
+bajie_stamp() { # HASH EXTRAS...: in one move, so that it is never half written
+    printf '%s\n' "$*" >"$bajie_venv/bajie-stamp.new"
+    mv -- "$bajie_venv/bajie-stamp.new" "$bajie_venv/bajie-stamp"
+}
+
+bajie_make_venv() { # a folder with a Python that runs, either ours (made afresh if it was never ready) or one that the user made
     local python
-    if [[ -e $bajie_venv/bajie-made && (-e $bajie_venv/bajie-unfinished || ! -x $bajie_venv/bin/python) ]] ||
-        { [[ -e $bajie_venv/bajie-made ]] && ! "$bajie_venv/bin/python" -c 'pass' 2>/dev/null; }; then
+    if [[ -e $bajie_venv/bajie-made ]] &&
+        { [[ ! -e $bajie_venv/bajie-stamp ]] || ! "$bajie_venv/bin/python" -c 'pass' 2>/dev/null; }; then
         bajie_say "an unfinished or moved environment is thrown away: $bajie_venv (清除未完成的环境)"
         find "$bajie_venv" -mindepth 1 -maxdepth 1 ! -name setup.lock ! -name caches -exec rm -rf -- {} +
     fi
@@ -301,14 +318,12 @@ bajie_make_venv() { # a folder with a Python that runs, either ours (made afresh
             "目录非空且不是 Python 环境：请另设 BAJIE_VENV"
         python=$(bajie_find_python) || exit 1
         : >"$bajie_venv/bajie-made"
-        : >"$bajie_venv/bajie-unfinished"
         bajie_quietly "an environment for $("$python" -V)" "$python" -m venv "$bajie_venv" || bajie_failed "no environment could be made in $bajie_venv" "无法创建 venv"
     fi
-    : >"$bajie_venv/bajie-unfinished"
 }
 
 bajie_setup() { # EXTRAS -- ARGUMENTS...: a ready environment; bajie_args are the arguments without --gpu
-    local extras=() kind=cpu hash argument had=""
+    local extras=() kind hash argument extra had=()
     while [[ $# -gt 0 && $1 != -- ]]; do
         extras+=("$1")
         shift
@@ -317,9 +332,12 @@ bajie_setup() { # EXTRAS -- ARGUMENTS...: a ready environment; bajie_args are th
     for argument in "$@"; do
         if [[ $argument == --gpu ]]; then export BAJIE_GPU=1; else bajie_args+=("$argument"); fi
     done
+    for extra in ${extras[@]+"${extras[@]}"}; do
+        bajie_known "$extra" || bajie_stop "there is no extra '$extra'; there are $(bajie_extras | paste -sd ' '), and --gpu" "没有这个附加项" 2
+    done
     [[ $(uname -s) == Linux ]] || bajie_stop "this is $(uname -s); bajie runs on Linux (x86-64 or aarch64)" "只支持 Linux"
-    bajie_has_nvidia && kind=cuda
-    [[ -z ${BAJIE_GPU:-} || $kind == cuda ]] || bajie_stop "--gpu is given, but no NVIDIA driver is found: leave it out to use the CPU" "未找到 NVIDIA 驱动，请去掉 --gpu"
+    [[ -z ${BAJIE_GPU:-} ]] || bajie_torch=cuda
+    [[ -z ${BAJIE_GPU:-} ]] || bajie_has_nvidia || bajie_stop "--gpu is given, but no NVIDIA driver is found: leave it out to use the CPU" "未找到 NVIDIA 驱动，请去掉 --gpu"
     bajie_venv=${BAJIE_VENV:-$bajie_root/.venv}
     [[ $bajie_venv == /* ]] || bajie_venv=$PWD/$bajie_venv
     bajie_log=$bajie_venv/setup.log
@@ -327,8 +345,8 @@ bajie_setup() { # EXTRAS -- ARGUMENTS...: a ready environment; bajie_args are th
         "目录不可写：请设置 BAJIE_VENV"
     bajie_check_memory
     bajie_surroundings
-    hash=$(bajie_hash "$kind")
-    if bajie_is_ready "$hash" ${extras[@]+"${extras[@]}"}; then
+    hash=$(bajie_hash)
+    if bajie_is_ready "$hash" "$bajie_torch" ${extras[@]+"${extras[@]}"}; then
         bajie_check_disk "$bajie_venv" "$bajie_ready_disk_mb"
     else
         exec 9>>"$bajie_venv/setup.lock"
@@ -336,20 +354,23 @@ bajie_setup() { # EXTRAS -- ARGUMENTS...: a ready environment; bajie_args are th
             bajie_say "another script is installing; waiting for it (另一个脚本正在安装，等待中)"
             flock 9 || true # a file system without locks: go on alone
         fi
-        if ! bajie_is_ready "$hash" ${extras[@]+"${extras[@]}"}; then
+        if ! bajie_is_ready "$hash" "$bajie_torch" ${extras[@]+"${extras[@]}"}; then
             bajie_check_disk "$bajie_venv" "$bajie_disk_mb"
             trap bajie_broken_off INT TERM HUP
-            # Extras that an earlier set-up installed stay installed, and stay in the stamp.
-            [[ -r $bajie_venv/bajie-stamp ]] && had=$(cut -d ' ' -f 2- -s "$bajie_venv/bajie-stamp")
-            rm -f -- "$bajie_venv/bajie-stamp"
+            kind=$bajie_torch
+            [[ -r $bajie_venv/bajie-stamp ]] && read -r -a had <"$bajie_venv/bajie-stamp" && had=("${had[@]:1}")
+            if ! bajie_is_ready "$hash" "$kind"; then
+                bajie_has_nvidia && kind=cuda
+                # More than extras will change: until it is done, the set that stood here is none that is known.
+                [[ -r $bajie_venv/bajie-stamp ]] && bajie_stamp - ${had[@]+"${had[@]}"}
+            fi
             bajie_say "setting up $bajie_venv, once; 1 to 5 minutes and 2 GB (首次安装，约一到五分钟)"
             bajie_make_venv
-            # shellcheck disable=SC2086 # a list of words
-            mapfile -t extras < <(printf '%s\n' ${extras[@]+"${extras[@]}"} $had | sed '/^$/d' | sort -u)
+            # Extras that an earlier set-up installed stay installed, and stay in the stamp.
+            for extra in ${had[@]+"${had[@]}"}; do bajie_known "$extra" && extras+=("$extra"); done
+            mapfile -t extras < <(printf '%s\n' ${extras[@]+"${extras[@]}"} | sed '/^$/d' | sort -u)
             bajie_install "$kind" ${extras[@]+"${extras[@]}"}
-            printf '%s %s\n' "$hash" "${extras[*]-}" >"$bajie_venv/bajie-stamp.new"
-            mv -- "$bajie_venv/bajie-stamp.new" "$bajie_venv/bajie-stamp"
-            rm -f -- "$bajie_venv/bajie-unfinished"
+            bajie_stamp "$hash" ${extras[@]+"${extras[@]}"}
             trap - INT TERM HUP
         fi
         exec 9>&-
@@ -364,8 +385,11 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
         exit
         ;;
     esac
-    bajie_extras=()
-    for bajie_word in "$@"; do [[ $bajie_word == --gpu ]] || bajie_extras+=("$bajie_word"); done
-    bajie_setup ${bajie_extras[@]+"${bajie_extras[@]}"} -- "$@"
+    bajie_words=()
+    bajie_has_nvidia && bajie_torch=cuda # what is made by itself is made for all that the machine has
+    for bajie_word in "$@"; do
+        if [[ $bajie_word == --gpu ]]; then bajie_torch=cuda; else bajie_words+=("$bajie_word"); fi
+    done
+    bajie_setup ${bajie_words[@]+"${bajie_words[@]}"} --
     bajie_say "ready: $bajie_python"
 fi

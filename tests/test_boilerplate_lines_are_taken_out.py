@@ -130,7 +130,7 @@ def test_nothing_common_changes_nothing(source: Path, tmp_path: Path) -> None:
     assert manifest["fingerprint"] == plain["fingerprint"]
     assert manifest["rejects"] == plain["rejects"]
     assert (
-        built(tmp_path / "a", source, {"max_documents": 250})["fingerprint"] != plain["fingerprint"]
+        built(tmp_path / "c", source, {"max_documents": 250})["fingerprint"] != plain["fingerprint"]
     )
 
 

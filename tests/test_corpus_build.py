@@ -155,7 +155,7 @@ def test_a_changed_page_repeats_only_what_depends_on_it(
     source = write_source(tmp_path / "text.jsonl")
 
     def done_again(**sections: Any) -> set[str]:
-        build.build(page(tmp_path / "c", source, **{"data": {"workers": 1}, **sections}))
+        build.build(page(tmp_path / "c", source, **{"data": {"workers": 1}, **sections}), True)
         lines = capsys.readouterr().err.splitlines()
         before = {line.split()[0] for line in lines if line.endswith("done before")}
         return {"clean", "duplicates", "divide", "tokenizer", "encode"} - before
@@ -298,7 +298,7 @@ def test_valid_documents_is_a_number(tmp_path: Path) -> None:
     assert manifest["splits"]["valid"]["documents"] == 7
     config = page(tmp_path / "c", text, split={"valid_documents": 7, "seed": 1})
     assert (
-        build.build(config)["splits"]["valid"]["fingerprint"]
+        build.build(config, replacing=True)["splits"]["valid"]["fingerprint"]
         != (manifest["splits"]["valid"]["fingerprint"])
     )
 

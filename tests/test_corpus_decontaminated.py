@@ -97,7 +97,7 @@ def test_the_bytes_do_not_depend_on_workers_and_a_changed_set_is_read_again(
 def test_a_corpus_built_again_without_sets_has_no_report(tmp_path: Path) -> None:
     source, sets = write_source(tmp_path / "text.jsonl"), write_sets(tmp_path)
     build.build(page(tmp_path / "c", source, decontaminate=sets))
-    manifest = build.build(page(tmp_path / "c", source))
+    manifest = build.build(page(tmp_path / "c", source), replacing=True)
     assert "contamination" not in manifest
     assert not (tmp_path / "c" / "contamination").exists()
 
@@ -146,7 +146,7 @@ def test_a_common_phrase_is_no_leak_but_half_an_item_is(tmp_path: Path) -> None:
         )
         sets = [{"name": "e", "path": str(tmp_path / "e.txt"), "max_documents": limit}]
         config = page(tmp_path / "c", source, decontaminate=sets, data={"workers": 1})
-        said = build.build(config)["contamination"]["e"]
+        said = build.build(config, replacing=True)["contamination"]["e"]
         assert said.get("spared_documents", 0) == spared
         assert said["hit_documents"] == 12 + 15 + 1 - spared
     build.build(page(tmp_path / "d", source, decontaminate=[sets[0] | {"max_documents": 10}]))

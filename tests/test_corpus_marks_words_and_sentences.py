@@ -144,7 +144,7 @@ def test_without_boundaries_the_tokens_are_the_same(tmp_path: Path) -> None:
     on = build.build(page(tmp_path / "corpus", source, data={"workers": 1}))
     with_marks = contents(tmp_path / "corpus")
     off = page(tmp_path / "corpus", source, data={"workers": 1}, encode={"boundaries": False})
-    manifest = build.build(off)
+    manifest = build.build(off, replacing=True)
     without = contents(tmp_path / "corpus")
     assert {*with_marks} - {*without} == {"train.marks", "valid.marks"}
     differing = {name for name in without if without[name] != with_marks[name]}

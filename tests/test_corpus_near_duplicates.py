@@ -420,7 +420,7 @@ def test_another_threshold_compares_again_and_signs_no_more(
     stages |= {"divide", "tokenizer", "encode"}
 
     def done_again(**sections: Any) -> set[str]:
-        build.build(page(tmp_path / "c", source, **{"data": {"workers": 1}, **sections}))
+        build.build(page(tmp_path / "c", source, **{"data": {"workers": 1}, **sections}), True)
         lines = capsys.readouterr().err.splitlines()
         before = {line.split()[0] for line in lines if line.endswith("done before")}
         return stages - before

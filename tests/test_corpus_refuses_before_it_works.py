@@ -2,6 +2,7 @@
 crawl, cleaning is days."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,11 @@ def test_a_place_where_a_file_stands(tmp_path: Path) -> None:
 def test_what_is_not_there_is_called_by_its_name(tmp_path: Path) -> None:
     said = refused(tmp_path, tokenizer={"kind": "cpm", "user_dictionary": "nowhere.txt"})
     assert "tokenizer.user_dictionary: there is no file" in said and "用户词典" in said
+
+
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    """To open one waits for a writer, for ever."""
+    (tmp_path / "text").mkdir()
+    os.mkfifo(tmp_path / "text" / "b.jsonl")
+    said = refused(tmp_path)
+    assert "source 'mine': " in said and "b.jsonl is a pipe or a device" in said

@@ -74,12 +74,12 @@ def test_the_switch_changes_nothing_else(source: Path, built: Path, tmp_path: Pa
     assert differing <= {"manifest.json", "report.html"}
     assert all("gaps" not in split for split in manifest["splits"].values())
     on = page(out, source, **WORDS)
-    assert build.build(on)["fingerprint"] != manifest["fingerprint"]
+    assert build.build(on, replacing=True)["fingerprint"] != manifest["fingerprint"]
     assert contents(out) == whole
     (out / "train.gaps").unlink()
     build.build(on)
     assert contents(out) == whole
-    build.build(off)
+    build.build(off, replacing=True)
     assert contents(out) == without
 
 

@@ -104,6 +104,18 @@ def test_a_truncated_archive_keeps_what_was_before_its_end(packing: str, tmp_pat
         assert Counter(map(str, again)) == Counter(map(str, faults))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "html"])
+@pytest.mark.parametrize("packing", PACKERS)
+def test_an_empty_archive_is_a_truncated_one(packing: str, kind: str, tmp_path: Path) -> None:
+    """What a download leaves that brought nothing; an empty plain file is an empty file."""
+    source = replace(spoiled(tmp_path, f"a.{kind}.{packing}", b""), kind=kind)
+    documents, faults, _ = read_all(source)
+    assert [fault.kind for fault in faults] == ["truncated"]
+    assert f"a.{kind}.{packing} is truncated: it is empty" in faults[0].sentence
+    assert not documents
+    assert read_all(spoiled(tmp_path, "a.jsonl", b""))[:2] == ([], [])
+
+
 @pytest.mark.parametrize("packing", PACKERS)
 def test_frames_around_a_damaged_one_are_read(packing: str, tmp_path: Path) -> None:
     frames = [PACKERS[packing](b"\n".join(LINES[n : n + 500]) + b"\n") for n in (0, 500, 1000)]
@@ -213,7 +225,9 @@ def test_an_empty_file_beside_others(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl.gz").write_bytes(b"")
     documents, faults, _ = read_all(Source("jsonl", str(tmp_path), "s"))
     assert numbers(documents) == [0]
-    assert not faults
+    assert [(fault.kind, Path(fault.path).name) for fault in faults] == [
+        ("truncated", "c.jsonl.gz")  # a plain file may be empty, an archive cannot
+    ]
 
 
 def test_a_million_empty_documents(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def test_another_bound_cleans_nothing_again(
     everything = {r["id"]: r for s in ("train", "valid") for r in kept(tmp_path / "c", s)}
     bounds = {"characters": [60, None], "entropy": [None, 4.2], "line_punct": [0.5, 1]}
     capsys.readouterr()
-    second = build.build(page(tmp_path / "c", source, quality=bounds, dedup={"near": {}}))
+    bounded = page(tmp_path / "c", source, quality=bounds, dedup={"near": {}})
+    second = build.build(bounded, replacing=True)
     lines = capsys.readouterr().err.splitlines()
     before = {line.split()[0] for line in lines if line.endswith("done before")}
     assert {"clean", "duplicates"} <= before

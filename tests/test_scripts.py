@@ -174,7 +174,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_environment_is_thrown_away(tmp_path: Path) -> None:
-    for name in ("bajie-made", "bajie-unfinished", "half"):
+    for name in ("bajie-made", "half"):
         (tmp_path / name).touch()
     code = f"bajie_venv='{tmp_path}'; bajie_log=/dev/null; bajie_find_python() {{ return 1; }}"
     done = bash(f"{code}; bajie_make_venv")
@@ -222,6 +222,18 @@ def test_the_cpu_is_used_unless_the_gpu_is_asked_for(tmp_path: Path) -> None:
     env = {"CUDA_VISIBLE_DEVICES": "0"}
     assert bash(code + shown, env).stdout.strip() == "[] [cpu]"
     assert bash(code + shown, env | {"BAJIE_GPU": "1"}).stdout.strip() == "[0] [unset]"
+
+
+def test_an_extra_that_is_none_is_one_sentence_and_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bajie-made").touch()
+    (tmp_path / "bajie-stamp").write_text("hash ray\n")
+    for word in ("raay", "", "test hf", "--cpu"):
+        env = {**CLEAN, "BAJIE_VENV": str(tmp_path)}
+        done = subprocess.run([SETUP, word], capture_output=True, text=True, env=env, check=False)
+        one_sentence(done, f"no extra '{word}'", "test hf ray web")
+        assert done.returncode == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"bajie-made", "bajie-stamp"}
+    assert (tmp_path / "bajie-stamp").read_text() == "hash ray\n"
 
 
 def test_gpu_without_a_driver_is_one_sentence() -> None:
@@ -283,24 +295,117 @@ def test_with_a_driver_torch_is_the_ordinary_one(tmp_path: Path) -> None:
 
 # ---- the stamp -----------------------------------------------------------------------------------
 
-READY = """
-bajie_venv='{folder}'; mkdir -p "$bajie_venv/bin"; ln -sf '{python}' "$bajie_venv/bin/python"
-hash=$(bajie_hash cpu); echo "$hash test hf" >"$bajie_venv/bajie-stamp"
-"""
+PYTHON = """
+printf '%s\\n' "$*" >>'{folder}/asked'
+case "$*" in
+*sysconfig*) echo '{folder}' ;;
+*'metadata.version("torch")'*) [[ ${{!#}} != cuda || -e '{folder}/cuda' ]] ;;
+*'-m pip install '*) [[ ! -e '{folder}/offline' ]] || {{ echo 'ERROR: no wheel'; exit 1; }}
+    [[ "$*" != *--force-reinstall* ]] || : >'{folder}/cuda' ;;
+*) echo 'ok 3.12' ;;
+esac"""
+
+
+def environment(folder: Path, stamp: str = "$(bajie_hash) ray") -> None:
+    """An environment of a set-up that was ready once; its Python notes what it is asked, pip does
+    nothing, or fails where there is a file `offline`; torch is the CPU build until it is
+    installed anew."""
+    program(folder / "bin", "python", PYTHON.format(folder=folder))
+    (folder / "bajie-made").touch()
+    bash(f'echo "{stamp}" >{folder}/bajie-stamp')
+
+
+def set_up(
+    folder: Path, words: str, nvidia: bool = False
+) -> tuple["subprocess.CompletedProcess[str]", list[str], str]:
+    """bajie_setup, what pip was asked to install meanwhile, and the extras of the stamp if it is
+    that of a ready environment."""
+    (folder / "asked").write_text("")
+    code = f"bajie_has_nvidia() {{ {'true' if nvidia else 'false'}; }}; bajie_setup {words}"
+    done = bash(code, {"BAJIE_VENV": str(folder), "BAJIE_SKIP_CHECKS": "1"})
+    asked = (folder / "asked").read_text().splitlines()
+    stamp, _, extras = (folder / "bajie-stamp").read_text().strip().partition(" ")
+    ready = stamp == bash("bajie_hash").stdout.strip()
+    return done, [line for line in asked if "pip install" in line], extras if ready else ""
 
 
 def test_a_ready_environment_is_trusted_and_nothing_else(tmp_path: Path) -> None:
-    ready = READY.format(folder=tmp_path, python=sys.executable)
+    environment(tmp_path, "$(bajie_hash) test hf")
 
-    def is_ready(arguments: str, before: str = "") -> bool:
-        return bash(f"{ready}{before}; bajie_is_ready {arguments}").returncode == 0
+    def is_ready(arguments: str, before: str = "true") -> bool:
+        code = f"bajie_venv='{tmp_path}'; {before}; bajie_is_ready {arguments}"
+        return bash(code).returncode == 0
 
-    assert is_ready('"$hash"', "true")
-    assert is_ready('"$hash" test hf', "true")
-    assert not is_ready('"$hash" ray', "true"), "an extra that was never installed"
-    assert not is_ready('"$(bajie_hash cuda)"', "true"), "another kind of torch"
-    assert not is_ready('"$hash"', 'rm "$bajie_venv/bajie-stamp"'), "no stamp"
-    assert not is_ready('"$hash"', 'ln -sf /nowhere "$bajie_venv/bin/python"'), "Python has gone"
+    assert is_ready('"$(bajie_hash)" cpu')
+    assert is_ready('"$(bajie_hash)" cpu test hf')
+    assert not is_ready('"$(bajie_hash)" cpu ray'), "an extra that was never installed"
+    assert not is_ready('"$(bajie_hash)" cuda'), "torch cannot do this"
+    assert not is_ready("another cpu"), "another set"
+    assert not is_ready('"$(bajie_hash)" cpu', 'rm "$bajie_venv/bajie-stamp"'), "no stamp"
+    environment(tmp_path)
+    gone = 'ln -sf /nowhere "$bajie_venv/bin/python"'
+    assert not is_ready('"$(bajie_hash)" cpu', gone), "Python has gone"
+
+
+def test_extras_that_do_not_install_leave_a_ready_environment_ready(tmp_path: Path) -> None:
+    environment(tmp_path)
+    (tmp_path / "offline").touch()
+    done, _, extras = set_up(tmp_path, "test hf --")
+    assert done.returncode == 1
+    assert "ERROR: no wheel" in done.stderr
+    done, installed, extras = set_up(tmp_path, "-- --quick")  # as demo.sh does it
+    assert (done.returncode, done.stderr, installed, extras) == (0, "", [], "ray")
+    (tmp_path / "offline").unlink()
+    done, installed, extras = set_up(tmp_path, "test hf --")
+    assert (done.returncode, extras) == (0, "hf ray test")
+    assert "thrown away" not in done.stderr and len(installed) == 3
+
+
+def test_a_changed_set_is_not_ready_until_it_is_whole_and_is_kept_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """A pin was raised: a set-up that fails may have installed a part, so that the set of before
+    does not count as ready either; extras are remembered, but for one that is no more."""
+    environment(tmp_path, "before ray forgotten")
+    (tmp_path / "offline").touch()
+    for _ in range(2):
+        done, _, extras = set_up(tmp_path, "--")
+        assert (done.returncode, extras) == (1, "")
+        assert (tmp_path / "bajie-stamp").read_text() == "- ray forgotten\n"
+    (tmp_path / "offline").unlink()
+    done, _, extras = set_up(tmp_path, "--")
+    assert (done.returncode, extras) == (0, "ray")
+    assert "thrown away" not in done.stderr
+
+
+def test_a_login_node_and_a_gpu_node_share_an_environment(tmp_path: Path) -> None:
+    environment(tmp_path)
+    for nvidia in (False, True):  # the CPU build is enough for what runs on the CPU
+        done, installed, _ = set_up(tmp_path, "ray --", nvidia)
+        assert (done.returncode, installed) == (0, [])
+    done, installed, extras = set_up(tmp_path, "-- --gpu", nvidia=True)
+    assert (done.returncode, extras) == (0, "ray")
+    assert sum("--force-reinstall torch==" in line for line in installed) == 1
+    for nvidia, word in ((False, ""), (True, "--gpu"), (False, "")):  # and it stays
+        done, installed, _ = set_up(tmp_path, f"ray -- {word}", nvidia)
+        assert (done.returncode, installed) == (0, [])
+    done, installed, _ = set_up(tmp_path, "hf --")  # more extras: the same torch
+    assert done.returncode == 0
+    assert not any("torch==" in line for line in installed)
+
+
+def test_a_login_node_can_install_for_gpu_nodes(tmp_path: Path) -> None:
+    environment(tmp_path)
+    env = {**CLEAN, "BAJIE_VENV": str(tmp_path), "BAJIE_SKIP_CHECKS": "1"}
+    for _ in range(2):
+        done = subprocess.run(
+            [SETUP, "--gpu", "ray"], capture_output=True, text=True, env=env, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count("--force-reinstall torch==") == 1
+    done, installed, extras = set_up(tmp_path, "ray -- --gpu", nvidia=True)
+    assert (done.returncode, installed, extras) == (0, [], "ray")
 
 
 # ---- all of it -----------------------------------------------------------------------------------

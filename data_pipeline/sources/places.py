@@ -50,6 +50,11 @@ def named_files(source: Source) -> dict[Path, str]:
                 f"source '{source.name}': no file at '{pattern}'; correct its path (找不到文件)"
             )
         for path in matches:
+            if path.exists() and not path.is_file():
+                raise CorpusError(
+                    f"source '{source.name}': {path} is a pipe or a device, which cannot be read "
+                    "twice; write it to a file, and name that (不是普通文件)"
+                )
             found.setdefault(path, readable(path.relative_to(above)))
     return found
 

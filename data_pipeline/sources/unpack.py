@@ -34,6 +34,8 @@ class Packing:
     """How a file is packed."""
 
     name: str
+    suffix: str
+    """What the name of such a file ends in."""
     begins: "re.Pattern[bytes]"
     """How a frame begins: strict enough not to be met by chance within one."""
     decoder: Callable[[], Any]
@@ -46,19 +48,22 @@ class Packing:
 PACKINGS = (
     Packing(
         "gzip",
+        ".gz",
         re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", re.DOTALL),
         lambda: zlib.decompressobj(wbits=31),
         padded=True,
     ),
     Packing(
         "zstd",
+        ".zst",
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame; one to skip (pzstd)
         lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj(),
         read_bytes=1 << 14,
     ),
-    Packing("bzip2", re.compile(rb"BZh[1-9]\x31\x41\x59\x26\x53\x59"), bz2.BZ2Decompressor),
+    Packing("bzip2", ".bz2", re.compile(rb"BZh[1-9]\x31\x41\x59\x26\x53\x59"), bz2.BZ2Decompressor),
     Packing(
         "xz",
+        ".xz",
         re.compile(rb"\xfd7zXZ\x00"),
         lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LARGEST_XZ_MEMORY),
         padded=True,
@@ -81,11 +86,14 @@ Pieces = Iterator[bytes | Damage]
 
 
 def packing_of(path: Path) -> Packing | None:
-    """How a file is packed, by its first bytes. CorpusError if it cannot be opened."""
+    """How a file is packed, by its first bytes, or by its name if it has none: a download that
+    brought nothing. CorpusError if it cannot be opened."""
     with opened(path) as file:
         head = file.read(16)
     for packing in PACKINGS:
         if packing.begins.match(head) or (packing.name == "gzip" and head[:2] == b"\x1f\x8b"):
+            return packing
+        if not head and path.suffix == packing.suffix:
             return packing
     return None
 
@@ -142,6 +150,8 @@ def _frames(file: BinaryIO, packing: Packing, meter: Meter) -> Pieces:
     at = begin = 0  # where `data` begins in the file, and the frame in hand
     data = file.read(packing.read_bytes)
     decoder = None
+    if not data:
+        yield Damage("truncated", f"is truncated: it is empty, which no {packing.name} data is")
     while data:
         if decoder is None:
             if packing.padded:
