@@ -41,15 +41,12 @@ from configs.run import (
 from pretrain import staged
 from pretrain.costs import WIDTH, Row, flops_per_token, parameters_by_part
 from pretrain.kept import Kept, kept_of
+from pretrain.transient import logits_bytes, message_bytes
 
 MFU = 0.40
 """Assumed share of the peak; plain decoders on one node reach 0.35 to 0.52."""
 CONTEXT_BYTES = 1.5 * 2**30
 """CUDA context, workspaces of the libraries, NCCL."""
-BUCKET_VALUES = 2 * 10**8
-"""Gradient values to a message, in float32 (pretrain/engine.py)."""
-LOGITS_AT_ONCE = 2**26
-"""Logits that exist at a time (pretrain/parallel.py)."""
 
 
 class PlanError(ValueError):
@@ -158,7 +155,6 @@ def memory(
     spread, whole = moment_bytes(config.optimizer, model, tensor)
     a_row = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
     tokens = micro * a_row * row.predicted / sequence
-    logits = min(tokens * model.vocab / tensor, LOGITS_AT_ONCE)
     parts = {
         # under ZeRO 3 the largest matrix is whole while it is used
         "weights": width * (values / data + max(sizes) if zero == 3 else values),
@@ -166,9 +162,8 @@ def memory(
         "masters (fp32)": 4 * values / data if zero else 0.0,
         "moments (fp32)": spread / (data if zero else 1) + whole,
         "activations": kept(config, model, recompute, micro).device,
-        "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
-        # two buffers take turns where gradients travel during the backward pass
-        "messages": 4.0 * min(BUCKET_VALUES, values) * (2 if config.parallel.overlap else 1),
+        "logits": logits_bytes(tokens * model.vocab / tensor, precision, tensor),
+        "messages": message_bytes(sizes, zero, config.parallel.overlap),
         "context": CONTEXT_BYTES,
     }
     return {**parts, "total": sum(parts.values())}
