@@ -18,6 +18,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -193,8 +194,8 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     ]
     zero = config.parallel.zero
     most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
-    kept = config.run.keep_checkpoints + len(models) - 1  # those at stage borders stay
-    checkpoint = checkpoint_bytes(config, last)
+    checkpoint, borders = checkpoint_bytes(config, last), border_bytes(config, models)
+    ordinary = config.run.keep_checkpoints + config.run.keep_best
     return {
         "model": to_dict(last),
         "parameters": {"total": parameter_count(last), **parameters_by_part(last)},
@@ -230,8 +231,9 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         "growth": staged.beside_scratch(each, models, pages[-1].schedule, *with_model),
         "disk": {
             "checkpoint_bytes": checkpoint,
-            "checkpoints_kept": kept,
-            "run_bytes": checkpoint * (kept + 1),  # one more while the next is written
+            "checkpoints_kept": ordinary + len(borders),
+            # one more while the next is written
+            "run_bytes": checkpoint * (ordinary + 1) + sum(borders),
         },
         "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
@@ -240,6 +242,15 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
 def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> float:
     """What a checkpoint takes on disk: fp32 weights, and what the update rule remembers."""
     return 4 * parameter_count(model) + sum(moment_bytes(config.optimizer, model))
+
+
+def border_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
+    """Bytes of each checkpoint at a stage border, all of which stay: the end of every stage but the
+    last, and the changed model that the next one begins with."""
+    found = []
+    for before, after in pairwise(models):
+        found += [checkpoint_bytes(config, model) for model in dict.fromkeys((before, after))]
+    return found
 
 
 def _stage(
