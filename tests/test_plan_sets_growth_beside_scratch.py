@@ -26,7 +26,7 @@ def test_a_run_that_grows_is_counted_beside_scratch() -> None:
     assert beside["share"] == pytest.approx(found["time"]["flops"] / (tokens * per_token))
     assert beside["grows_at"] == [0.75] and beside["scratch"]["days"] > found["time"]["days"]
     assert "this run, grown at 75%" in plan.text(found)
-    small, step = first["parameters"], beside["suggested_step"]
+    small, step = first["parameters"], beside["latest_step"]
     read = step * first["tokens"] / first["steps"] / small
     assert beside["tokens_per_parameter"] == pytest.approx(read)
     assert f"has read {read:.3g} tokens a parameter" in plan.text(found)
@@ -56,9 +56,21 @@ def test_the_disk_holds_both_checkpoints_of_a_growth() -> None:
 def test_when_to_grow_leaves_room_before_the_decay(schedule: str, share: float | None) -> None:
     words = ["run.steps=null", STAGES, f"schedule={schedule}", "schedule.warmup_steps=0"]
     found = plan.plan(page(*words), 1, "h200")["growth"]
-    assert found["suggestion"] == share
+    assert found["latest"] == share
     cheaper = [row["flops"] for row in found["when"]]
     assert cheaper == sorted(cheaper, reverse=True)  # the later, the cheaper
+
+
+def test_no_step_is_advised_where_growth_cost_more_than_scratch() -> None:
+    """Ten tokens for each parameter of the large model, as measured (docs/growth.md)."""
+    for tokens, advised in ((90112, True), (106496, False)):  # 9.3 and 11.0
+        found = plan.plan(page("run.steps=null", STAGES, f"batch.tokens={tokens}"), 1, "h200")
+        each, said = 20000 * tokens / found["parameters"]["total"], plan.text(found)
+        warning = f"{each:.3g} tokens a parameter of the large model: beyond some 10, growing cost"
+        assert (warning in said, "(docs/growth.md); grow earlier" in said) == (not advised,) * 2
+        assert ("70% of the steps *" in said, "about step 14,000 (*)" in said) == (advised,) * 2
+        assert ("no step advised, step 14,000 at most" in said) == (not advised)
+        assert max(map(len, said.splitlines())) <= 110
 
 
 def test_steps_of_different_size_are_counted_as_they_are() -> None:
