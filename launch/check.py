@@ -10,6 +10,7 @@ configs/ itself.
 import argparse
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from configs import run as run_page
 from configs.load import ConfigError, load, read_yaml
 from configs.model import ModelConfig, parameter_count
 from launch import grammar
+from pretrain.staged import idle_options
 
 CORPUS_SECTIONS = {"tokenizer", "split", "clean", "dedup"}
 
@@ -66,8 +68,10 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"ok": True, **found}, ensure_ascii=False, indent=1))
     else:
+        remarks = found.pop("remarks", [])
         print("ok (配置正确)")
         print("\n".join(f"  {key:<24}{_shown(value)}" for key, value in found.items()))
+        print("".join(f"  note: {sentence}\n" for sentence in remarks), end="")
     return 0
 
 
@@ -124,6 +128,7 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
         "tensor_parallel": config.parallel.tensor,
         "sequence_parallel": config.parallel.sequence,
         "out": config.run.out,
+        "remarks": list(chain.from_iterable(idle_options(config))),
     }
 
 

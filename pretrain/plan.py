@@ -174,8 +174,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     """Everything about a run, as plain data. PlanError for what cannot run on `gpus` devices."""
     if problems := world_problems(config, gpus):
         raise PlanError("\n".join(problems))
-    key, found = card(gpu)
-    peak, peak_note = device_peak(gpu, config.precision)
+    (key, found), (peak, peak_note) = card(gpu), device_peak(gpu, config.precision)
     pages = [at_stage(config, number) for number in range(len(stages(config)))]
     models = [stage_model(config, number) for number in range(len(pages))]
     last, data = models[-1], gpus // config.parallel.tensor
@@ -183,7 +182,11 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     samples, micro = step_samples(pages[-1]), pages[-1].batch.micro
     tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
     rate = gpus * peak * mfu
-    each = [_stage(config, n, model, pages[n], rate) for n, model in enumerate(models)]
+    idle = staged.idle_options(config)
+    each = [
+        _stage(config, n, model, pages[n], rate) | {"remarks": idle[n]}
+        for n, model in enumerate(models)
+    ]
     with_model = [
         [_stage(config, n, model, page, rate)["flops"] for n, page in enumerate(pages)]
         for model in (models[0], last)
@@ -232,8 +235,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         "disk": {
             "checkpoint_bytes": checkpoint,
             "checkpoints_kept": ordinary + len(borders),
-            # one more while the next is written
-            "run_bytes": checkpoint * (ordinary + 1) + sum(borders),
+            "run_bytes": checkpoint * (ordinary + 1) + sum(borders),  # one is being written
         },
         "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
@@ -247,10 +249,8 @@ def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> float:
 def border_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
     """Bytes of each checkpoint at a stage border, all of which stay: the end of every stage but the
     last, and the changed model that the next one begins with."""
-    found = []
-    for before, after in pairwise(models):
-        found += [checkpoint_bytes(config, model) for model in dict.fromkeys((before, after))]
-    return found
+    there = [model for border in pairwise(models) for model in dict.fromkeys(border)]
+    return [checkpoint_bytes(config, model) for model in there]
 
 
 def _stage(
@@ -429,6 +429,7 @@ def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         if s["ramp"]:
             unit = ", ".join(f"{size:,} for {steps:,} steps" for steps, size in s["ramp"])
             rows.append([f"  the batch ramps (爬坡): {unit}, then whole"])
+        rows += [[f"  {sentence}"] for sentence in s["remarks"]]
     rows.append(["all", "", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
     rows.append(["checkpoint", f"{disk['checkpoint_bytes'] / 1e9:,.2f} GB"])
     kept = f"{disk['checkpoints_kept']} kept, 1 being written"

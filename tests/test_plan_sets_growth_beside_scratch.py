@@ -1,5 +1,6 @@
 """The plan of a run that grows: its cost beside the large model from scratch, and when to grow."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from configs.load import ConfigError, load
 from configs.run import RunConfig
+from launch import cli
 from pretrain import plan
 
 SMALL = Path(__file__).resolve().parent.parent / "configs/runs/cpm-small-1gpu.yaml"
@@ -96,6 +98,34 @@ def test_every_growth_is_named_and_nothing_else_is_one() -> None:
     longer = "[{steps: 5000}, {steps: 5000, data: {seq_len: 2048}, extend: {method: last}}]"
     words = ["run.steps=null", f"stages={longer}", "batch.micro=1"]
     assert plan.plan(page(*words), 1, "h200")["growth"] is None
+
+
+def test_options_that_change_nothing_are_told_before_the_small_stage_is_paid_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By check and by plan, in the run's own words; those with effect are not told."""
+    deeper = (
+        "{steps: 5000, model: {layers: 24}, grow: {added: copied, split: 0.7, rewarm_steps: 9}}"
+    )
+    wider = "{steps: 500, model: {hidden: 1536}, grow: {noise: 0.1, split: 0.7, rewarm_steps: 501}}"
+    stages = f"stages=[{{steps: 12000}}, {deeper}, {wider}]"
+    told = [
+        "stages.1.grow.added: copied, but neither ffn nor heads grow (该选项不起作用)",
+        "stages.1.grow.split: 0.7, but no copies share a reading by it (该选项不起作用)",
+        "stages.1.grow.rewarm_steps: 9, but no learning rate was divided (该选项不起作用)",
+        "stages.2.grow.rewarm_steps: 501, but the run ends 500 steps later (学习率来不及恢复)",
+    ]
+    assert cli.main(["check", str(SMALL), "run.steps=null", stages]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("".join(f"  note: {sentence}\n" for sentence in told))
+    assert cli.main(["plan", str(SMALL), "run.steps=null", stages]) == 0
+    said = capsys.readouterr().out
+    assert [line.strip() for line in said.splitlines() if ".grow." in line] == told
+    assert cli.main(["check", str(SMALL), "run.steps=null", stages, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["remarks"] == told
+    good = stages.replace("added: copied, split: 0.7, rewarm_steps: 9", "").replace("501", "500")
+    assert cli.main(["check", str(SMALL), "run.steps=null", good]) == 0
+    assert "note" not in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_grow_is_beside_nothing() -> None:

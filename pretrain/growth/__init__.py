@@ -127,17 +127,14 @@ def grow(
     return State(entries, record)
 
 
-def remarks(before: State, after: State, how: Growing) -> list[str]:
-    """What a page may not have meant by its `grow:`, a sentence each: options without effect, and a
-    learning rate that goes back without having been asked to."""
-    found = idle(model_config(before), model_config(after), how)
+def remarks(before: State, after: State, how: Growing, left: int | None = None) -> list[str]:
+    """What a page may not have meant by its `grow:`, a sentence each: options without effect (in
+    the `left` updates of a run), a learning rate that goes back without having been asked to."""
     divided, rewarm = after.record.get("scales", {}), after.record.get("rewarm")
     was = settled(before.record).get("scales", {})
-    if how.rewarm_steps and all(s["lr"] == s["wd"] == 1 for s in divided.values()):
-        found.append(
-            f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided (该选项不起作用)"
-        )
-    elif (
+    any_divided = not all(s["lr"] == s["wd"] == 1 for s in divided.values())
+    found = idle(model_config(before), model_config(after), how, any_divided, left)
+    if (
         not how.rewarm_steps
         and rewarm
         and any(scale not in was.values() for scale in divided.values())
