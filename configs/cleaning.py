@@ -63,7 +63,7 @@ class Cleaning:
         if self.max_characters < self.min_characters:
             found.append(
                 f"max_characters: is {self.max_characters}, must be at least min_characters"
-                f" ({self.min_characters})"
+                f" ({self.min_characters}) (上下限颠倒)"
             )
         for name in vars(self):
             if "_ratio" in name and not 0 <= getattr(self, name) <= 1:

@@ -84,7 +84,10 @@ class Growing:
         if self.rewarm_steps < 0:
             found.append(f"rewarm_steps: is {self.rewarm_steps}, must not be negative")
         if self.method == "random" and (self.added, self.noise, self.split) != ("random", 0, 0.5):
-            found.append("method: random draws all that is new; leave added, noise and split out")
+            found.append(
+                "method: random draws all that is new; leave added, noise and split out "
+                "(全部随机，去掉这些选项)"
+            )
         return found
 
 

@@ -10,7 +10,6 @@ configs/ itself.
 import argparse
 import json
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
         "tensor_parallel": config.parallel.tensor,
         "sequence_parallel": config.parallel.sequence,
         "out": config.run.out,
-        "remarks": list(chain.from_iterable(idle_options(config))),
+        "remarks": [told for number in range(len(pages)) for told in idle_options(config, number)],
     }
 
 

@@ -182,11 +182,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     samples, micro = step_samples(pages[-1]), pages[-1].batch.micro
     tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
     rate = gpus * peak * mfu
-    idle = staged.idle_options(config)
-    each = [
-        _stage(config, n, model, pages[n], rate) | {"remarks": idle[n]}
-        for n, model in enumerate(models)
-    ]
+    each = [_stage(config, n, model, pages[n], rate) for n, model in enumerate(models)]
     with_model = [
         [_stage(config, n, model, page, rate)["flops"] for n, page in enumerate(pages)]
         for model in (models[0], last)
@@ -270,6 +266,7 @@ def _stage(
         "flops": tokens * full,
         "step_s": step_samples(page) * page.data.seq_len * full / rate,
         "days": tokens * full / rate / 86400,
+        "remarks": staged.idle_options(config, number),
     }
 
 
@@ -336,7 +333,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     words = parser.parse_intermixed_args(argv)
     if words.gpus < 1 or not 0 < words.mfu <= 1:
-        raise PlanError(f"--gpus, --mfu: are {words.gpus}, {words.mfu}; must be >= 1, in (0, 1]")
+        wrong = f"--gpus, --mfu: are {words.gpus}, {words.mfu}; must be >= 1, in (0, 1]"
+        raise PlanError(f"{wrong} (超出取值范围)")
     found = plan(load(words.config, RunConfig, words.overrides), words.gpus, words.gpu, words.mfu)
     print(json.dumps(found, ensure_ascii=False, indent=1) if words.json else text(found))
     return 0

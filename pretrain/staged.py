@@ -18,7 +18,7 @@ from typing import Any
 from configs.grown import GROWS, idle, rescales
 from configs.model import ModelConfig, parameter_count
 from configs.optimizers import Schedule
-from configs.run import RunConfig, stage_model, stages, total_steps
+from configs.run import RunConfig, first_step, stage_model, stages, total_steps
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 LATEST = {"wsd": 0.7, "constant": 0.7}
@@ -83,21 +83,20 @@ def _sizes(model: ModelConfig) -> list[int]:
     return [getattr(model, size) for size in GROWS]
 
 
-def idle_options(config: RunConfig) -> list[list[str]]:
-    """For each stage the options of its `grow:` that will change nothing, a sentence each with its
-    key: what the run says at the border, before the small stage is paid for.
+def idle_options(config: RunConfig, number: int) -> list[str]:
+    """The options of a stage's `grow:` that will change nothing, a sentence each with its key: what
+    the run says at the border, before the stages up to there are paid for.
 
     What the checkpoint that a run begins with has divided is not known here.
     """
-    found: list[list[str]] = [[]]
-    divided, left = config.init is not None, total_steps(config)
-    models = [stage_model(config, number) for number in range(len(stages(config)))]
-    for number, (now, to) in enumerate(pairwise(models), 1):
-        how = stages(config)[number].grow
-        divided, left = divided or rescales(now, to, how), left - stages(config)[number - 1].steps
-        told = idle(now, to, how, divided, left)
-        found.append([f"stages.{number}.grow.{sentence}" for sentence in told])
-    return found
+    if number == 0:
+        return []
+    models = [stage_model(config, at) for at in range(number + 1)]
+    grown = zip(models, models[1:], stages(config)[1:], strict=False)
+    divided = config.init is not None or any(rescales(a, b, by.grow) for a, b, by in grown)
+    left = total_steps(config) - first_step(config, number)
+    told = idle(models[-2], models[-1], stages(config)[number].grow, divided, left)
+    return [f"stages.{number}.grow.{sentence}" for sentence in told]
 
 
 def spent(counts: list[int], each: list[float], steps: float) -> float:
