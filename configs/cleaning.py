@@ -20,8 +20,8 @@ class Cleaning:
     max_characters: int = 10_000_000
     """More: `too_long`. Books are documents; this only stops what is no text."""
     min_han_ratio: float = 0.3
-    """A smaller share of Chinese characters: `few_han`; web: 0.5. A page that falls below is
-    counted again without its code, formulas, tags and addresses."""
+    """A smaller share of Chinese characters: `few_han`; recipes/web.yaml: 0.15. A page that
+    falls below is counted again without its code, formulas, tags and addresses."""
     min_han_ratio_with_code: float = 0.1
     """A smaller share of the whole page, code and all: `few_han` without a second look."""
     max_digit_ratio: float = 0.3
@@ -63,7 +63,7 @@ class Cleaning:
         if self.max_characters < self.min_characters:
             found.append(
                 f"max_characters: is {self.max_characters}, must be at least min_characters"
-                f" ({self.min_characters})"
+                f" ({self.min_characters}) (上下限颠倒)"
             )
         for name in vars(self):
             if "_ratio" in name and not 0 <= getattr(self, name) <= 1:

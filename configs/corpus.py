@@ -60,7 +60,9 @@ class Data:
 
     def problems(self) -> list[str]:
         """No sources, one name twice, numbers outside their range."""
-        found = [] if self.out.strip() else ["out: is empty, must name the corpus folder"]
+        found = (
+            [] if self.out.strip() else ["out: is empty, must name the corpus folder (须有目录名)"]
+        )
         if not self.sources and self.documents is None:
             found.append("sources: is empty, must list at least one source (至少一个来源)")
         if self.sources and self.documents is not None:
@@ -132,7 +134,8 @@ class CorpusConfig:
         """One name twice."""
         names = [part.name for part in self.decontaminate]
         return [
-            f"decontaminate: the name '{name}' stands {names.count(name)} times; names must differ"
+            f"decontaminate: the name '{name}' stands {names.count(name)} times; names must differ "
+            "(重名)"
             for name in dict.fromkeys(names)
             if names.count(name) > 1
         ]

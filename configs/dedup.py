@@ -76,7 +76,8 @@ class Evaluation:
     path: str
     """A .json, .jsonl or .tsv file, else a text file with one item a line."""
     fields: tuple[str | int, ...] = ()
-    """JSON: the fields with the text, at any depth; .tsv: numbers of columns, from 0."""
+    """JSON: the fields with the text, at any depth; .tsv: numbers of columns, from 1, as
+    data.sources counts them."""
     characters: int = 13
     """Letters or digits in a row (punctuation and blanks left out), more than half of them Han,
     that a document must not share with an item."""
@@ -99,9 +100,10 @@ class Evaluation:
         if self.path.endswith((".json", ".jsonl")):
             if not self.fields:
                 found.append("fields: is empty, must name the fields with the text (须有字段名)")
-        elif not all(str(field).isdecimal() for field in self.fields):
+        elif not all(str(field).isdecimal() and int(field) for field in self.fields):
             found.append(
-                f"fields: is {list(self.fields)}, must be numbers of columns from 0 (须为列号)"
+                f"fields: is {list(self.fields)}, must be numbers of columns, and the first is 1 "
+                "(须为列号，从 1 数起)"
             )
         if not 5 <= self.characters <= 1000:
             found.append(f"characters: is {self.characters}, must lie in [5, 1000]")

@@ -117,7 +117,9 @@ def _learned(now: ModelConfig, seq_len: int, how: Extend) -> ModelConfig:
         if table is not None and table.method == "interpolated":
             raise ConfigError(_fixed("position_table", "interpolated", how.method))
         if how.method == "as_it_is" and seq_len > rows:
-            raise ConfigError(f"seq_len: is {seq_len}, as_it_is the model has {rows} positions")
+            raise ConfigError(
+                f"seq_len: is {seq_len}, as_it_is the model has {rows} positions (位置不足)"
+            )
         kept = table if how.method == "as_it_is" else None
         return dataclasses.replace(now, positions=max(seq_len, rows), position_table=kept)
     if table is not None and (table.method, table.alpha) == (how.method, how.alpha):

@@ -95,7 +95,10 @@ class Growing:
         if self.rewarm_steps < 0:
             found.append(f"rewarm_steps: is {self.rewarm_steps}, must not be negative")
         if self.method == "random" and (self.added, self.noise, self.split) != ("random", 0, 0.5):
-            found.append("method: random draws all that is new; leave added, noise and split out")
+            found.append(
+                "method: random draws all that is new; leave added, noise and split out "
+                "(全部随机，去掉这些选项)"
+            )
         return found
 
 
@@ -172,8 +175,28 @@ def averages(config: ModelConfig) -> bool:
     )
 
 
-def idle(now: ModelConfig, to: ModelConfig, how: Growing) -> list[str]:
-    """The options that change nothing between these sizes, a sentence each."""
+def rescales(now: ModelConfig, to: ModelConfig, how: Growing) -> bool:
+    """Whether the exact rule gives a tensor another learning rate: where copies share what reads
+    them, and where a wider stream or other scores are made up for."""
+    if scale_of_scores(now) != scale_of_scores(to):
+        return True
+    if how.method not in (*PRESERVING, "stack"):
+        return False
+    copied = how.added == "copied" or how.method == "su"
+    units = [(now.ffn, to.ffn), (now.heads, to.heads)]
+    return to.hidden > now.hidden or (
+        copied and any(new > old and times(old, new) is not None for old, new in units)
+    )
+
+
+def idle(
+    now: ModelConfig, to: ModelConfig, how: Growing, divided: bool, left: int | None = None
+) -> list[str]:
+    """The options that change nothing between these sizes, a sentence each.
+
+    divided: whether any learning rate is, by this growth or an earlier one; left: updates from here
+    to the end of the run, where there is one.
+    """
     more = {size for size in GROWS if getattr(to, size) > getattr(now, size)}
     drawn, units = how.draws_copies, bool(more & {"ffn", "heads"})
     tiled = "hidden" in more and (drawn or times(now.hidden, to.hidden) is not None)
@@ -198,7 +221,13 @@ def idle(now: ModelConfig, to: ModelConfig, how: Growing) -> list[str]:
         found.append(f"new_layers: {how.new_layers}, but {why}")
     if how.new_words == "masked" and "vocab" not in more:
         found.append("new_words: masked, but there are no new words")
-    return [f"{sentence} (该选项不起作用)" for sentence in found]
+    if how.rewarm_steps and not divided:
+        found.append(f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided")
+    found = [f"{sentence} (该选项不起作用)" for sentence in found]
+    if divided and left is not None and how.rewarm_steps > left:
+        why = f"the run ends {left} steps later"
+        found.append(f"rewarm_steps: {how.rewarm_steps}, but {why} (学习率来不及恢复)")
+    return found
 
 
 def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | None:

@@ -24,6 +24,14 @@ import yaml
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
+SCALARS = {
+    bool: ("true or false", " true 或 false"),
+    int: ("a whole number", "整数"),
+    float: ("a number", "数"),
+    str: ("text", "文本"),
+}
+BOUND = re.compile(r"must (not be negative|lie |be (at least|above|more than|0|null))")
+CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 class ConfigError(ValueError):
@@ -50,7 +58,9 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
         key = loader.construct_object(key_node)
         line = key_node.start_mark.line + 1
         if isinstance(key, list | dict):
-            raise ConfigError(f"line {line}: a key is a word, this one is a {_kind(key)}")
+            raise ConfigError(
+                f"line {line}: a key is a word, this one is a {_kind(key)} (键须为词)"
+            )
         if key in seen:
             raise ConfigError(
                 f"line {line}: the key '{key}' stands twice; keep one of them (键重复)"
@@ -91,15 +101,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file (配置文件不存在)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error} (无法读取)") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: {_broken(error)}") from None
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{path}: a config is a mapping of sections, this file is a {_kind(data)}"
+            f"{path}: a config is a mapping of sections, this file is a {_kind(data)} "
+            "(须为键值映射)"
         )
     return cast("dict[str, Any]", _expand(data, path, (*seen, path.resolve())))
 
@@ -113,7 +124,9 @@ def _expand(data: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     bases = data.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: base: must name a file or list files, is {bases!r}")
+        raise ConfigError(
+            f"{path}: base: must name a file or list files, is {bases!r} (须为文件名)"
+        )
     merged: dict[str, Any] = {}
     for base in bases:
         merged = _merge(merged, _read(path.parent / base, seen))
@@ -133,7 +146,9 @@ def override(data: dict[str, Any], text: str) -> None:
     """Set `a.b=value` of a page of plain data, the value read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{text}': an override is written key=value, e.g. batch.samples=64")
+        raise ConfigError(
+            f"'{text}': an override is written key=value, e.g. batch.samples=64 (须写作 键=值)"
+        )
     *parents, last = key.split(".")
     for parent in parents:
         data = cast("dict[str, Any] | list[Any]", data)  # type: ignore[assignment]
@@ -142,11 +157,13 @@ def override(data: dict[str, Any], text: str) -> None:
         else:
             data = data.setdefault(parent, {})
         if not isinstance(data, dict | list):
-            raise ConfigError(f"{key}: '{parent}' is a {_kind(data)}, it has no keys of its own")
+            raise ConfigError(
+                f"{key}: '{parent}' is a {_kind(data)}, it has no keys of its own (没有下级键)"
+            )
     try:
         parsed = yaml.load(value, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{key}: {_broken(error)}") from None
     if isinstance(data, list):
         _element(data, last, key)
         data[int(last)] = parsed
@@ -157,7 +174,7 @@ def override(data: dict[str, Any], text: str) -> None:
 def _element(items: list[Any], number: str, key: str) -> Any:
     if not number.isdigit() or int(number) >= len(items):
         raise ConfigError(
-            f"{key}: '{number}' must be a number below {len(items)}, the list's length"
+            f"{key}: '{number}' must be a number below {len(items)}, the list's length (序号不对)"
         )
     return items[int(number)]
 
@@ -216,7 +233,14 @@ def _gather(value: Any, where: str, problems: list[str]) -> None:
         for field in dataclasses.fields(value):
             _gather(getattr(value, field.name), _join(where, _key(field)), problems)
         said = value.problems() if hasattr(value, "problems") else []
-        problems.extend(_join(where, sentence) for sentence in said)
+        problems.extend(_join(where, _in_both(sentence)) for sentence in said)
+
+
+def _in_both(sentence: str) -> str:
+    """What a section says of a bound, with the Chinese half that all bounds share."""
+    if CHINESE.search(sentence) or not BOUND.search(sentence):
+        return sentence
+    return f"{sentence} (超出取值范围)"
 
 
 def _build(kind: Any, data: Any, where: str, problems: list[str]) -> Any:
@@ -232,15 +256,17 @@ def _build(kind: Any, data: Any, where: str, problems: list[str]) -> Any:
             allowed = ", ".join(str(a) for a in args)
             near = difflib.get_close_matches(str(data), [str(a) for a in args], 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"{where}: is '{data}', must be one of {allowed}{hint}")
+            problems.append(f"{where}: is '{data}', must be one of {allowed}{hint} (不在可选值内)")
         return data
     if origin in (tuple, list):
         if not isinstance(data, list | tuple):
-            problems.append(f"{where}: must be a list, is a {_kind(data)}")
+            problems.append(f"{where}: must be a list, is a {_kind(data)} (须为列表)")
             return ()
         if origin is tuple and args[-1:] != (Ellipsis,):
             if len(data) != len(args):
-                problems.append(f"{where}: must hold {len(args)} values, holds {len(data)}")
+                problems.append(
+                    f"{where}: must hold {len(args)} values, holds {len(data)} (个数不符)"
+                )
                 return ()
             return tuple(
                 _build(a, item, f"{where}.{n}", problems)
@@ -249,7 +275,7 @@ def _build(kind: Any, data: Any, where: str, problems: list[str]) -> Any:
         return tuple(_build(args[0], item, f"{where}.{n}", problems) for n, item in enumerate(data))
     if origin is dict:
         if not isinstance(data, dict):
-            problems.append(f"{where}: must be a mapping, is a {_kind(data)}")
+            problems.append(f"{where}: must be a mapping, is a {_kind(data)} (须为映射)")
             return {}
         return {k: _build(args[1], v, _join(where, str(k)), problems) for k, v in data.items()}
     return _build_scalar(kind, data, where, problems)
@@ -267,8 +293,8 @@ def _build_scalar(kind: Any, data: Any, where: str, problems: list[str]) -> Any:
     if kind is int and isinstance(data, float) and data.is_integer():
         return int(data)  # 1e6 steps
     if not right[kind]:
-        name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-        problems.append(f"{where}: must be {name}, is {_kind(data)} {data!r}")
+        name, chinese = SCALARS[kind]
+        problems.append(f"{where}: must be {name}, is {_kind(data)} {data!r} (须为{chinese})")
         return data
     if kind is float and not math.isfinite(data):
         problems.append(f"{where}: is {data}, must be a finite number (必须是有限的数)")
@@ -289,7 +315,8 @@ def _build_union(args: tuple[Any, ...], data: Any, where: str, problems: list[st
         value = _build(kind, data, where, trial)
         if not trial:
             return value
-    problems.append(f"{where}: {data!r} is none of {', '.join(_name(k) for k in kinds)}")
+    names = ", ".join(_name(k) for k in kinds)
+    problems.append(f"{where}: {data!r} is none of {names} (类型不符)")
     return data
 
 
@@ -304,7 +331,9 @@ def _choose(sections: list[Any], data: Any, where: str, problems: list[str]) -> 
     chosen = data.get(field) if isinstance(data, dict) else None
     if chosen not in choices:
         names = ", ".join(map(str, choices))
-        problems.append(f"{_join(where, field)}: is {chosen!r}, must be one of {names}")
+        problems.append(
+            f"{_join(where, field)}: is {chosen!r}, must be one of {names} (不在可选值内)"
+        )
         return None
     return choices[chosen]
 
@@ -317,7 +346,8 @@ def _build_section(cls: Any, data: Any, where: str, problems: list[str]) -> Any:
     if isinstance(data, str) and hasattr(cls, "SHORT"):
         data = {cls.SHORT: data}
     if not isinstance(data, dict):
-        problems.append(f"{where or cls.__name__}: must be a mapping of keys, is a {_kind(data)}")
+        name = where or cls.__name__
+        problems.append(f"{name}: must be a mapping of keys, is a {_kind(data)} (须为键值映射)")
         return None
     hints = typing.get_type_hints(cls)
     fields = {_key(f): f for f in dataclasses.fields(cls)}
@@ -347,6 +377,10 @@ def _key(field: "dataclasses.Field[Any]") -> str:
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+def _broken(error: yaml.YAMLError) -> str:
+    return f"not valid YAML: {' '.join(str(error).split())} (YAML 语法错误)"
 
 
 def _kind(data: Any) -> str:

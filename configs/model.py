@@ -197,7 +197,7 @@ class RoFormerConfig:
         if self.positions is not None and self.version == 2:
             found.append("positions: RoFormer v2 has rotary ones, must be null (仅 v1 可学习)")
         if self.positions is None and self.head_dim % 2:
-            found.append(f"head_dim: is {self.head_dim}, rotary positions need an even number")
+            found.append(f"head_dim: is {self.head_dim}, must be even to be rotary (须为偶数)")
         if self.rope is not None and self.positions is not None:
             found.append("rope: positions are learned, nothing is turned; leave it out (非旋转)")
         return found + table_problems(self.position_table, self.positions)

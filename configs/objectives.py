@@ -132,7 +132,7 @@ class Pairs:
     def problems(self) -> list[str]:
         """Fields that are missing or on both sides; lengths without room for a token."""
         found = [
-            f"{side}: names no field; give a list of names"
+            f"{side}: names no field; give a list of names (须有字段名)"
             for side in ("source", "target")
             if not getattr(self, side)
         ]
@@ -158,7 +158,9 @@ class Labels:
     def problems(self) -> list[str]:
         """More fields than there are segments; one twice."""
         if len(self.fields) > 2 or len(set(self.fields)) < len(self.fields):
-            return [f"fields: names {', '.join(self.fields)}; must be one or two, not the same"]
+            return [
+                f"fields: names {', '.join(self.fields)}; must be one or two, not the same (须不同)"
+            ]
         return []
 
 

@@ -100,7 +100,9 @@ class Optimizer:
             if self.name not in rules and getattr(self, key) != defaults[key]
         ]
         if self.lazy_rows and self.name != "adamw":
-            found.append(f"lazy_rows: is built for adamw, optimizer.name is {self.name}")
+            found.append(
+                f"lazy_rows: is built for adamw, optimizer.name is {self.name} (只用于 adamw)"
+            )
         return found
 
 
@@ -141,11 +143,14 @@ class Schedule:
             )
         at = [step for step, _ in self.points]
         if any(step < 0 for step in at) or at != sorted(set(at)):
-            found.append(f"points: stand at {at} updates; they must rise, from 0 on")
+            found.append(f"points: stand at {at} updates; they must rise, from 0 on (步数须递增)")
         if any(share < 0 for _, share in self.points):
-            found.append("points: a share of the peak is negative; it must be 0 or more")
+            found.append("points: a share of the peak is negative; it must be 0 or more (不得为负)")
         if self.name == "piecewise" and self.warmup_steps:
-            found.append("warmup_steps: piecewise says its warm-up in points; leave it out")
+            found.append(
+                "warmup_steps: piecewise says its warm-up in points; leave it out "
+                "(预热写在 points 中)"
+            )
         return found
 
 

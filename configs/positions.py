@@ -133,11 +133,13 @@ class Rope:
         if self.windowed and self.window < 1:
             found.append(f"window: is {self.window}, {self.method} needs at least 1 (窗口必须为正)")
         if self.windowed and self.dynamic:
-            found.append(f"dynamic: {self.method} has no dynamic form, set it to false")
+            found.append(
+                f"dynamic: {self.method} has no dynamic form, set it to false (没有动态形式)"
+            )
         if not self.beta_fast > self.beta_slow > 0:
             found.append(
                 f"beta_fast, beta_slow: are {self.beta_fast} and {self.beta_slow}; beta_fast must "
-                "be the larger one, both above 0"
+                "be the larger one, both above 0 (须前者较大且为正)"
             )
         return found
 
@@ -149,9 +151,11 @@ def table_problems(table: PositionTable | None, positions: int | None) -> list[s
     if positions is None:
         return ["position_table: positions are rotary, there is no table; leave it out (无位置表)"]
     if positions < table.rows:
-        return [f"positions: is {positions}, the table alone has {table.rows} rows"]
+        return [f"positions: is {positions}, the table alone has {table.rows} rows (位置数不符)"]
     if table.method == "hierarchical" and positions > table.rows**2:
-        return [f"positions: is {positions}, {table.rows} rows reach {table.rows**2} at most"]
+        return [
+            f"positions: is {positions}, {table.rows} rows reach {table.rows**2} at most (过长)"
+        ]
     return []
 
 

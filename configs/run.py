@@ -59,12 +59,16 @@ class Data:
 
     def problems(self) -> list[str]:
         """A mixture without corpora, a row without tokens."""
-        found = [] if self.train else ["train: names no corpus; give a list of {corpus: FOLDER}"]
+        found = (
+            []
+            if self.train
+            else ["train: names no corpus; give a list of {corpus: FOLDER} (须有语料)"]
+        )
         for key in ("seq_len", "target_len"):
             if (value := getattr(self, key)) is not None and value < 1:
                 found.append(f"{key}: is {value}, must be above 0")
         found += [
-            f"skips: [{first}, {end}] is no range of samples, must be 0 <= first < end"
+            f"skips: [{first}, {end}] is no range of samples, must be 0 <= first < end (区间不合法)"
             for first, end in self.skips
             if not 0 <= first < end
         ]
@@ -152,7 +156,9 @@ class Stage:
         """A stage without steps, or with two changes of the model."""
         found = [] if self.steps > 0 else [f"steps: is {self.steps}, must be at least 1"]
         if self.extend is not None and "seq_len" not in self.data:
-            found.append("extend: needs data.seq_len of the same stage, the length to reach")
+            found.append(
+                "extend: needs data.seq_len of the same stage, the length to reach (须给出新长度)"
+            )
         if self.extend is not None and self.model:
             found.append("extend, model: one stage extends or grows; make two of it (分为两阶段)")
         return found
@@ -205,11 +211,12 @@ class RunConfig:
         """What no single section can see."""
         found: list[str] = []
         if not self.stages and self.run.steps is None:
-            found.append("run.steps: must be given (or stages, each with its steps)")
+            found.append("run.steps: must be given (or stages, each with its steps) (须给出步数)")
         total = sum(stage.steps for stage in self.stages)
         if self.stages and self.run.steps not in (None, total):
             found.append(
-                f"run.steps: is {self.run.steps}, the stages add up to {total}; leave one out"
+                f"run.steps: is {self.run.steps}, the stages add up to {total}; leave one out "
+                "(步数不一致)"
             )
         for number in range(len(stages(self))):
             try:
@@ -237,13 +244,13 @@ class RunConfig:
         if span and spent > span:
             found.append(
                 f"{self._key(number, 'schedule')}: warm-up and decay take {spent} steps, it spans "
-                f"{span} steps"
+                f"{span} steps (预热与衰减过长)"
             )
         key, batch = self._key(number, "batch"), self.batch
         sizes = {"tokens": batch.tokens, **{f"ramp.{n}": s for n, (_, s) in enumerate(batch.ramp)}}
         found += [
             f"{key}.{name}: is {size}, less than one row of {self.data.seq_len} tokens "
-            "(data.seq_len)"
+            "(data.seq_len) (不足一行)"
             for name, size in sizes.items()
             if size is not None and batch.tokens is not None and size < self.data.seq_len
         ]
@@ -304,7 +311,7 @@ class RunConfig:
         if room is not None and self.data.seq_len > room:
             found.append(
                 f"{self._key(number, 'data')}.seq_len: is {self.data.seq_len}, {where}.positions "
-                f"has {room} rows; shorten the rows or extend the model"
+                f"has {room} rows; shorten the rows or extend the model (行超出位置数)"
             )
         return found
 
@@ -354,7 +361,9 @@ def _with_known(config: RunConfig) -> RunConfig:
 
 def _changed(data: dict[str, Any], changes: dict[str, Any], where: str) -> ModelConfig:
     if changes.get("family", data["family"]) != data["family"]:
-        raise ConfigError(f"{where}.family: a {data['family']} cannot become a {changes['family']}")
+        raise ConfigError(
+            f"{where}.family: a {data['family']} cannot become a {changes['family']} (不能换模型族)"
+        )
     return cast(ModelConfig, from_dict(cast(Any, ModelConfig), {**data, **changes}, where))
 
 

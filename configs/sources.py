@@ -70,7 +70,9 @@ class Source:
         if self.kind == "datasets" and len(self.paths) > 1:
             found.append(f"path: lists {len(self.paths)} datasets, a source is one (一个来源一个)")
         if not self.text_field:
-            found.append("text_field: is empty, must name the field that holds the text")
+            found.append(
+                "text_field: is empty, must name the field that holds the text (须有字段名)"
+            )
         return found + self._problems_of_fields() + self._problems_of_a_kind()
 
     def _problems_of_fields(self) -> list[str]:

@@ -73,7 +73,7 @@ def said(sets: tuple[Evaluation, ...], counts: "Counter[str]") -> dict[str, dict
 
 def items(part: Evaluation) -> Iterator[tuple[str, list[str]]]:
     """(id, texts of its fields) of each item: JSON, one value or several after each other, in which
-    the named fields may lie at any depth; .tsv, whose fields are numbers of columns from 0; else
+    the named fields may lie at any depth; .tsv, whose fields are numbers of columns from 1; else
     text, a line each. An id is the item's `id`, else its number from 0."""
     path, fields = evaluation_file(part), tuple(map(str, part.fields))
     found: Iterator[tuple[str | None, list[str]]]
@@ -101,7 +101,7 @@ def items(part: Evaluation) -> Iterator[tuple[str, list[str]]]:
 def _of_lines(text: str, fields: tuple[str, ...]) -> Iterator[tuple[None, list[str]]]:
     for line in text.split("\n"):
         cells = line.rstrip("\r").split("\t") if fields else [line]
-        chosen = [cells[int(n)] for n in fields if int(n) < len(cells)] if fields else cells
+        chosen = [cells[int(n) - 1] for n in fields if int(n) <= len(cells)] if fields else cells
         if any(chosen):
             yield None, chosen
 

@@ -19,6 +19,7 @@ from configs.load import ConfigError, load, read_yaml
 from configs.model import ModelConfig, parameter_count
 from launch import grammar
 from launch.machines import at_least_one
+from pretrain.staged import idle_options
 
 CORPUS_SECTIONS = {"tokenizer", "split", "clean", "dedup"}
 
@@ -69,8 +70,10 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"ok": True, **found}, ensure_ascii=False, indent=1))
     else:
+        remarks = found.pop("remarks", [])
         print("ok (配置正确)")
         print("\n".join(f"  {key:<24}{_shown(value)}" for key, value in found.items()))
+        print("".join(f"  note: {sentence}\n" for sentence in remarks), end="")
     return 0
 
 
@@ -129,6 +132,7 @@ def _run_summary(config: run_page.RunConfig) -> dict[str, Any]:
         "tensor_parallel": config.parallel.tensor,
         "sequence_parallel": config.parallel.sequence,
         "out": config.run.out,
+        "remarks": [told for number in range(len(pages)) for told in idle_options(config, number)],
     }
 
 

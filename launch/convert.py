@@ -79,7 +79,9 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     target = Path(given.target)
     if target.exists():
-        raise ValueError(f"{target}: exists already; name another folder (nothing was overwritten)")
+        raise ValueError(
+            f"{target}: exists already; name another folder (nothing was overwritten; 已存在)"
+        )
     source = read(Path(given.source), given.kind, given.set, given.tokenizer)
     found = convert(source, target, given.to, DTYPES[given.dtype], given.ranks)
     found = {"verb": "convert", "source": str(given.source), **found}

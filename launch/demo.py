@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
     gpu = words.gpu or os.environ.get("BAJIE_GPU") == "1"
     demo = Demo(Path(words.out).resolve(), words.devices, gpu)
     if demo.out.exists() and not (demo.out / ".bajie-demo").exists():
-        raise ConfigError(f"{demo.out}: exists and no demo made it; name another with --out")
+        raise ConfigError(
+            f"{demo.out}: exists and no demo made it; name another with --out (已存在，请换名)"
+        )
     shutil.rmtree(demo.out, ignore_errors=True)
     demo.out.mkdir(parents=True)
     (demo.out / ".bajie-demo").touch()

@@ -58,7 +58,9 @@ def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dic
     from pretrain.state import State
 
     if out.exists():
-        raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
+        raise ValueError(
+            f"{out}: exists already; name another --out (nothing was overwritten; 已存在，请换名)"
+        )
     allocator.give_back()
     folder = checkpoint.resolve(origin)
     before = checkpoint.read(folder)

@@ -64,7 +64,9 @@ def revocab(given: argparse.Namespace) -> dict[str, Any]:
     """Read, plan, write, prove; returns the proof. ValueError for what cannot be done."""
     out = Path(given.out)
     if out.exists():
-        raise ValueError(f"{out}: exists already; name another --out (nothing was overwritten)")
+        raise ValueError(
+            f"{out}: exists already; name another --out (nothing was overwritten; 已存在，请换名)"
+        )
     new_tokenizer = tokenizers.load(given.tokenizer)
     source = convert.read(Path(given.source), None, [], given.from_tokenizer)
     config = growth.model_config(source.state)

@@ -33,10 +33,9 @@ from pretrain.parallel import Mesh
 from pretrain.partitions import Partitions
 from pretrain.state import State, seed_of
 from pretrain.step import Step, StepResult
+from pretrain.transient import BUCKET, bucket_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BUCKET = {"cpu": 2 * 10**7, "cuda": 2 * 10**8}
-"""Gradient values to a message."""
 
 _alive: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
@@ -338,7 +337,7 @@ class Engine:
             for t in tensors(self.config)
         ]
         most = BUCKET.get(self.mesh.device.type, BUCKET["cuda"])
-        bucket = min(most, max(sizes) if self._zero_stage == 3 else sum(sizes))
+        bucket = bucket_values(sizes, self._zero_stage, self.mesh.device.type)
         return {
             # We scale the loss and set the boundaries of accumulation ourselves.
             "train_micro_batch_size_per_gpu": 1,

@@ -37,9 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.model import ModelConfig, local_shape, split_dim, split_problems, tensors
 from configs.parallel import Parallel, problems_on
 from pretrain.objectives.losses import token_losses_plain
-
-LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**30}
-"""Local logits that exist at a time; more are made in turns, and again in the backward pass."""
+from pretrain.transient import turns
 
 LogitsFn = Callable[[Tensor], Tensor]
 TokenLosses = Callable[..., Tensor]
@@ -295,15 +293,14 @@ def token_losses(mesh: Mesh, vocab: int) -> TokenLosses:
     under ZeRO 3 every turn gathers the head's weight and all ranks must gather equally often.
     """
     part_losses = _split_cross_entropy if mesh.tensor > 1 else token_losses_plain
-    most = LOGITS_AT_ONCE["cpu" if mesh.device.type == "cpu" else "cuda"]
 
     def losses(
         logits_fn: LogitsFn, hidden_ND: Tensor, targets_N: Tensor, positions: int | None = None
     ) -> Tensor:
-        turns = max(1, -(-(positions or len(targets_N)) * vocab // mesh.tensor // most))
-        if turns == 1:
+        logits = (positions or len(targets_N)) * vocab / mesh.tensor
+        if (count := turns(logits, mesh.device.type)) == 1:
             return part_losses(logits_fn, hidden_ND, targets_N)
-        parts = zip(hidden_ND.tensor_split(turns), targets_N.tensor_split(turns), strict=True)
+        parts = zip(hidden_ND.tensor_split(count), targets_N.tensor_split(count), strict=True)
         if not torch.is_grad_enabled():
             return torch.cat([part_losses(logits_fn, h, t) for h, t in parts])
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

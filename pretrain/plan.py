@@ -18,6 +18,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,12 @@ from configs.run import (
 from pretrain import staged
 from pretrain.costs import WIDTH, Row, flops_per_token, parameters_by_part
 from pretrain.kept import Kept, kept_of
+from pretrain.transient import logits_bytes, message_bytes
 
 MFU = 0.40
 """Assumed share of the peak; plain decoders on one node reach 0.35 to 0.52."""
 CONTEXT_BYTES = 1.5 * 2**30
 """CUDA context, workspaces of the libraries, NCCL."""
-BUCKET_VALUES = 2 * 10**8
-"""Gradient values to a message, in float32 (pretrain/engine.py)."""
-LOGITS_AT_ONCE = 2**26
-"""Logits that exist at a time (pretrain/parallel.py)."""
 
 
 class PlanError(ValueError):
@@ -158,7 +156,6 @@ def memory(
     spread, whole = moment_bytes(config.optimizer, model, tensor)
     a_row = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
     tokens = micro * a_row * row.predicted / sequence
-    logits = min(tokens * model.vocab / tensor, LOGITS_AT_ONCE)
     parts = {
         # under ZeRO 3 the largest matrix is whole while it is used
         "weights": width * (values / data + max(sizes) if zero == 3 else values),
@@ -166,9 +163,8 @@ def memory(
         "masters (fp32)": 4 * values / data if zero else 0.0,
         "moments (fp32)": spread / (data if zero else 1) + whole,
         "activations": kept(config, model, recompute, micro).device,
-        "logits": logits * (8 + (width if width == 2 else 0)),  # fp32 and its gradient
-        # two buffers take turns where gradients travel during the backward pass
-        "messages": 4.0 * min(BUCKET_VALUES, values) * (2 if config.parallel.overlap else 1),
+        "logits": logits_bytes(tokens * model.vocab / tensor, precision, tensor),
+        "messages": message_bytes(sizes, zero, config.parallel.overlap),
         "context": CONTEXT_BYTES,
     }
     return {**parts, "total": sum(parts.values())}
@@ -178,8 +174,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     """Everything about a run, as plain data. PlanError for what cannot run on `gpus` devices."""
     if problems := world_problems(config, gpus):
         raise PlanError("\n".join(problems))
-    key, found = card(gpu)
-    peak, peak_note = device_peak(gpu, config.precision)
+    (key, found), (peak, peak_note) = card(gpu), device_peak(gpu, config.precision)
     pages = [at_stage(config, number) for number in range(len(stages(config)))]
     models = [stage_model(config, number) for number in range(len(pages))]
     last, data = models[-1], gpus // config.parallel.tensor
@@ -198,8 +193,8 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     ]
     zero = config.parallel.zero
     most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
-    kept = config.run.keep_checkpoints + len(models) - 1  # those at stage borders stay
-    checkpoint = checkpoint_bytes(config, last)
+    checkpoint, borders = checkpoint_bytes(config, last), border_bytes(config, models)
+    ordinary = config.run.keep_checkpoints + config.run.keep_best
     return {
         "model": to_dict(last),
         "parameters": {"total": parameter_count(last), **parameters_by_part(last)},
@@ -235,8 +230,8 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         "growth": staged.beside_scratch(each, models, pages[-1].schedule, *with_model),
         "disk": {
             "checkpoint_bytes": checkpoint,
-            "checkpoints_kept": kept,
-            "run_bytes": checkpoint * (kept + 1),  # one more while the next is written
+            "checkpoints_kept": ordinary + len(borders),
+            "run_bytes": checkpoint * (ordinary + 1) + sum(borders),  # one is being written
         },
         "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
@@ -245,6 +240,13 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
 def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> float:
     """What a checkpoint takes on disk: fp32 weights, and what the update rule remembers."""
     return 4 * parameter_count(model) + sum(moment_bytes(config.optimizer, model))
+
+
+def border_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
+    """Bytes of each checkpoint at a stage border, all of which stay: the end of every stage but the
+    last, and the changed model that the next one begins with."""
+    there = [model for border in pairwise(models) for model in dict.fromkeys(border)]
+    return [checkpoint_bytes(config, model) for model in there]
 
 
 def _stage(
@@ -264,6 +266,7 @@ def _stage(
         "flops": tokens * full,
         "step_s": step_samples(page) * page.data.seq_len * full / rate,
         "days": tokens * full / rate / 86400,
+        "remarks": staged.idle_options(config, number),
     }
 
 
@@ -330,7 +333,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     words = parser.parse_intermixed_args(argv)
     if words.gpus < 1 or not 0 < words.mfu <= 1:
-        raise PlanError(f"--gpus, --mfu: are {words.gpus}, {words.mfu}; must be >= 1, in (0, 1]")
+        wrong = f"--gpus, --mfu: are {words.gpus}, {words.mfu}; must be >= 1, in (0, 1]"
+        raise PlanError(f"{wrong} (超出取值范围)")
     found = plan(load(words.config, RunConfig, words.overrides), words.gpus, words.gpu, words.mfu)
     print(json.dumps(found, ensure_ascii=False, indent=1) if words.json else text(found))
     return 0
@@ -423,6 +427,7 @@ def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         if s["ramp"]:
             unit = ", ".join(f"{size:,} for {steps:,} steps" for steps, size in s["ramp"])
             rows.append([f"  the batch ramps (爬坡): {unit}, then whole"])
+        rows += [[f"  {sentence}"] for sentence in s["remarks"]]
     rows.append(["all", "", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
     rows.append(["checkpoint", f"{disk['checkpoint_bytes'] / 1e9:,.2f} GB"])
     kept = f"{disk['checkpoints_kept']} kept, 1 being written"

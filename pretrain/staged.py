@@ -9,21 +9,24 @@ is new too little rate (zero/one-layer expansion, arXiv 2511.04981; SPARKLING gr
 half); and before the decay there must be room for what is new to settle. What was measured here
 (docs/growth.md) says that the share matters less than what the small model can still learn: one
 layer that grew to four was not worth its steps beyond some ten tokens a parameter. So the table
-says how many it will have read.
+says how many both models will have read, and for a run beyond ten of the large one's names no step.
 """
 
 from itertools import pairwise
 from typing import Any
 
-from configs.grown import GROWS
+from configs.grown import GROWS, idle, rescales
 from configs.model import ModelConfig, parameter_count
 from configs.optimizers import Schedule
+from configs.run import RunConfig, first_step, stage_model, stages, total_steps
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 LATEST = {"wsd": 0.7, "constant": 0.7}
 """The largest share of a run that the small model should take; half under any other schedule."""
 SETTLING = 0.1
 """Share of the run between a growth and the beginning of the decay."""
+WORTH = 10.0
+"""Tokens a parameter of the large model up to which growth saved something (docs/growth.md)."""
 
 
 def beside_scratch(
@@ -57,7 +60,9 @@ def beside_scratch(
         grid.append({"share": share, "flops": cost, "advised": share <= latest})
     advised = [row["share"] for row in grid if row["advised"]]
     tokens = [stage["tokens"] for stage in each]
-    read = spent(counts, tokens, max(advised, default=0) * steps)
+    last = max(advised, default=None)
+    read = spent(counts, tokens, (last or 0.0) * steps)
+    whole_run = sum(tokens) / parameter_count(models[-1])
     return {
         "scratch": {"flops": total, "days": days},
         "staged": {"flops": flops, "days": sum(stage["days"] for stage in each)},
@@ -66,14 +71,32 @@ def beside_scratch(
         "grows_at": [sum(counts[:stage]) / steps for stage in grows],
         "scratch_steps_for_the_same": round(affordable(counts, large, flops)),
         "when": grid,
-        "suggestion": max(advised) if advised else None,
-        "suggested_step": round(steps * max(advised)) if advised else None,
-        "tokens_per_parameter": read / parameter_count(models[0]) if advised else None,
+        "latest": last,
+        "latest_step": round(steps * last) if last else None,
+        "suggestion": last if whole_run <= WORTH else None,
+        "tokens_per_parameter": read / parameter_count(models[0]) if last else None,
+        "tokens_per_parameter_at_the_end": whole_run,
     }
 
 
 def _sizes(model: ModelConfig) -> list[int]:
     return [getattr(model, size) for size in GROWS]
+
+
+def idle_options(config: RunConfig, number: int) -> list[str]:
+    """The options of a stage's `grow:` that will change nothing, a sentence each with its key: what
+    the run says at the border, before the stages up to there are paid for.
+
+    What the checkpoint that a run begins with has divided is not known here.
+    """
+    if number == 0:
+        return []
+    models = [stage_model(config, at) for at in range(number + 1)]
+    grown = zip(models, models[1:], stages(config)[1:], strict=False)
+    divided = config.init is not None or any(rescales(a, b, by.grow) for a, b, by in grown)
+    left = total_steps(config) - first_step(config, number)
+    told = idle(models[-2], models[-1], stages(config)[number].grow, divided, left)
+    return [f"stages.{number}.grow.{sentence}" for sentence in told]
 
 
 def spent(counts: list[int], each: list[float], steps: float) -> float:
@@ -109,13 +132,21 @@ def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         days = found["scratch"]["days"] * share
         name = f"grown once, at {row['share']:.0%} of the steps{mark}"
         lines.append([name, f"{row['flops']:.2e}", f"{share:.1%}", f"{days:.3g}"])
-    if found["suggestion"] is None:
+    if found["latest"] is None:
         lines.append(["when to grow: the decay begins too early for any; shorten it (衰减过早)"])
     else:
-        step = f"{found['suggested_step']:,}"
-        lines.append([f"when to grow: about step {step} (*), a rule of thumb (生长时机)"])
+        step, advised = f"step {found['latest_step']:,}", found["suggestion"] is not None
+        when = (
+            f"about {step} (*), a rule of thumb" if advised else f"no step advised, {step} at most"
+        )
+        lines.append([f"when to grow: {when} (生长时机)"])
         read = f"by then the small model has read {found['tokens_per_parameter']:.3g} tokens a"
         lines.append([f"{read} parameter (小模型每参数所读词元)"])
+    if (whole_run := found["tokens_per_parameter_at_the_end"]) > WORTH:
+        beyond = f"beyond some {WORTH:g}, growing cost more than scratch at equal loss"
+        lines.append([f"{whole_run:.3g} tokens a parameter of the large model: {beyond}"])
+        advice = "(docs/growth.md); grow earlier, or not at all"
+        lines.append([f"{advice} (每参数词元过多，生长反而更费)"])
     at = ", ".join(f"{share:.0%}" for share in found["grows_at"])
     same = f"this run, grown at {at}, costs as much as "
     lines.append(

@@ -209,7 +209,8 @@ def _grow(job: Job, state: "State", number: int) -> "State":
     target = stage_model(job.config, number)
     how = stages(job.config)[number].grow
     grown = grow(state, target, job.config.run.seed, how)
-    for sentence in remarks(state, grown, how):
+    left = total_steps(job.config) - int(state.record["step"])
+    for sentence in remarks(state, grown, how, left):
         job.monitor.out.say(f"stages.{number}.grow.{sentence}")
 
     def prove(after: "State") -> dict[str, Any]:

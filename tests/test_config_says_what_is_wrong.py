@@ -1,6 +1,7 @@
 """A config becomes frozen, typed pages; every problem is said at once, with the nearest key."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ SMALL = ROOT / "configs/runs/cpm-small-1gpu.yaml"
 def said(path: Path | str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load(path, RunConfig, overrides)
-    return str(caught.value).splitlines()
+    lines = str(caught.value).splitlines()
+    assert all(re.search("[\u4e00-\u9fff]", line) for line in lines), lines  # in Chinese as well
+    return lines
 
 
 # ---- what is shipped -----------------------------------------------------------------------------
@@ -205,6 +208,19 @@ def test_what_sections_say_of_themselves_is_gathered_too() -> None:
         (["steps"], "an override is written key=value"),
         (["run.steps=[3"], "run.steps: not valid YAML"),
         (["data.train=[]"], "names no corpus"),
+        (["data.train=3"], "data.train: must be a list, is a number (须为列表)"),
+        (["data.skips=[[1]]"], "data.skips.0: must hold 2 values, holds 1 (个数不符)"),
+        (["data.skips=[[3, 2]]"], "skips: [3, 2] is no range of samples"),
+        (["batch.micro=abc"], "batch.micro: must be a whole number, is text 'abc' (须为整数)"),
+        (["batch=3"], "batch: must be a mapping of keys, is a number (须为键值映射)"),
+        (["batch.micro=0"], "batch.micro: is 0, must be at least 1 (超出取值范围)"),
+        (["optimizer.name=adam"], "name: is 'adam', must be one of"),
+        (["model.family=gpt2"], "model.family: is 'gpt2', must be one of"),
+        (["model.frozen=1"], "model.frozen: unknown key (未知的键)"),
+        (["data.train.7.weight=1"], "'7' must be a number below 1"),
+        (["optimizer.lazy_rows=true", "optimizer.name=lamb"], "lazy_rows: is built for adamw"),
+        (["schedule.warmup_steps=50000"], "warm-up and decay take"),
+        (["run.steps=null", "stages=[{steps: 9000, extend: {}}]"], "extend: needs data.seq_len"),
     ],
 )
 def test_each_mistake_is_a_sentence_with_its_key(overrides: list[str], says: str) -> None:

@@ -48,7 +48,7 @@ def write_sets(folder: Path) -> list[dict[str, Any]]:
     (folder / "p.tsv").write_text(f"0\t{SHORT}\t{SHORT}\n1\t{QUESTION}\t\n", "utf-8")
     return [
         {"name": "quiz", "path": str(folder / "q.jsonl"), "fields": ["question"]},
-        {"name": "pairs", "path": str(folder / "p.tsv"), "fields": [1, 2]},
+        {"name": "pairs", "path": str(folder / "p.tsv"), "fields": [2, "3"]},
     ]
 
 
@@ -199,7 +199,8 @@ def test_a_set_that_cannot_be_read_is_a_sentence(
         ([{"name": "../x", "path": "x.txt"}], "name: is '../x', must be letters and digits"),
         ([{"name": "x", "path": ""}], "path: is empty"),
         ([{"name": "x", "path": "x.json"}], "fields: is empty"),
-        ([{"name": "x", "path": "x.tsv", "fields": ["a"]}], r"must be numbers of columns from 0"),
+        ([{"name": "x", "path": "x.tsv", "fields": ["a"]}], r"must be numbers of columns, and"),
+        ([{"name": "x", "path": "x.tsv", "fields": [0, 2]}], r"is \[0, 2\].* and the first is 1"),
         ([{"name": "x", "path": "x.txt", "characters": 4}], r"characters: is 4"),
         ([{"name": "x", "path": "x.txt"}] * 2, "the name 'x' stands 2 times"),
     ],

@@ -4,14 +4,15 @@ Tolerances as in test_growth_of_every_family.py.
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
-from configs.grown import PRESERVING, Growing, refusal
+from configs.grown import PRESERVING, Growing, completed, refusal, rescales
 from configs.load import ConfigError, dump, from_dict, to_dict
 from launch.cli import main
 from pretrain import checkpoint, proof
@@ -177,6 +178,25 @@ def test_an_option_without_effect_is_told(
     assert said in sentence
     assert all(torch.equal(grown.entries[k].read(), e.read()) for k, e in plain.entries.items())
     assert grown.record.get("rewarm") is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_page_knows_which_growth_divides_a_learning_rate(family: str) -> None:
+    """What check and plan say of rewarm_steps is what the state says, whatever grows and how."""
+    now, before, seen = FAMILIES[family], small(family), set()
+    sizes = {"hidden": (48, 64), "ffn": (100, 128), "heads": (8,), "head_dim": (16,)}
+    sizes |= {"layers": (3,), "vocab": (120,)}
+    ways = [get_args(get_type_hints(Growing)[key]) for key in ("method", "added")]
+    for size, values in sizes.items():
+        for value, method, added in itertools.product(values, *ways):
+            how, to = Growing(method=method, added=added), larger(family, **{size: value})
+            if refusal(now, to, how) or how.problems():
+                continue
+            scales = grow(before, to, 1, how).record.get("scales", {}).values()
+            real = any(scale["lr"] != 1 or scale["wd"] != 1 for scale in scales)
+            assert rescales(now, completed(now, to, how), how) == real, (how, size, value)
+            seen.add(real)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,17 @@ def test_nothing_that_is_read_can_run() -> None:
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|Users|tmp|mnt|scratch)/[\w.]+")
 
 
+def test_tables_of_the_docs_are_whole() -> None:
+    """An empty line ends a table; what follows it has a head of its own."""
+    cut = re.compile(r"^\|.*\|\n\n(\|.*)\|\n(?!\|[-: |]+\|$)", re.MULTILINE)
+    broken = [
+        f"{name(path)}: {rows.group(1)[:60]}"
+        for path in [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*.md"))]
+        for rows in cut.finditer(path.read_text("utf-8"))
+    ]
+    report(broken, "an empty line cuts a table in two; take it out")
+
+
 def test_no_path_of_one_machine() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -7,10 +7,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.load import load
@@ -23,7 +25,7 @@ from configs.model import (
 )
 from configs.run import RunConfig
 from launch import cli
-from pretrain import models, plan
+from pretrain import models, parallel, plan, transient
 from pretrain.costs import Row
 from pretrain.kept import kept_of
 from pretrain.models.cpm import CPM
@@ -200,6 +202,47 @@ def test_logits_are_those_of_the_positions_that_are_predicted(family: str) -> No
     tokens = {"t5_pegasus": 4 * 128, "roformer": 16 * 128 * 0.15}[family]
     found = plan.memory(config, config.model, 1, 2)
     assert found["logits"] == pytest.approx(tokens * 8000 * 8)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_are_what_their_loss_allocates(
+    precision: str, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward of the trainer's own loss, in one go and in turns: the same numbers
+    that planning reads decide what is there at a time. Within 2 %: ids, losses, weights."""
+    rows, vocab, dtype = 768, 2000, torch.float32 if precision == "fp32" else torch.bfloat16
+    monkeypatch.setitem(transient.LOGITS_AT_ONCE, "cpu", rows * vocab // turns)
+    monkeypatch.setitem(transient.SOFTMAX_AT_ONCE, "cpu", 16 * vocab)
+    mesh = parallel.Mesh(0, 1, 1, 0, 1, 0, torch.device("cpu"))
+    losses = parallel.token_losses(mesh, vocab)
+    hidden = torch.randn(rows, 2, dtype=dtype, requires_grad=True)
+    head = torch.randn(vocab, 2, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocab, (rows,))
+    with profile(profile_memory=True) as profiler:
+        losses(lambda x: x @ head.T, hidden, targets).sum().backward()
+    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())))
+    planned = transient.logits_bytes(rows * vocab, precision, device="cpu")
+    assert peak == pytest.approx(planned, rel=0.02)
+    assert planned < 2 * transient.WIDTH[precision] * rows * vocab / turns
+
+
+def test_a_gpu_is_planned_by_its_own_turns() -> None:
+    """CPM Small, 16 rows: 492 M logits of bf16, and of their softmax the part that CUDA makes."""
+    found = plan.memory(page(), page().model, 1, 1)
+    assert found["logits"] == 2 * 16 * 1024 * 30000 + 8 * 2**26
+
+
+def test_messages_have_two_buffers_wherever_gradients_travel_during_the_backward_pass() -> None:
+    """Left out, ZeRO 3 does so as if asked to; its bucket holds the largest matrix at most."""
+    left, asked = (
+        [plan.memory(page(SMALL, f"parallel.overlap={said}"), page().model, zero, 4)["messages"]
+         for zero in range(4)]
+        for said in ("null", "true")
+    )  # fmt: skip
+    assert left[3] == asked[3] == 2 * 4 * 30000 * 768
+    assert asked[:3] == [2 * size for size in left[:3]] == [2 * 4 * 108_882_432] * 3
 
 
 def test_tensor_parallelism_divides_the_matrices() -> None:

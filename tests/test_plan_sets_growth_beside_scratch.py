@@ -1,5 +1,6 @@
 """The plan of a run that grows: its cost beside the large model from scratch, and when to grow."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from configs.load import ConfigError, load
 from configs.run import RunConfig
+from launch import cli
 from pretrain import plan
 
 SMALL = Path(__file__).resolve().parent.parent / "configs/runs/cpm-small-1gpu.yaml"
@@ -26,10 +28,22 @@ def test_a_run_that_grows_is_counted_beside_scratch() -> None:
     assert beside["share"] == pytest.approx(found["time"]["flops"] / (tokens * per_token))
     assert beside["grows_at"] == [0.75] and beside["scratch"]["days"] > found["time"]["days"]
     assert "this run, grown at 75%" in plan.text(found)
-    small, step = first["parameters"], beside["suggested_step"]
+    small, step = first["parameters"], beside["latest_step"]
     read = step * first["tokens"] / first["steps"] / small
     assert beside["tokens_per_parameter"] == pytest.approx(read)
     assert f"has read {read:.3g} tokens a parameter" in plan.text(found)
+
+
+def test_the_disk_holds_both_checkpoints_of_a_growth() -> None:
+    """The small run's end and the grown start stay (tests/test_run_grows.py: they do); beside them
+    the newest two, and one being written."""
+    found = plan.plan(page("run.steps=null", STAGES), 1, "h200")
+    small, large = (12 * stage["parameters"] for stage in found["stages"])
+    assert found["disk"]["checkpoints_kept"] == 4
+    assert found["disk"]["run_bytes"] == small + large + 3 * large
+    same = page("run.steps=null", "stages=[{steps: 15000}, {steps: 5000, batch: {micro: 8}}]")
+    found = plan.plan(same, 1, "h200")["disk"]  # the same model goes on: one at the border
+    assert found["run_bytes"] == (1 + 3) * small and found["checkpoints_kept"] == 3
 
 
 @pytest.mark.parametrize(
@@ -44,9 +58,21 @@ def test_a_run_that_grows_is_counted_beside_scratch() -> None:
 def test_when_to_grow_leaves_room_before_the_decay(schedule: str, share: float | None) -> None:
     words = ["run.steps=null", STAGES, f"schedule={schedule}", "schedule.warmup_steps=0"]
     found = plan.plan(page(*words), 1, "h200")["growth"]
-    assert found["suggestion"] == share
+    assert found["latest"] == share
     cheaper = [row["flops"] for row in found["when"]]
     assert cheaper == sorted(cheaper, reverse=True)  # the later, the cheaper
+
+
+def test_no_step_is_advised_where_growth_cost_more_than_scratch() -> None:
+    """Ten tokens for each parameter of the large model, as measured (docs/growth.md)."""
+    for tokens, advised in ((90112, True), (106496, False)):  # 9.3 and 11.0
+        found = plan.plan(page("run.steps=null", STAGES, f"batch.tokens={tokens}"), 1, "h200")
+        each, said = 20000 * tokens / found["parameters"]["total"], plan.text(found)
+        warning = f"{each:.3g} tokens a parameter of the large model: beyond some 10, growing cost"
+        assert (warning in said, "(docs/growth.md); grow earlier" in said) == (not advised,) * 2
+        assert ("70% of the steps *" in said, "about step 14,000 (*)" in said) == (advised,) * 2
+        assert ("no step advised, step 14,000 at most" in said) == (not advised)
+        assert max(map(len, said.splitlines())) <= 110
 
 
 def test_steps_of_different_size_are_counted_as_they_are() -> None:
@@ -72,6 +98,34 @@ def test_every_growth_is_named_and_nothing_else_is_one() -> None:
     longer = "[{steps: 5000}, {steps: 5000, data: {seq_len: 2048}, extend: {method: last}}]"
     words = ["run.steps=null", f"stages={longer}", "batch.micro=1"]
     assert plan.plan(page(*words), 1, "h200")["growth"] is None
+
+
+def test_options_that_change_nothing_are_told_before_the_small_stage_is_paid_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By check and by plan, in the run's own words; those with effect are not told."""
+    deeper = (
+        "{steps: 5000, model: {layers: 24}, grow: {added: copied, split: 0.7, rewarm_steps: 9}}"
+    )
+    wider = "{steps: 500, model: {hidden: 1536}, grow: {noise: 0.1, split: 0.7, rewarm_steps: 501}}"
+    stages = f"stages=[{{steps: 12000}}, {deeper}, {wider}]"
+    told = [
+        "stages.1.grow.added: copied, but neither ffn nor heads grow (该选项不起作用)",
+        "stages.1.grow.split: 0.7, but no copies share a reading by it (该选项不起作用)",
+        "stages.1.grow.rewarm_steps: 9, but no learning rate was divided (该选项不起作用)",
+        "stages.2.grow.rewarm_steps: 501, but the run ends 500 steps later (学习率来不及恢复)",
+    ]
+    assert cli.main(["check", str(SMALL), "run.steps=null", stages]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("".join(f"  note: {sentence}\n" for sentence in told))
+    assert cli.main(["plan", str(SMALL), "run.steps=null", stages]) == 0
+    said = capsys.readouterr().out
+    assert [line.strip() for line in said.splitlines() if ".grow." in line] == told
+    assert cli.main(["check", str(SMALL), "run.steps=null", stages, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["remarks"] == told
+    good = stages.replace("added: copied, split: 0.7, rewarm_steps: 9", "").replace("501", "500")
+    assert cli.main(["check", str(SMALL), "run.steps=null", good]) == 0
+    assert "note" not in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_grow_is_beside_nothing() -> None:

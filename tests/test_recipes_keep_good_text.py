@@ -1,6 +1,7 @@
 """The shipped recipes load, say what they say under any page, and keep clean text of a genre."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from configs.quality import Quality
 from data_pipeline import build, quality
 from data_pipeline.clean import judge, prepared
 from data_pipeline.scores import COLUMNS, scores
+from launch import grammar
 from tests import dev_corpus
 from tests.test_corpus_build import ROOT, SAMPLE, kept
 
@@ -27,6 +29,17 @@ MOST_DROPPED = {"web": 0.3, "books": 0.08, "light": 0.02}
 """Share of any genre that a recipe may drop (the most is of manuals of a database, which begin with
 tables of its output; of other modern genres `web` drops 0 to 10 %); `web` is not for verse and
 classical prose."""
+
+
+def test_what_is_explained_of_a_recipe_stands_in_it() -> None:
+    """`check --explain` prints the docstrings; a number of a recipe in one is the recipe's."""
+    told = 0
+    for field in grammar.fields("corpus"):
+        for recipe, number in re.findall(r"recipes/(\w+)\.yaml: ([\d.]*\d)", field["doc"]):
+            said = read_yaml(ROOT / f"configs/recipes/{recipe}.yaml")["clean"]
+            assert said[field["key"].removeprefix("clean.")] == float(number), field
+            told += 1
+    assert told
 
 
 def write_page(tmp_path: Path, recipe: Path, more: str = "") -> Path:

@@ -6,11 +6,14 @@ anywhere around it goes on without a difference to the last bit.
 
 import json
 import shutil
+from math import prod
 from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoint
+from configs.load import from_dict
+from configs.run import RunConfig, stage_model
+from pretrain import checkpoint, plan
 from tests.run_jobs import digests, losses, metrics, page
 from tests.worlds import World
 
@@ -64,6 +67,15 @@ def test_new_tensors_are_born_at_the_border_and_learn(grown: Path) -> None:
     assert not before.read(f"weights/{output}").any()
     assert after.read(f"weights/{output}").abs().max() > 1e-4
     assert len(after.record["growth"]) == 1
+
+
+def test_the_checkpoints_of_the_border_are_those_that_plan_counts(grown: Path) -> None:
+    found = [checkpoint.read(path) for path in sorted(checkpoint.found_in(grown))]
+    border = [state for state in found if state.record["border"]]
+    assert len(found) == 7 and [state.record["stage"] for state in border] == [0, 1]
+    config = from_dict(RunConfig, _page(grown, grown))
+    planned = plan.border_bytes(config, [stage_model(config, number) for number in range(2)])
+    assert planned == [sum(4 * prod(e.shape) for e in s.entries.values()) for s in border]
 
 
 @pytest.mark.parametrize(

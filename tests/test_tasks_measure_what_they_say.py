@@ -6,6 +6,7 @@ counted.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,14 @@ def test_what_a_user_gets_wrong_is_a_sentence(
     other = saved(made, SIZES["t5"])
     assert cli.main(["evaluate", str(other), "--task", "mlm", "--data", str(tmp_path)]) == 2
     assert "needs a RoFormer" in capsys.readouterr().err
+
+
+def test_every_task_is_on_the_page_of_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs/evaluation.md").read_text("utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    choices = re.search(r"--task \{([\w,]+)\}", capsys.readouterr().out)
+    assert choices and all(f"`{task}`" in page for task in choices.group(1).split(","))
 
 
 def test_generate_with_beams_from_the_command(

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.model import CPMConfig, shape, split_dim, tensors
 from configs.optimizers import Optimizer
-from pretrain import parallel, recompute
+from pretrain import parallel, recompute, transient
 from pretrain.batches import Batch, step_samples
 from pretrain.engine import Engine
 from pretrain.models.cpm import CPM
@@ -189,12 +189,12 @@ def in_two_halves(*, steps: int, **layout: Any) -> dict[str, Any]:
 
 def small_turns(logits: int, **arguments: Any) -> dict[str, Any]:
     """train() with so little room for logits that the head works in turns."""
-    room = dict(parallel.LOGITS_AT_ONCE)
-    parallel.LOGITS_AT_ONCE.update(cpu=logits)
+    room = dict(transient.LOGITS_AT_ONCE)
+    transient.LOGITS_AT_ONCE.update(cpu=logits)
     try:
         return train(**arguments)
     finally:
-        parallel.LOGITS_AT_ONCE.update(room)
+        transient.LOGITS_AT_ONCE.update(room)
 
 
 class _Largest(TorchDispatchMode):

@@ -127,17 +127,14 @@ def grow(
     return State(entries, record)
 
 
-def remarks(before: State, after: State, how: Growing) -> list[str]:
-    """What a page may not have meant by its `grow:`, a sentence each: options without effect, and a
-    learning rate that goes back without having been asked to."""
-    found = idle(model_config(before), model_config(after), how)
+def remarks(before: State, after: State, how: Growing, left: int | None = None) -> list[str]:
+    """What a page may not have meant by its `grow:`, a sentence each: options without effect (in
+    the `left` updates of a run), a learning rate that goes back without having been asked to."""
     divided, rewarm = after.record.get("scales", {}), after.record.get("rewarm")
     was = settled(before.record).get("scales", {})
-    if how.rewarm_steps and all(s["lr"] == s["wd"] == 1 for s in divided.values()):
-        found.append(
-            f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided (该选项不起作用)"
-        )
-    elif how.rewarm_steps and (rule := _rule(before)) in SIZES_ITS_STEPS:
+    any_divided = not all(s["lr"] == s["wd"] == 1 for s in divided.values())
+    found = idle(model_config(before), model_config(after), how, any_divided, left)
+    if how.rewarm_steps and any_divided and (rule := _rule(before)) in SIZES_ITS_STEPS:
         found.append(
             f"rewarm_steps: {how.rewarm_steps}, and under {rule}, which sizes its steps by the "
             "matrix, no rate was divided: only the decay comes back (只恢复权重衰减)"

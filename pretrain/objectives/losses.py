@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LogitsFn = Callable[[Tensor], Tensor]
+from pretrain.transient import SOFTMAX_AT_ONCE
 
-ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""fp32 elements of the softmax alive at a time: a cache's worth on a CPU, 256 MB on a GPU."""
+LogitsFn = Callable[[Tensor], Tensor]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -51,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _slices(logits_NV: Tensor) -> list[slice]:
     number, vocab = logits_NV.shape
-    step = max(1, ELEMENTS_AT_ONCE.get(logits_NV.device.type, 1 << 26) // vocab)
+    step = max(1, SOFTMAX_AT_ONCE.get(logits_NV.device.type, 1 << 26) // vocab)
     return [slice(at, at + step) for at in range(0, number, step)]
 
 
