@@ -202,7 +202,7 @@ def _otherwise(config: RunConfig, state: State) -> list[str]:
                 f"stages.{number}.{kind}.{key}: is {want[key]}, the checkpoint was made with "
                 f"{have[key]} at step {border} (模型已按原设置改变)"
                 for key in have
-                if have[key] != want[key]
+                if want[key] not in (have[key], None)  # left open, it was set by what was there
             ]
     return found
 

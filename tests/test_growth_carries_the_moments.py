@@ -104,9 +104,8 @@ def _both(pair: tuple[State, State], old: str, new: str) -> list[tuple[State, st
 def test_the_record_tells_what_happened(pair: tuple[State, State]) -> None:
     before, grown = pair
     line = dict(grown.record["growth"][-1])
-    operators = ["layers 3 -> 5", "ffn 64 -> 96"]
-    if line.pop("how", None) == {"new_layers": "paired"}:  # drawn at their full size, so last
-        operators.reverse()
+    line.pop("how", None)
+    operators = ["ffn 64 -> 96", "layers 3 -> 5"]
     assert line == {
         "step": 9,
         "updates": UPDATES,
