@@ -38,7 +38,15 @@ class Machines:
         """From the words of the command; UserError for what does not go together."""
         at_least_one("--nodes", nodes)
         if nodes == 1:
-            return cls(hostfile, {} if hostfile is None else slots_of(hostfile))
+            if hostfile is None:
+                return cls()
+            slots = slots_of(hostfile)
+            if blank := next((at for at in (sys.executable, str(ROOT)) if " " in at), None):
+                raise UserError(
+                    f"--hostfile: '{blank}' has a blank in it, which DeepSpeed's line to the other "
+                    "machines would break at; move it, or start each by --nodes (路径含空格)"
+                )
+            return cls(hostfile, slots)
         host, _, port = (master or "").rpartition(":")
         if hostfile or not host or not port.isdigit() or not 0 <= rank < nodes:
             raise UserError(

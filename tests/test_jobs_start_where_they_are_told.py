@@ -91,12 +91,28 @@ def test_what_is_only_printed_leaves_nothing_behind(words: list[str], tmp_path: 
     ],
 )
 def test_a_hostfile_is_read_before_anything_starts(
-    hosts: str, words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hosts: str,
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """DeepSpeed trains on this machine alone where it finds none, and counts nothing."""
     (tmp_path / "hosts").write_text(hosts)
+    monkeypatch.setattr("launch.machines.ROOT", Path("/lab"))
+    monkeypatch.setattr(sys, "executable", "/lab/python")
     assert cli.main(["train", RUN, "--hostfile", str(tmp_path / "hosts"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_path_that_ssh_would_break_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("node01 slots=1\n")
+    monkeypatch.setattr(sys, "executable", "/my lab/.venv/bin/python")
+    assert cli.main(["train", RUN, "--hostfile", str(tmp_path / "hosts")]) == 2
+    assert "'/my lab/.venv/bin/python' has a blank in it" in capsys.readouterr().err
 
 
 def test_a_free_port_is_free() -> None:

@@ -143,11 +143,11 @@ def test_deepspeed_itself_from_another_folder(tmp_path: Path, tiny_corpus: Path)
 
 
 SSH = '#!/bin/sh\n[ "$#" = 3 ] && echo 127.0.0.1\nexit 0\n'  # ssh HOST hostname -I
-PDSH = """#!{python}
+PDSH = """#!/usr/bin/env python3
 import os, subprocess, sys
 at = sys.argv.index("-w")
 hosts, line = sys.argv[at + 1].split(","), " ".join(sys.argv[at + 2 :])
-env = {{name: os.environ[name] for name in ("HOME", "PATH")}}
+env = {name: os.environ[name] for name in ("HOME", "PATH")}
 pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 jobs = [
     subprocess.Popen(["bash", "-c", line.replace("%n", str(n))], env=env, **pipe)
@@ -160,9 +160,10 @@ sys.exit(max(job.wait() for job in jobs))
 """
 
 
+@pytest.mark.skipif(" " in f"{sys.executable}{ROOT}", reason="ssh takes no path with a blank")
 def test_what_ranks_say_by_ssh_is_heard(tmp_path: Path) -> None:
     """Two "machines" behind a pdsh that, as ssh does, takes nothing of the environment along."""
-    for name, text in (("ssh", SSH), ("pdsh", PDSH.format(python=sys.executable))):
+    for name, text in (("ssh", SSH), ("pdsh", PDSH)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "hosts").write_text("node01 slots=1\nnode02 slots=1\n")
