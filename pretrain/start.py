@@ -196,8 +196,9 @@ def _otherwise(config: RunConfig, state: State) -> list[str]:
     found = []
     for number in range(1, state.record["stage"] + 1):
         border, stage = first_step(config, number), stages(config)[number]
+        told_here = {"grow": stage.grow if stage.model else None, "extend": stage.extend}
         for kind, was in [(kind, how) for kind, step, how in done if step == border]:
-            have, want = to_dict(was), to_dict(getattr(stage, kind) or was)
+            have, want = to_dict(was), to_dict(told_here[kind] or was)
             found += [
                 f"stages.{number}.{kind}.{key}: is {want[key]}, the checkpoint was made with "
                 f"{have[key]} at step {border} (模型已按原设置改变)"
@@ -235,7 +236,7 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
             f"model.{key}: is {want}, the checkpoint {path} has {have}"
             for key, want, have in _unlike(config, state, record["stage"])
         ]
-        found += _otherwise(config, state) if resumes else []
+        found += _otherwise(config, state)
     found += changes(record["data"], corpora.whole_record, int(record["samples"]))
     tokenizer = record.get("tokenizer") or corpora.tokenizer.fingerprint
     if tokenizer != corpora.tokenizer.fingerprint:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from configs.grown import Growing
-from configs.load import ConfigError, from_dict
+from configs.load import ConfigError, from_dict, to_dict
 from configs.run import RunConfig, stage_model
 from pretrain import checkpoint
 from pretrain.growth import grow, remarks
 from pretrain.growth.moments import rewarm, settled
 from pretrain.optimizer import GroupKey
+from pretrain.start import _otherwise
 from pretrain.state import State
 from tests.growing import TINY, trained
 from tests.run_jobs import digests, losses, page
@@ -102,6 +103,19 @@ def test_a_way_back_of_what_is_not_divided_is_told(rule: str) -> None:
     found = remarks(before, grow(before, replace(TINY, hidden=64), 1, how), how)
     assert len(found) == (rule != "adamw")
     assert rule == "adamw" or f"under {rule}, which sizes its steps" in found[0]
+
+
+def test_only_what_a_stage_tells_of_its_own_border_is_compared() -> None:
+    """A checkpoint grown by hand may stand at the border of a stage that grows nothing."""
+    config = page(Path("run"), Path("corpus"), run__steps=None, schedule={})
+    config["model"] = to_dict(TINY)
+    config["stages"] = [{"steps": 9}, {"steps": 2, "optimizer": {"lr": 1e-4}}]
+    grown = grow(trained(), replace(TINY, layers=4), 1, Growing(noise=0.05))
+    there = State(grown.entries, {**grown.record, "stage": 1})
+    assert _otherwise(from_dict(RunConfig, config), there) == []
+    config["stages"][1] = {"steps": 2, "model": {"layers": 4}}
+    (sentence,) = _otherwise(from_dict(RunConfig, config), there)
+    assert "stages.1.grow.noise: is 0.0, the checkpoint was made with 0.05 at step 9" in sentence
 
 
 def test_stacking_in_a_run_is_allowed_and_named(
