@@ -1,4 +1,7 @@
-"""Fixtures of every test: the warm worlds of 1, 2 and 4 processes (tests/worlds.py)."""
+"""Fixtures of every test: the warm worlds of 1, 2 and 4 processes (tests/worlds.py).
+
+launch/test.sh lets several processes of pytest share the files; each has worlds of its own.
+"""
 
 import os
 import shutil
@@ -13,6 +16,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 
 
+LANE_BYTES = 6e9
+"""Seven processes of worlds, the test's own, what it starts."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many run side by side where nothing else was said (-n): as cores and memory allow."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available / LANE_BYTES)
+    return max(1, min(len(os.sched_getaffinity(0)), free))
+
+
 def _world(size: int) -> Iterator[worlds.World]:
     world = worlds.World(size)
     yield world
@@ -20,19 +36,19 @@ def _world(size: int) -> Iterator[worlds.World]:
     shutil.rmtree(world.folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world1() -> Iterator[worlds.World]:
     """One process."""
     yield from _world(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world2() -> Iterator[worlds.World]:
     """Two processes."""
     yield from _world(2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world4() -> Iterator[worlds.World]:
     """Four processes."""
     yield from _world(4)

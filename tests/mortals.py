@@ -7,23 +7,19 @@ themselves. A start costs well under a second.
 """
 
 import importlib
-import multiprocessing
 import os
 import pickle
 import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.worlds import _become, _free_port
-
-CONTEXT = multiprocessing.get_context("forkserver")
+from tests.worlds import CONTEXT, _become, _free_port
 
 
 class Mortals:
     """`size` processes that do one job; kill them as you like."""
 
     def __init__(self, size: int, folder: Path, job: str, **arguments: Any) -> None:
-        CONTEXT.set_forkserver_preload(["tests.preloaded"])
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, port = folder, _free_port()
         self.processes = [

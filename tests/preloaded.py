@@ -1,4 +1,4 @@
-"""What the server of mortal processes imports once, so that a child of it starts in no time."""
+"""What the server of workers and mortals imports once, so that a child of it starts in no time."""
 
 import os
 

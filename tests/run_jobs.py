@@ -36,7 +36,7 @@ def page(run: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
         "model": dict(MODEL),
         "data": {"train": [{"corpus": str(corpus)}], "seq_len": 32},
-        "batch": {"samples": 8, "micro": 2},
+        "batch": {"samples": 8, "micro": 4},
         "optimizer": {"lr": 3e-3},
         "schedule": {"warmup_steps": 5, "decay_steps": 10},
         "precision": "fp32",

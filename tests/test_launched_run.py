@@ -50,14 +50,14 @@ def _steps(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, world2: World) -> Path:
-    """An unbroken run of 200 steps, from a warm world."""
+    """An unbroken run of 100 steps, from a warm world."""
     run = tmp_path_factory.mktemp("long") / "run"
     world2.run("tests.run_jobs:go", config=_page(run, tiny_corpus))
     return run
 
 
 def _page(run: Path, corpus: Path) -> dict[str, Any]:
-    changes = {"run__steps": 200, "run__save_every_steps": 25, "model__dropout": 0.1}
+    changes = {"run__steps": 100, "run__save_every_steps": 12, "model__dropout": 0.1}
     return page(run, corpus, **changes, run__threads=1)
 
 
@@ -68,18 +68,18 @@ def test_killed_and_started_again_equals_the_unbroken_warm_run(
     run.parent.mkdir()
     config = write(tmp_path / "run.yaml", _page(run, tiny_corpus))
     job = _start(config, folder=tmp_path)
-    _until(run, lambda: _steps(run) >= 60)
+    _until(run, lambda: _steps(run) >= 30)
     for process in [*psutil.Process(job.pid).children(recursive=True), job]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     job.communicate(timeout=ENDS_S)
-    assert _steps(run) < 200
+    assert _steps(run) < 100
     again = _start(config, folder=tmp_path)
     out, err = again.communicate(timeout=ENDS_S)
     assert again.returncode == 0, err
     assert "resuming from" in out
     assert losses(run) == losses(long)
-    final = Path("checkpoints", "stage-00-step-00000200")
+    final = Path("checkpoints", "stage-00-step-00000100")
     assert digests(run / final) == digests(long / final)
     shown = [line for line in out.splitlines() if line.strip()]
     known = ("$ deepspeed", "resuming", "step ")
@@ -97,7 +97,7 @@ def test_a_signal_saves_and_ends_well(tmp_path: Path, tiny_corpus: Path, long: P
     assert job.returncode == 0, err
     saved = checkpoint.found_in(run)[0]
     last = metrics(run)[-1]["step"]
-    assert json.loads((saved / "state.json").read_text("utf-8"))["step"] == last < 200
+    assert json.loads((saved / "state.json").read_text("utf-8"))["step"] == last < 100
     assert losses(run) == losses(long)[:last]
 
 

@@ -148,7 +148,7 @@ LAYOUTS = [
     (3, True),
     *(pytest.param(*at, marks=pytest.mark.slow) for at in ((1, True), (3, False))),
 ]
-BRIEF = {"schedule": {"warmup_steps": 2}, "run__steps": 8}
+BRIEF = {"schedule": {"warmup_steps": 2}, "run__steps": 8, "batch__micro": 2}
 DROPOUT = {"model__dropout": 0.1, "model__attention_dropout": 0.1}
 
 

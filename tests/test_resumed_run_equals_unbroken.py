@@ -17,10 +17,19 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.state import Entry, State
-from tests.run_jobs import digests, losses, metrics, page, rewrite
+from tests.run_jobs import digests, losses, metrics, rewrite
+from tests.run_jobs import page as run_page
 from tests.worlds import World
 
 GO = "tests.run_jobs:go"
+STEPS, STOP = 20, 10
+
+
+def page(run: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
+    """A run of 20 steps."""
+    return run_page(run, corpus, **{"run__steps": STEPS, **changes})
+
+
 DROPOUT: dict[str, Any] = {"model__dropout": 0.1, "model__attention_dropout": 0.1}
 
 
@@ -41,12 +50,12 @@ def test_bit_for_bit_with_dropout(
     broken = page(tmp_path / "broken", tiny_corpus, **changes)
     unbroken = world2.run(GO, config=whole)[0]
     stopped = world2.run(
-        GO, config=page(tmp_path / "broken", tiny_corpus, **changes, run__stop_at_step=15)
+        GO, config=page(tmp_path / "broken", tiny_corpus, **changes, run__stop_at_step=STOP)
     )
-    assert stopped[0]["step"] == 15
+    assert stopped[0]["step"] == STOP
     assert stopped[0]["stopped"] == "run.stop_at_step"
     resumed = world2.run(GO, config=broken)[0]
-    assert resumed["step"] == unbroken["step"] == 30
+    assert resumed["step"] == unbroken["step"] == STEPS
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert digests(resumed["checkpoint"]) == digests(unbroken["checkpoint"])
 
@@ -55,10 +64,10 @@ def test_bit_for_bit_with_dropout(
 def half(
     tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, world2: World
 ) -> tuple[Path, list[float]]:
-    """A run stopped at 15 on 2 processes under ZeRO 1, and the losses of the unbroken one."""
+    """A run stopped at 10 on 2 processes under ZeRO 1, and the losses of the unbroken one."""
     folder = tmp_path_factory.mktemp("half")
     world2.run(GO, config=page(folder / "whole", tiny_corpus))
-    world2.run(GO, config=page(folder / "half", tiny_corpus, run__stop_at_step=15))
+    world2.run(GO, config=page(folder / "half", tiny_corpus, run__stop_at_step=STOP))
     return folder, losses(folder / "whole")
 
 
@@ -127,7 +136,7 @@ def test_lines_past_the_checkpoint_are_cut(
 ) -> None:
     run = _copy(half[0] / "half", tmp_path / "run")
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as out:
-        out.write(json.dumps({"step": 16, "loss": 99.0}) + '\n{"step": 17, "lo')
+        out.write(json.dumps({"step": 11, "loss": 99.0}) + '\n{"step": 12, "lo')
     world2.run(GO, config=page(run, tiny_corpus))
-    assert [line["step"] for line in metrics(run)] == list(range(1, 31))
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
     assert losses(run) == half[1]

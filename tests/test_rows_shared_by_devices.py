@@ -23,7 +23,7 @@ from tests.run_jobs import losses, metrics, page
 from tests.worlds import World
 
 GO = "tests.run_jobs:go"
-STEPS = 20
+STEPS = 10
 SIZES = {"vocab": 320, "hidden": 32, "layers": 2, "heads": 2, "head_dim": 16, "ffn": 64}
 OFF = {"dropout": 0.0, "attention_dropout": 0.0}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def config(run: Path, corpus: Path, family: str = "cpm", **changes: Any) -> dict[str, Any]:
     """A run of a family; rows of 32 tokens, of which two devices hold 16 each."""
-    end = {"run__steps": STEPS, "run__validate_every_steps": STEPS, "batch__micro": 4}
+    end: dict[str, Any] = {"run__steps": STEPS, "run__validate_every_steps": STEPS}
+    end |= {"schedule": {"warmup_steps": 2, "decay_steps": 4}}
     return page(run, corpus, **(end | FAMILIES[family] | changes))
 
 
@@ -76,9 +77,9 @@ def same(run: Path, other: Path, steps: int = STEPS) -> None:
         ("cpm", 1, "none"),
         ("cpm", 3, "full"),
         ("roformer", 1, "sublayer"),
-        ("t5_pegasus", 3, "sublayer"),
+        ("t5_pegasus", 1, "sublayer"),
         pytest.param("roformer", 3, "full", marks=pytest.mark.slow),
-        pytest.param("t5_pegasus", 1, "full", marks=pytest.mark.slow),
+        pytest.param("t5_pegasus", 3, "full", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one_at_the_full_length(
@@ -101,33 +102,33 @@ def test_an_exchange_left_out_is_caught(
 ) -> None:
     """Negative control: attention to a rank's own tokens, and gradients that stay where they are
     (whose first loss is still right)."""
-    data = config(tmp_path, tiny_corpus, **SHARED, run__stop_at_step=6)
+    data = config(tmp_path, tiny_corpus, **SHARED, run__stop_at_step=STEPS)
     world2.run(sequence_jobs.go_wrong, config=data, what=what)
-    right, wrong = losses(alone("cpm"))[:6], losses(tmp_path)
+    right, wrong = losses(alone("cpm")), losses(tmp_path)
     assert (wrong[0] == pytest.approx(right[0], rel=1e-6)) == (what == "gradient")
     assert wrong[-1] != pytest.approx(right[-1], rel=1e-4)  # ten times the tolerance
 
 
+@pytest.mark.parametrize("tensor", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_sequence_2_by_tensor_2_and_by_data_2(
-    tmp_path: Path, tiny_corpus: Path, world1: World, world4: World
+    tmp_path: Path, tiny_corpus: Path, world1: World, world4: World, tensor: int
 ) -> None:
     """On four processes, each with its own group of devices that share a row."""
-    four = {"model__heads": 4, "model__head_dim": 8, "run__stop_at_step": 8}
+    four = {"model__heads": 4, "model__head_dim": 8, "run__stop_at_step": 4}
     world1.run(GO, config=config(tmp_path / "one", tiny_corpus, **four))
-    for name, tensor in (("tensor", 2), ("data", 1)):
-        layout = SHARED | {"parallel__tensor": tensor} | four
-        world4.run(GO, config=config(tmp_path / name, tiny_corpus, **layout))
-        same(tmp_path / name, tmp_path / "one", 8)
+    layout = SHARED | {"parallel__tensor": tensor} | four
+    world4.run(GO, config=config(tmp_path / "four", tiny_corpus, **layout))
+    same(tmp_path / "four", tmp_path / "one", 4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(SHARED, {}), ({}, SHARED)])
 def test_a_checkpoint_knows_no_layout(
     tmp_path: Path, tiny_corpus: Path, alone: Any, world2: World, before: Any, after: Any
 ) -> None:
-    """Stopped at step 9 with shared rows and resumed without them, and the other way round."""
-    stop = {"run__stop_at_step": 9, "parallel__zero": 3}
+    """Stopped at step 5 with shared rows and resumed without them, and the other way round."""
+    stop = {"run__stop_at_step": 5, "parallel__zero": 3}
     world2.run(GO, config=config(tmp_path, tiny_corpus, **before, **stop))
-    assert len(losses(tmp_path)) == 9
+    assert len(losses(tmp_path)) == 5
     world2.run(GO, config=config(tmp_path, tiny_corpus, **after))
     same(tmp_path, alone("cpm"))
 

@@ -1,13 +1,17 @@
-"""Warm worlds: groups of processes that live for the whole test run and do what they are told.
+"""Warm worlds: groups of processes that live for a file of tests and do what they are told.
 
     test --run("tests.zero_jobs:train", zero=3)--> every worker imports the module, calls the
                                                    function, resets the product's global state
          <---- [result of rank 0, of rank 1, ...]  or an exception with the rank's own traceback
 
-Starting a process and importing torch and DeepSpeed costs ten seconds and more; a job in a warm
-world costs what it computes. A job is a function of an importable module that gets plain values and
-returns plain values. A hang is cut by a timeout and takes the world with it; the next use starts a
-new one. Library chatter goes to a log file, whose end is shown when a world falls silent.
+Starting a process and importing torch and DeepSpeed costs ten seconds and more: a server imports
+them once, the workers are forked from it, and a job in a warm world costs what it computes. A job
+is a function of an importable module that gets plain values and returns plain values. A hang is cut
+by a timeout and takes the world with it; the next use starts a new one. Library chatter goes to a
+log file, whose end is shown when a world falls silent.
+
+Not for longer than a file: a group of gloo has a thread that wakes a hundred times a second, and no
+job takes its groups along.
 
 This module must not import torch: it is imported by the workers before their environment is set.
 """
@@ -29,8 +33,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 START_S = 240.0
-"""Starting a world: imports of torch and DeepSpeed by every process, on a busy machine."""
+"""Starting a world: the first one imports torch and DeepSpeed, on a busy machine."""
 JOB_S = 120.0
 """Longest a job may take unless the test says otherwise."""
 GRACE_S = 5.0
@@ -93,12 +99,11 @@ class World:
             return
         self.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")
         port = _free_port()
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             arguments = (theirs, rank, self.size, port, str(self.folder))
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
