@@ -19,7 +19,9 @@ class Pieces:
         try:
             self._pieces.load_from_serialized_proto(Path(path).read_bytes())
         except RuntimeError as error:
-            raise TokenizerFault(f"{path}: not a model of sentencepiece: {error}") from None
+            raise TokenizerFault(
+                f"{path}: not a model of sentencepiece: {error} (无法读取)"
+            ) from None
         self.tokens: tuple[str, ...] = tuple(
             self._pieces.id_to_piece(i) for i in range(self._pieces.get_piece_size())
         )

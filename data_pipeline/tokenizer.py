@@ -64,7 +64,7 @@ class Tokenizer(Frozen):
         try:
             self._pieces.load_from_serialized_proto(model)
         except RuntimeError as error:
-            raise TokenizerFault(f"not a model of sentencepiece: {error}") from None
+            raise TokenizerFault(f"not a model of sentencepiece: {error} (无法读取)") from None
         self.user_dictionary = dictionary
         self.fingerprint = fingerprint(f"{kind}\n{RULES[kind]}", model, dictionary)
         self.vocab_size: int = self._pieces.get_piece_size()
@@ -211,7 +211,9 @@ def load(folder: str | Path) -> Tokenizer | WordPiece:
     try:
         record = json.loads((folder / "tokenizer.json").read_bytes())
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise TokenizerFault(f"{folder / 'tokenizer.json'}: is not of format {FORMAT}")
+            raise TokenizerFault(
+                f"{folder / 'tokenizer.json'}: is not of format {FORMAT} (格式不符)"
+            )
         tokenizer, rules = _loaded(folder, record)
     except FileNotFoundError as error:
         raise TokenizerFault(
@@ -219,7 +221,9 @@ def load(folder: str | Path) -> Tokenizer | WordPiece:
             "and tokenizer.model, or vocab.txt (找不到分词器)"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TokenizerFault(f"{folder / 'tokenizer.json'}: not JSON: {error}") from None
+        raise TokenizerFault(
+            f"{folder / 'tokenizer.json'}: not JSON: {error} (文件已损坏)"
+        ) from None
     if record.get("rules") != rules:
         raise TokenizerFault(
             f"{folder}: was frozen under rules '{record.get('rules')}', this version of bajie has "

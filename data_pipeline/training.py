@@ -158,7 +158,7 @@ def _trained(
         if found := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
             raise _TooLarge(int(found[1])) from None
         raise TokenizerFault(
-            f"sentencepiece cannot train {kind} of {vocab_size}: {error}"
+            f"sentencepiece cannot train {kind} of {vocab_size}: {error} (训练失败)"
         ) from None
     return model.getvalue()
 

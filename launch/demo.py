@@ -96,7 +96,9 @@ def _launch(*words: str, **options: Any) -> "subprocess.CompletedProcess[str]":
     line = [sys.executable, "-m", "launch", *words]
     done = subprocess.run(line, cwd=ROOT, check=False, text=True, **options)
     if done.returncode:
-        raise ConfigError(f"`launch {words[0]}` ended with exit code {done.returncode}; see above")
+        raise ConfigError(
+            f"`launch {words[0]}` ended with exit code {done.returncode}; see above (见上文)"
+        )
     return done
 
 
@@ -137,7 +139,7 @@ def _train_and_kill(demo: Demo) -> tuple[list[dict[str, Any]], int]:
     watcher.join()
     if not killed.is_set():
         raise ConfigError(
-            f"the training ended by itself with exit code {job.returncode}; see above"
+            f"the training ended by itself with exit code {job.returncode}; see above (见上文)"
         )
     metrics, saved = _metrics(demo.run), _checkpoints(demo.run)
     print(f"\nkill -9 after step {metrics[-1]['step']}; checkpoints of steps {saved}")

@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
 
     if (found := deepspeed.folder_of(source)) is not None:
         if args.average > 1:
-            raise UserError("--average: is for runs of ours, not for DeepSpeed's folders")
+            raise UserError(
+                "--average: is for runs of ours, not for DeepSpeed's folders (仅用于本项目的运行)"
+            )
         tensors = deepspeed.read(found)
         weights = [(name, read()) for name, read in tensors.items() if name.startswith("weights/")]
         out.mkdir(parents=True)

@@ -173,7 +173,9 @@ def _compounds(
     from pretrain.reading import sentinels_of
 
     if old is None:
-        raise ValueError("--tokenizer: the checkpoint has none of its own to cut new words by")
+        raise ValueError(
+            "--tokenizer: the checkpoint has none of its own to cut new words by (检查点没有分词器)"
+        )
     was, words = tokenizers.load(old), tokenizers.load(new)
     tokens, more = of(was).tokens, of(words).tokens
     if more[: len(tokens)] != tokens:

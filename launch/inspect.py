@@ -33,7 +33,10 @@ def main(argv: list[str]) -> int:
     where = Path(found["tokenizer_folder"])
     if args.document is not None:
         if found["is"] != "corpus":
-            raise ValueError(f"--document: {folder} is a checkpoint; only a corpus has documents")
+            raise ValueError(
+                f"--document: {folder} is a checkpoint; only a corpus has documents "
+                "(只有语料才有文档)"
+            )
         found["document"] = document(folder, args.split, args.document)
     if args.text is not None:
         found["text"] = tokens_of(where, args.text)

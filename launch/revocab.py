@@ -175,7 +175,7 @@ def _rows(path: str, tokens: int) -> list[int]:
     try:
         rows = json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(f"--rows: {path} is not JSON: {error}") from None
+        raise ValueError(f"--rows: {path} is not JSON: {error} (不是 JSON)") from None
     if not isinstance(rows, list) or len(rows) < tokens or not all(type(i) is int for i in rows):
         raise ValueError(
             f"--rows: {path} must list at least {tokens} rows, one for each piece (行号不足)"

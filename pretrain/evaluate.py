@@ -240,7 +240,8 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
         wanted = [int(word) for word in (words.lengths or str(words.seq_len or 512)).split(",")]
     except ValueError:
         raise lengths.LengthError(
-            f"--lengths: is {words.lengths!r}, must be whole numbers with commas, e.g. 128,512"
+            f"--lengths: is {words.lengths!r}, must be whole numbers with commas, "
+            "e.g. 128,512 (须为整数)"
         ) from None
     head = {"task": words.task, "checkpoint": str(words.checkpoint)}
     if words.task == "length":

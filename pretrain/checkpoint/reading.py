@@ -67,16 +67,20 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
+        raise CheckpointError(
+            f"{folder}: is no checkpoint, it has no manifest.json (不是检查点)"
+        ) from None
     except (OSError, ValueError):
         raise CheckpointError(f"{path}: cannot be read, it is damaged (文件已损坏)") from None
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: is not of the format {FORMAT}")
+        raise CheckpointError(f"{path}: is not of the format {FORMAT} (检查点格式不符)")
     if manifest.get("xxh3_128") != own_hash(manifest):
         raise CheckpointError(f"{path}: its content differs from its hash (文件已损坏)")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-        raise CheckpointError(f"{path}: names a file outside of the checkpoint")
+        raise CheckpointError(
+            f"{path}: names a file outside of the checkpoint (文件路径越出检查点)"
+        )
     return manifest
 
 

@@ -185,7 +185,9 @@ def places(prefix: Path) -> dict[str, Place]:
                     found[key.decode()] = _place(value)
         return found
     except (IndexError, struct.error, UnicodeDecodeError, KeyError):
-        raise ConversionError(f"{path}: cannot be read as a table; fetch it again") from None
+        raise ConversionError(
+            f"{path}: cannot be read as a table; fetch it again (文件已损坏)"
+        ) from None
 
 
 def _index_handle(footer: bytes) -> tuple[int, int]:

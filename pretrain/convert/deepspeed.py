@@ -115,7 +115,9 @@ def _kinds(
                     held[rank].append(values)
     for kind, flats in moments.items():
         if len({len(flat) for flat in flats}) > 1:
-            raise ConversionError(f"{folder}: the ranks hold different numbers of {kind}")
+            raise ConversionError(
+                f"{folder}: the ranks hold different numbers of {kind} (各 rank 不一致)"
+            )
         yield kind, flats
 
 

@@ -54,7 +54,9 @@ def pickled(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read as tensors alone ({reason}) (文件无法安全读取)"
         ) from None
     if not isinstance(page, dict):
-        raise ConversionError(f"{path}: holds a {type(page).__name__}, must be a dict of tensors")
+        raise ConversionError(
+            f"{path}: holds a {type(page).__name__}, must be a dict of tensors (须为张量字典)"
+        )
     return page
 
 

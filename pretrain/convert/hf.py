@@ -278,7 +278,7 @@ def reference(folder: Path, dtype: torch.dtype) -> Any:
     )
     wrong = {k: v for k, v in found.items() if v and k != "error_msgs"}
     if any(wrong.values()):
-        raise ConversionError(f"{folder}: transformers loads it with {wrong}")
+        raise ConversionError(f"{folder}: transformers loads it with {wrong} (加载有误)")
     return model.eval()
 
 

@@ -229,7 +229,9 @@ def _from_mt5(page: dict[str, Any]) -> T5PegasusConfig:
     forms["gated-gelu_python"] = "gelu_erf"
     form = page.get("feed_forward_proj", "gated-gelu")
     if form not in forms:
-        raise ConversionError(f"config.json: feed_forward_proj is {form!r}, must be gated-gelu")
+        raise ConversionError(
+            f"config.json: feed_forward_proj is {form!r}, must be gated-gelu (不支持)"
+        )
     if page.get("num_decoder_layers", page["num_layers"]) != page["num_layers"]:
         raise ConversionError(
             f"config.json: the encoder has {page['num_layers']} layers, the decoder "

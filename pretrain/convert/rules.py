@@ -118,7 +118,8 @@ def padded(native: str, foreign: str, rows: int, multiple: int) -> Rule:
     def back(x: Tensors) -> Tensors:
         if len(x[0]) < rows:
             raise ConversionError(
-                f"{foreign}: has {len(x[0])} rows, the model {rows}; it is another model's"
+                f"{foreign}: has {len(x[0])} rows, the model {rows}; it is another model's "
+                "(词表行数不符)"
             )
         return [x[0][:rows]]
 
