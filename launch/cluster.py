@@ -47,19 +47,21 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # from 22.05 on srun does not take it over
 
-# Before the time limit the shell hears USR1: all ranks save, the steps end with code {stopped}, and
-# the job stands in the queue again. On preemption Slurm itself says TERM and puts the job back.
+# Before the time limit the shell hears USR1: all ranks save, the steps end well, and the job stands
+# in the queue again; one that was stopped by hand (touch RUN/stop) does not. On preemption Slurm
+# itself says TERM and puts the job back.
 # (A signal through srun or scancel would reach DeepSpeed's launcher too, which then kills.)
 stop={stop}
 rm -f "$stop"
-trap 'touch "$stop"' USR1
+again=
+trap 'again=1; touch "$stop"' USR1
 srun --kill-on-bad-exit=1 bash -c {on_node} - \\
   {train} \\
   --nodes "$SLURM_NNODES" --master "$head:$port" &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done  # a signal ended the first wait
-[ "$code" = {stopped} ] && scontrol requeue "$SLURM_JOB_ID"
+[ "$code" = 0 ] && [ -n "$again" ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
 """
 
@@ -148,13 +150,12 @@ def train_words(words: argparse.Namespace) -> list[str]:
     gpu = ["--gpu"] if words.gpu else []
     config = str(Path(words.config).resolve())
     line = [words.python, "-m", "launch", "train", config, *words.overrides]
-    line += ["--devices", str(words.devices), "--grace-s", str(GRACE_S - 30)]
-    return [*line, "--stopped-code", str(STOPPED), *gpu]
+    return [*line, "--devices", str(words.devices), "--grace-s", str(GRACE_S - 30), *gpu]
 
 
 def on_node(words: argparse.Namespace, last: str) -> str:
     """What the shell of each node does: the lines of --setup, then `last` if none has failed."""
-    return " && ".join([*filter(str.strip, words.setup.splitlines()), last])
+    return "\n".join(["set -e", words.setup, "set +e", last]) if words.setup.strip() else last
 
 
 def slurm(words: argparse.Namespace, config: RunConfig) -> str:
@@ -193,7 +194,6 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         exports="\n".join(exports),
         on_node=shlex.quote(on_node(words, 'exec "$@" --node-rank "$SLURM_NODEID"')),
         train=shlex.join(train_words(words)),
-        stopped=STOPPED,
         stop=shlex.quote(str(out.absolute() / "stop")),
     )
 
@@ -208,9 +208,11 @@ def kubernetes(words: argparse.Namespace, config: RunConfig) -> str:
         )
     name = re.sub(r"[^a-z0-9]+", "-", f"bajie-{Path(config.run.out).name}".lower()).strip("-")[:40]
     per_node = ["--nodes", str(words.nodes), "--node-rank", "$JOB_COMPLETION_INDEX"]
-    line = shlex.join(train_words(words)) + " " + " ".join(per_node)
+    # A pod that was told to stop has not completed its index.
+    line = shlex.join([*train_words(words), "--stopped-code", str(STOPPED)])
+    line += " " + " ".join(per_node)
     line += f" --master {name}-0.{name}:{PORT}"
-    shell = f"cd {shlex.quote(str(Path.cwd()))} && " + on_node(words, f"exec {line}")
+    shell = f"cd {shlex.quote(str(Path.cwd()))} || exit\n" + on_node(words, f"exec {line}")
     needs = {"nvidia.com/gpu": words.devices} if words.gpu else {"cpu": words.devices}
     container: dict[str, Any] = {
         "name": "train",

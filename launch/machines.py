@@ -1,12 +1,14 @@
 """The line that starts DeepSpeed's launcher: here, on many machines by ssh, on each by itself.
 
 one machine               deepspeed --num_gpus 8 --master_port FREE pretrain/train.py ...
+  CUDA_VISIBLE_DEVICES    deepspeed --include localhost:4,5 ..., which would else take 0 and 1
 --hostfile FILE           the same, which reaches the others by pdsh and ssh; of our environment
                           they get PYTHON* and NCCL*, all else must be a word of the command
 --nodes 4 --node-rank R   each machine starts its own ranks; machine 0 is where they meet
   --master HOST:PORT
 """
 
+import os
 import re
 import shutil
 import socket
@@ -41,7 +43,8 @@ class Machines:
             if hostfile is None:
                 return cls()
             slots = slots_of(hostfile)
-            if blank := next((at for at in (sys.executable, str(ROOT)) if " " in at), None):
+            places = (sys.executable, str(ROOT), str(Path.cwd()))  # it says `cd` here to them
+            if blank := next((at for at in places if " " in at), None):
                 raise UserError(
                     f"--hostfile: '{blank}' has a blank in it, which DeepSpeed's line to the other "
                     "machines would break at; move it, or start each by --nodes (路径含空格)"
@@ -74,18 +77,31 @@ class Machines:
     def words(self, devices: int, logs: Path) -> list[str]:
         """What DeepSpeed's launcher is told; without ssh the names of machines are only counted."""
         if self.hostfile:
-            return ["--hostfile", self.hostfile, "--master_port", str(free_port())]
+            # One machine in the file, and DeepSpeed would start its ranks here.
+            far = ["--force_multi"] if len(self.slots) == 1 and not here(*self.slots) else []
+            return [*far, "--hostfile", self.hostfile, "--master_port", str(free_port())]
         if self.nodes == 1:
             return ["--master_port", str(free_port())]
         where = ["--master_addr", self.host, "--master_port", self.port]
         file = str(logs / f"hostfile-{self.rank}")
         return ["--hostfile", file, "--no_ssh", "--node_rank", str(self.rank), *where]
 
-    def write(self, devices: int, logs: Path) -> None:
+    def which(self, devices: int, gpu: bool) -> list[str]:
+        """Which devices of a machine: the first ones, or those that CUDA_VISIBLE_DEVICES names,
+        which DeepSpeed throws away. By ssh it does not reach the other machines."""
+        ids = visible_gpus(devices) if gpu and not self.hostfile else None
+        if ids is None:
+            return ["--num_gpus" if gpu else "--num_accelerators", str(devices)]
+        names = [f"machine-{at}" for at in range(self.nodes)] if self.nodes > 1 else ["localhost"]
+        return ["--include", "@".join(f"{name}:{','.join(map(str, ids))}" for name in names)]
+
+    def write(self, devices: int, logs: Path, gpu: bool = False) -> None:
         """The folder of the logs, and in it the hostfile that words() names, where there is one."""
         logs.mkdir(parents=True, exist_ok=True)
         if self.nodes > 1:
-            lines = [f"machine-{at} slots={devices}\n" for at in range(self.nodes)]
+            ids = visible_gpus(devices) if gpu else None
+            slots = max(ids) + 1 if ids else devices
+            lines = [f"machine-{at} slots={slots}\n" for at in range(self.nodes)]
             (logs / f"hostfile-{self.rank}").write_text("".join(lines), "utf-8")
 
 
@@ -98,7 +114,7 @@ def deepspeed_line(
     if program is None:
         raise UserError(f"no `deepspeed` beside {sys.executable}; run ./launch/setup.sh (缺少安装)")
     # Python is named: the script's own first line breaks where the environment's path has a space.
-    line = [sys.executable, program, "--num_gpus" if gpu else "--num_accelerators", str(devices)]
+    line = [sys.executable, program, *machines.which(devices, gpu)]
     line += [*machines.words(devices, logs), str(ROOT / "pretrain" / "train.py"), *words]
     return [*line, "--gpu"] if gpu else line
 
@@ -107,6 +123,32 @@ def at_least_one(name: str, value: int) -> None:
     """UserError for a number of machines or devices that is none."""
     if value < 1:
         raise UserError(f"{name} is {value}, must be at least 1 (至少为 1)")
+
+
+def visible_gpus(devices: int) -> list[int] | None:
+    """The first `devices` of the GPUs that CUDA_VISIBLE_DEVICES names, None where it is not set;
+    UserError for fewer, and for names that are no numbers."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if not said:
+        return None
+    names = [name.strip() for name in said.split(",")]
+    if not all(map(str.isdigit, names)):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES: is '{said}', DeepSpeed's launcher knows GPUs by number alone; "
+            "write it like 0,1 (须为编号)"
+        )
+    if len(names) < devices:
+        raise UserError(
+            f"--devices is {devices}, CUDA_VISIBLE_DEVICES names {len(names)} GPUs: {said}; "
+            "it must be at most that (超过可见的 GPU 数)"
+        )
+    return [int(name) for name in names[:devices]]
+
+
+def here(host: str) -> bool:
+    """Whether a name of a hostfile is this machine's."""
+    own = {"localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn()}
+    return host in own or host.partition(".")[0] == socket.gethostname().partition(".")[0]
 
 
 def slots_of(hostfile: str) -> dict[str, int]:

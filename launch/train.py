@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     print("$ " + shlex.join(["deepspeed", *command[2:]]), flush=True)
     if args.dry_run:
         return 0
-    machines.write(args.devices, log.parent)
+    machines.write(args.devices, log.parent, gpu)
     if args.node_rank == 0:
         Path(config.run.out, "stop").unlink(missing_ok=True)
     ranks = None if args.hostfile else args.devices

@@ -19,7 +19,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, prod
+from math import ceil, lcm, prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from configs.recompute import Recompute
 from configs.run import (
     RunConfig,
     at_stage,
+    first_step,
     stage_model,
     stage_samples,
     stages,
@@ -193,7 +194,8 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     ]
     zero = config.parallel.zero
     most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
-    checkpoint, borders = checkpoint_bytes(config, last), border_bytes(config, models)
+    checkpoint = checkpoint_bytes(config, last)
+    stay = border_bytes(config, models) + kept_bytes(config, models)
     ordinary = config.run.keep_checkpoints + config.run.keep_best
     return {
         "model": to_dict(last),
@@ -230,8 +232,8 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
         "growth": staged.beside_scratch(each, models, pages[-1].schedule, *with_model),
         "disk": {
             "checkpoint_bytes": checkpoint,
-            "checkpoints_kept": ordinary + len(borders),
-            "run_bytes": checkpoint * (ordinary + 1) + sum(borders),  # one is being written
+            "checkpoints_kept": ordinary + len(stay),
+            "run_bytes": checkpoint * (ordinary + 1) + sum(stay),  # one is being written
         },
         "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
@@ -247,6 +249,21 @@ def border_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
     last, and the changed model that the next one begins with."""
     there = [model for border in pairwise(models) for model in dict.fromkeys(border)]
     return [checkpoint_bytes(config, model) for model in there]
+
+
+def kept_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
+    """Bytes of each checkpoint that stays for run.keep_every_steps, those at borders left out, and
+    the newest, which run.keep_checkpoints counts."""
+    if not (config.run.keep_every_steps and config.run.save_every_steps):
+        return []
+    every = lcm(config.run.keep_every_steps, config.run.save_every_steps)
+    borders = [first_step(config, number) for number in range(len(models) + 1)]
+    newest = config.run.keep_checkpoints * config.run.save_every_steps
+    found = []
+    for model, (start, end) in zip(models, pairwise(borders), strict=True):
+        last = min(end - 1, borders[-1] - newest)
+        found += [checkpoint_bytes(config, model)] * max(0, last // every - start // every)
+    return found
 
 
 def _stage(

@@ -7,9 +7,13 @@ Where the proof fails, or is broken off, there is no NAME that a run could train
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.proof import write_proof
@@ -30,24 +34,47 @@ def written(
     tokenizer: Path | None,
     prove: Callable[[State], dict[str, Any]],
     holds: Callable[[dict[str, Any]], bool],
+    alive: Callable[[], None] = lambda: None,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
     """Write `state` as the checkpoint `folder`, which must not exist; every rank calls this.
 
     The first rank proves what was written. Returns its proof, on every rank; where it does not
     hold, the state stands at aside_of(folder). Raises CheckpointError if one cannot be written.
+    `alive` is called for each tensor that a rank reads; `waiting` is around the others' wait.
     """
     aside = aside_of(folder)
 
     def proven() -> dict[str, Any]:
-        if not checkpoint.first_rank():
-            return {}
-        proof = prove(checkpoint.read(aside))
-        write_proof(aside, proof)
-        if holds(proof):
-            os.rename(aside, folder)
+        try:
+            proof = prove(_heard(checkpoint.read(aside), alive))
+            write_proof(aside, proof)
+            if holds(proof):
+                os.rename(aside, folder)
+        except OSError as error:
+            raise checkpoint.CheckpointError(
+                f"{error.filename or aside}: {error.strerror}; the changed model is not proven, "
+                "the checkpoint before it is whole (证明中断)"
+            ) from error
         return proof
 
+    first = checkpoint.first_rank()
     with checkpoint.own_group(PATIENCE) as ranks:
-        checkpoint.write_state(aside, state, tokenizer)
-        proof: dict[str, Any] = ranks.together(proven, aside)[0]
+        checkpoint.write_state(aside, _heard(state, alive), tokenizer)
+        with nullcontext() if first else waiting():
+            proof: dict[str, Any] = ranks.together(proven if first else dict, aside)[0]
     return proof
+
+
+def _heard(state: State, alive: Callable[[], None]) -> State:
+    """The same state, whose reader is heard of at each tensor."""
+
+    def heard(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def reading() -> Tensor:
+            alive()
+            return read()
+
+        return reading
+
+    entries = {key: replace(entry, read=heard(entry.read)) for key, entry in state.entries.items()}
+    return State(entries, state.record, state.verify)

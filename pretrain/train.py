@@ -74,7 +74,8 @@ def train(
     mesh = parallel.make_mesh(config.parallel.tensor, config.parallel.sequence)
     if problems := world_problems(config, mesh.world):
         raise ConfigError("\n".join(problems))
-    config = with_threads(config, config.run.threads or parallel.cpu_threads())
+    fewest = min(checkpoint.gather(parallel.cpu_threads()))  # the page is the same on all ranks
+    config = with_threads(config, config.run.threads or fewest)
     torch.set_num_threads(config.run.threads)
     run = Path(config.run.out)
     out = out or Terminal(enabled=mesh.rank == 0)
@@ -240,13 +241,13 @@ def _kept(
     if checkpoint.first_rank():
         shutil.rmtree(path, ignore_errors=True)  # a damaged one may stand there
     words = job.corpora.tokenizer_folder
-    with job.watch.busy():
-        verdict = proven.written(path, changed, words, prove, lambda found: judge(found)[0])
-    holds, sentence = judge(verdict)
+    watch, holds = job.watch, lambda found: judge(found)[0]
+    verdict = proven.written(path, changed, words, prove, holds, watch.alive, watch.busy)
+    kept, sentence = judge(verdict)
     job.monitor.out.say(sentence)
     kind = "growth" if stages(job.config)[number].extend is None else "extension"
-    job.monitor.event(kind, int(changed.record["step"]), says=sentence, proven=holds)
-    if not holds:
+    job.monitor.event(kind, int(changed.record["step"]), says=sentence, proven=kept)
+    if not kept:
         raise checkpoint.CheckpointError(
             f"{proven.aside_of(path)}: the changed model is not what was proven, see proof.json; "
             "the checkpoint before it is whole (未通过证明)"

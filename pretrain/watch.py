@@ -134,9 +134,13 @@ class Watch:
         """This rank moves; `step` steps are done."""
         self._step, self._heard = step, time.monotonic()
 
+    def alive(self) -> None:
+        """This rank moves, in what is no step."""
+        self._heard = time.monotonic()
+
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Look away while a block runs that is no step and may take hours: a large model's proof.
+        """Look away while this rank waits for another, which may take hours: a large model's proof.
 
         A rank that dies meanwhile still ends the others, who wait for it in a collective.
         """

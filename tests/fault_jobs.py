@@ -71,16 +71,21 @@ def go_stalling(config: dict[str, Any], rank: int, step: int, seconds: float) ->
         return train(page)
 
 
-def go_proving(config: dict[str, Any], seconds: float) -> dict[str, Any]:
+def go_proving(config: dict[str, Any], seconds: float, reads: bool) -> dict[str, Any]:
     """Train as a launched rank does, through a growth whose proof takes so long, in a job whose
-    collectives wait for less."""
+    collectives wait for less; tensors are read meanwhile, or nothing is (a disk that hangs)."""
     page = from_dict(RunConfig, config)
     enlist(Path(page.run.out), dist.get_rank())
     honest = proof.prove
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds * 0.8))
 
     def prove(*states: Any, **how: Any) -> dict[str, Any]:
-        time.sleep(seconds)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            for state in states if reads else ():
+                if isinstance(state, State):
+                    state.read(next(iter(state.entries)))
         return honest(*states, **how)
 
     with mock.patch.object(proof, "prove", prove):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointError
+from pretrain.checkpoint import CheckpointError, reading
 from pretrain.state import State
 from tests.growing import trained
 from tests.worlds import World
@@ -141,6 +141,22 @@ def test_a_folder_that_is_no_checkpoint_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": "another"}')
     with pytest.raises(CheckpointError, match="is not of the format"):
         checkpoint.resolve(tmp_path)
+
+
+def test_a_disk_that_gives_out_is_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a file fails, as on a shared disk whose server is gone: the older one is taken."""
+    newest, older = checkpoint.found_in(run)
+    honest = reading.describe
+
+    def describe(path: Path) -> dict[str, Any]:
+        if path.parent == newest and path.suffix == ".safetensors":
+            raise OSError(errno.EIO, "Input/output error")  # of read(): it names no file
+        return honest(path)
+
+    monkeypatch.setattr(reading, "describe", describe)
+    found, complaints = checkpoint.newest(run)
+    assert found == older
+    assert str(newest) in complaints[0] and "cannot be read: Input/output error" in complaints[0]
 
 
 def test_a_manifest_cannot_point_outside(run: Path) -> None:

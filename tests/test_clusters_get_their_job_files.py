@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from launch.cli import UserError
-from launch.cluster import STOPPED, expanded, main
+from launch.cluster import expanded, main
 from launch.machines import Machines, free_port
 from pretrain.watch import STALLED
 from tests import small_slurm
@@ -79,6 +79,7 @@ def test_a_task_has_the_cores_of_its_processes(
 
 SRUN = """#!/bin/sh
 shift
+[ -z "$NEAR_ITS_LIMIT" ] || { kill -USR1 $PPID; sleep 0.3; }
 for SLURM_NODEID in 0 1; do
   export SLURM_NODEID; "$@" || code=$?
 done
@@ -88,31 +89,51 @@ SCONTROL = '#!/bin/sh\n[ "$1" = show ] && echo node01 || echo "scontrol $*"\n'
 TRAIN = '#!/bin/sh\necho "node $SLURM_NODEID: $SETUP, $SRUN_CPUS_PER_TASK cores"\nexit {code}\n'
 
 
-@pytest.mark.parametrize("code", [0, STOPPED, STALLED, 1])
-def test_each_node_is_set_up_and_only_a_stopped_run_is_put_back(code: int, tmp_path: Path) -> None:
-    """The script itself, on two nodes of a Slurm that is played."""
+@pytest.mark.parametrize("code", [0, STALLED, 1])
+@pytest.mark.parametrize("limit", ["", "near"])
+def test_each_node_is_set_up_and_only_what_met_its_limit_is_put_back(
+    code: int, limit: str, tmp_path: Path
+) -> None:
+    """The script itself, on two nodes of a Slurm that is played; --setup ends in a comment."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("train", TRAIN.format(code=code))):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    setup = 'export SETUP="it\'s node $SLURM_NODEID"\n\ntrue'
+    setup = 'export SETUP="it\'s node $SLURM_NODEID"\n\nif true; then\n  true  # well\nfi  # said'
     words = [RUN, f"run.out={tmp_path / 'run'}", "--slurm", "--nodes", "2", "--setup", setup]
     script = tmp_path / "job.sh"
     assert main([*words, "--python", str(tmp_path / "train"), "--out", str(script)]) == 0
     assert (tmp_path / "run" / "logs").is_dir()  # or Slurm would have nowhere to write to
     slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[01-02]", "NNODES": "2", "CPUS_PER_TASK": "1"}
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **{f"SLURM_{k}": v for k, v in slurm.items()}}
+    env["NEAR_ITS_LIMIT"] = limit
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     said = done.stdout.splitlines()
     assert said[:2] == [f"node {n}: it's node {n}, 1 cores" for n in (0, 1)]
-    assert said[2:] == (["scontrol requeue 7"] if code == STOPPED else [])
+    assert said[2:] == (["scontrol requeue 7"] if limit and not code else [])
+    assert (tmp_path / "run" / "stop").exists() == bool(limit)
 
 
-def test_no_node_trains_whose_setup_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    kubernetes = ["--kubernetes", "--image", "i", "--claim", "c", "--mount", "/share"]
-    for kind in (["--slurm"], kubernetes):
-        assert main([RUN, *kind, "--setup", "false"]) == 0
-        assert "false && exec " in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("setup", "code"),
+    [
+        ("true  # well", 0),
+        ("false", 1),
+        ("true\nfalse  # no\ntrue", 1),
+        ("if true; then\n :\nfi", 0),
+    ],
+)
+def test_no_node_trains_whose_setup_failed(setup: str, code: int, tmp_path: Path) -> None:
+    """The command of a pod, run; Slurm's is run above."""
+    (tmp_path / "train").write_text("#!/bin/sh\necho trained\n")
+    (tmp_path / "train").chmod(0o755)
+    words = [RUN, "--kubernetes", "--image", "i", "--claim", "c", "--mount", "/share"]
+    words += ["--setup", setup, "--python", str(tmp_path / "train"), "--out", str(tmp_path / "job")]
+    assert main(words) == 0
+    _, job = yaml.safe_load_all((tmp_path / "job").read_text())
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "" if code else "trained\n"), done.stderr
 
 
 def test_the_kubernetes_file_is_a_job_of_a_pod_a_node(capsys: pytest.CaptureFixture[str]) -> None:

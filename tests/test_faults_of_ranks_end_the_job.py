@@ -56,9 +56,25 @@ def test_a_long_proof_is_no_stall(tmp_path: Path, tiny_corpus: Path) -> None:
     stages = [{"steps": 2}, {"steps": 2, "model": {"layers": 3}}]
     changes = {**CHANGES, "stages": stages, "run__steps": None, "schedule": {}}
     config = page(tmp_path / "run", tiny_corpus, **changes)
-    ranks = Mortals(2, tmp_path, "tests.fault_jobs:go_proving", config=config, seconds=14.0)
+    job = {"config": config, "seconds": 14.0, "reads": True}
+    ranks = Mortals(2, tmp_path / "long", "tests.fault_jobs:go_proving", **job)
     assert ranks.codes() == [0, 0], ranks.log(0) + ranks.log(1)
     assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_a_proof_that_reads_no_more_is_a_stall(tmp_path: Path, tiny_corpus: Path) -> None:
+    """A shared disk that hangs under the rank that proves; the other waits for a day at most."""
+    stages = [{"steps": 2}, {"steps": 2, "model": {"layers": 3}}]
+    changes = {**CHANGES, "stages": stages, "run__steps": None, "schedule": {}}
+    config = page(tmp_path / "run", tiny_corpus, **changes)
+    job = {"config": config, "seconds": 600.0, "reads": False}
+    ranks = Mortals(2, tmp_path / "hangs", "tests.fault_jobs:go_proving", **job)
+    proving, waiting = ranks.codes()
+    assert proving == STALLED and waiting not in (0, None), ranks.log(0) + ranks.log(1)
+    assert "no step was finished for 9 s (faults.stall_s): rank 0" in ranks.log(0)
+    assert [path.name for path in checkpoint.found_in(tmp_path / "run")] == [
+        "stage-00-step-00000002"
+    ]
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path, tiny_corpus: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from launch.cli import UserError
 from launch.machines import Machines, deepspeed_line, free_port
 from launch.train import MARK, Job
 from pretrain.parallel import cpu_threads
@@ -58,7 +60,7 @@ def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
     assert here[2:5] == ["--num_accelerators", "2", "--master_port"]
     assert Path(here[6]).name == "train.py"
     assert here[7:] == ["page.yaml", "run.steps=3"]
-    many = line(["page.yaml"], 8, Machines("h"), gpu=True)
+    many = line(["page.yaml"], 8, Machines("h", {"a": 8, "b": 8}), gpu=True)
     assert many[2:6] == ["--num_gpus", "8", "--hostfile", "h"]
     assert many[-2:] == ["page.yaml", "--gpu"]  # the ranks look: this machine may have none
     each = line([], 4, Machines.of(3, 1, "10.0.0.7:29500", None))
@@ -70,6 +72,35 @@ def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
     Machines.of(3, 1, "10.0.0.7:29500", None).write(4, tmp_path / "logs")
     hosts = (tmp_path / "logs" / "hostfile-1").read_text().splitlines()
     assert hosts == [f"machine-{at} slots=4" for at in range(3)]
+
+
+def test_gpus_are_those_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed throws CUDA_VISIBLE_DEVICES away where it is told a number: others' GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,6,7")
+
+    def which(devices: int, machines: Machines, gpu: bool = True) -> list[str]:
+        return deepspeed_line([], devices, gpu=gpu, machines=machines, logs=tmp_path)[2:4]
+
+    assert which(2, Machines()) == ["--include", "localhost:4,5"]
+    assert which(2, Machines(), gpu=False) == ["--num_accelerators", "2"]
+    two = Machines.of(2, 1, "10.0.0.7:29500", None)
+    assert which(4, two) == ["--include", "machine-0:4,5,6,7@machine-1:4,5,6,7"]
+    two.write(4, tmp_path, gpu=True)
+    assert (tmp_path / "hostfile-1").read_text() == "machine-0 slots=8\nmachine-1 slots=8\n"
+    with pytest.raises(UserError, match="--devices is 8, CUDA_VISIBLE_DEVICES names 4 GPUs"):
+        which(8, Machines())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a,GPU-11aa")
+    with pytest.raises(UserError, match="knows GPUs by number alone"):
+        which(1, Machines())
+
+
+def test_one_machine_of_a_hostfile_is_reached_where_it_is(tmp_path: Path) -> None:
+    for name, far in (("node07", True), (socket.gethostname(), False), ("localhost", False)):
+        words = Machines("h", {name: 8}).words(8, tmp_path)
+        assert ("--force_multi" in words) == far, name
+    assert "--force_multi" not in Machines("h", {"node07": 8, "node08": 8}).words(8, tmp_path)
 
 
 @pytest.mark.parametrize("words", [["train", "--dry-run"], ["cluster", "--slurm"]])

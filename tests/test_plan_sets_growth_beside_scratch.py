@@ -46,6 +46,16 @@ def test_the_disk_holds_both_checkpoints_of_a_growth() -> None:
     assert found["run_bytes"] == (1 + 3) * small and found["checkpoints_kept"] == 3
 
 
+def test_the_disk_holds_what_is_kept_for_good() -> None:
+    """Every 5,000 steps of 20,000, saved every 500: 5,000 and 10,000 small, 15,000 a border, which
+    stays as it is; 20,000 is among the newest two."""
+    words = ["run.steps=null", STAGES, "run.save_every_steps=500", "run.keep_every_steps=5000"]
+    found = plan.plan(page(*words), 1, "h200")
+    small, large = (12 * stage["parameters"] for stage in found["stages"])
+    assert found["disk"]["checkpoints_kept"] == 6
+    assert found["disk"]["run_bytes"] == 3 * small + 4 * large
+
+
 @pytest.mark.parametrize(
     ("schedule", "share"),
     [

@@ -51,14 +51,17 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     found = []
     for name, entry in list(manifest["files"].items())[part::parts]:
         path = folder / name
-        if not path.is_file():
-            found.append(f"{path}: is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            found.append(
-                f"{path}: has {path.stat().st_size} bytes, was written with {entry['bytes']}"
-            )
-        elif describe(path)["xxh3_128"] != entry["xxh3_128"]:
-            found.append(f"{path}: its content differs from its hash (文件已损坏)")
+        try:
+            if not path.is_file():
+                found.append(f"{path}: is missing")
+            elif path.stat().st_size != entry["bytes"]:
+                found.append(
+                    f"{path}: has {path.stat().st_size} bytes, was written with {entry['bytes']}"
+                )
+            elif describe(path)["xxh3_128"] != entry["xxh3_128"]:
+                found.append(f"{path}: its content differs from its hash (文件已损坏)")
+        except OSError as error:  # a disk that gives out; an older checkpoint may lie on another
+            found.append(f"{path}: cannot be read: {error.strerror} (无法读取)")
     return found
 
 
@@ -171,27 +174,31 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
     All ranks of a job call this together and share the reading.
     """
-    rank, world = EVERYONE.rank, EVERYONE.world
     complaints: list[str] = []
     for path in EVERYONE.gather(found_in(run))[0]:
-        wrong = [s for part in EVERYONE.gather(damage(path, rank, world)) for s in part]
-        if not wrong:
+        if not (wrong := _damage_shared(path)):
             return path, complaints
-        complaints += sorted(set(wrong))
+        complaints += wrong
     return None, complaints
+
+
+def _damage_shared(path: Path) -> list[str]:
+    """damage(), each rank reading its part."""
+    parts = EVERYONE.gather(damage(path, EVERYONE.rank, EVERYONE.world))
+    return sorted({sentence for part in parts for sentence in part})
 
 
 def resolve(path: str | Path) -> Path:
     """A verified checkpoint folder from what a user names: a checkpoint, or a run (its newest).
 
-    Raises CheckpointError for what is not there, holds none, or is damaged.
+    All ranks of a job call this together and share the reading. Raises CheckpointError for what is
+    not there, holds none, or is damaged.
     """
     path, average = unmarked(path)  # RUN@ema
     if average:
         return Averaged(resolve(path))
     if (path / "manifest.json").exists():
-        wrong = damage(path)
-        if wrong:
+        if wrong := _damage_shared(path):
             raise CheckpointError("\n".join(wrong))
         return path
     if not path.is_dir():
