@@ -18,8 +18,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
-from itertools import pairwise
-from math import ceil, lcm, prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,13 @@ from configs.recompute import Recompute
 from configs.run import (
     RunConfig,
     at_stage,
-    first_step,
     stage_model,
     stage_samples,
     stages,
     step_samples,
     world_problems,
 )
-from pretrain import staged
+from pretrain import disk, staged
 from pretrain.costs import WIDTH, Row, flops_per_token, parameters_by_part
 from pretrain.kept import Kept, kept_of
 from pretrain.transient import logits_bytes, message_bytes
@@ -194,9 +192,6 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     ]
     zero = config.parallel.zero
     most = max(range(len(pages)), key=lambda number: needs[number][zero]["total"])
-    checkpoint = checkpoint_bytes(config, last)
-    stay = border_bytes(config, models) + kept_bytes(config, models)
-    ordinary = config.run.keep_checkpoints + config.run.keep_best
     return {
         "model": to_dict(last),
         "parameters": {"total": parameter_count(last), **parameters_by_part(last)},
@@ -230,40 +225,9 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
             "flops": sum(s["flops"] for s in each),
         },
         "growth": staged.beside_scratch(each, models, pages[-1].schedule, *with_model),
-        "disk": {
-            "checkpoint_bytes": checkpoint,
-            "checkpoints_kept": ordinary + len(stay),
-            "run_bytes": checkpoint * (ordinary + 1) + sum(stay),  # one is being written
-        },
+        "disk": disk.taken(config, models),
         "data": _shares(pages, [stage["tokens"] for stage in each]),
     }
-
-
-def checkpoint_bytes(config: RunConfig, model: ModelConfig) -> float:
-    """What a checkpoint takes on disk: fp32 weights, and what the update rule remembers."""
-    return 4 * parameter_count(model) + sum(moment_bytes(config.optimizer, model))
-
-
-def border_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
-    """Bytes of each checkpoint at a stage border, all of which stay: the end of every stage but the
-    last, and the changed model that the next one begins with."""
-    there = [model for border in pairwise(models) for model in dict.fromkeys(border)]
-    return [checkpoint_bytes(config, model) for model in there]
-
-
-def kept_bytes(config: RunConfig, models: list[ModelConfig]) -> list[float]:
-    """Bytes of each checkpoint that stays for run.keep_every_steps, those at borders left out, and
-    the newest, which run.keep_checkpoints counts."""
-    if not (config.run.keep_every_steps and config.run.save_every_steps):
-        return []
-    every = lcm(config.run.keep_every_steps, config.run.save_every_steps)
-    borders = [first_step(config, number) for number in range(len(models) + 1)]
-    newest = config.run.keep_checkpoints * config.run.save_every_steps
-    found = []
-    for model, (start, end) in zip(models, pairwise(borders), strict=True):
-        last = min(end - 1, borders[-1] - newest)
-        found += [checkpoint_bytes(config, model)] * max(0, last // every - start // every)
-    return found
 
 
 def _stage(
@@ -433,7 +397,7 @@ def _memory_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    t, disk = found["time"], found["disk"]
+    t, held = found["time"], found["disk"]
     rows = []
     for number, s in enumerate(found["stages"]):
         size, tokens = f"{s['parameters'] / 1e6:,.1f} M", f"{s['tokens'] / 1e9:,.2f} B tokens"
@@ -446,9 +410,9 @@ def _time_rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
             rows.append([f"  the batch ramps (爬坡): {unit}, then whole"])
         rows += [[f"  {sentence}"] for sentence in s["remarks"]]
     rows.append(["all", "", "", f"{t['flops']:.2e} FLOP", "", f"{t['days']:.3g} days"])
-    rows.append(["checkpoint", f"{disk['checkpoint_bytes'] / 1e9:,.2f} GB"])
-    kept = f"{disk['checkpoints_kept']} kept, 1 being written"
-    rows.append(["run folder", f"{disk['run_bytes'] / 1e9:,.2f} GB", kept])
+    rows.append(["checkpoint", f"{held['checkpoint_bytes'] / 1e9:,.2f} GB"])
+    kept = f"{held['checkpoints_kept']} kept, 1 being written"
+    rows.append(["run folder", f"{held['run_bytes'] / 1e9:,.2f} GB", kept])
     speed = f"{t['gpus']} x {t['peak']}, MFU {t['assumed_mfu']:.0%} ASSUMED"
     return f"time and disk: {speed} (时间与磁盘)", rows
 

@@ -64,7 +64,7 @@ def train(
     """
     import torch
 
-    from pretrain import checkpoint, faults, flight, parallel, plan, replay, start
+    from pretrain import checkpoint, disk, faults, flight, parallel, plan, replay, start
     from pretrain.corpora import Reading, open_stages
     from pretrain.monitor import Monitor, Terminal, speed
     from pretrain.profiling import Profiler
@@ -97,7 +97,7 @@ def train(
         checkpoint.Saver.open(lambda: checkpoint.rotate(*kept)) as saver,
     ):
         models = [stage_model(config, number) for number in range(len(pages))]
-        most = max(int(plan.checkpoint_bytes(config, model)) for model in models)
+        most = max(int(disk.checkpoint_bytes(config, model)) for model in models)
         for sentence in flight.check(run, most, dump(config), mesh.device):
             out.say(sentence)
         monitor = Monitor(

@@ -13,7 +13,7 @@ import pytest
 
 from configs.load import from_dict
 from configs.run import RunConfig, stage_model
-from pretrain import checkpoint, plan
+from pretrain import checkpoint, disk
 from tests.run_jobs import digests, losses, metrics, page
 from tests.worlds import World
 
@@ -74,7 +74,7 @@ def test_the_checkpoints_of_the_border_are_those_that_plan_counts(grown: Path) -
     border = [state for state in found if state.record["border"]]
     assert len(found) == 7 and [state.record["stage"] for state in border] == [0, 1]
     config = from_dict(RunConfig, _page(grown, grown))
-    planned = plan.border_bytes(config, [stage_model(config, number) for number in range(2)])
+    planned = disk.border_bytes(config, [stage_model(config, number) for number in range(2)])
     assert planned == [sum(4 * prod(e.shape) for e in s.entries.values()) for s in border]
 
 
