@@ -15,18 +15,22 @@ the same grid (--lr) with runs of `--tune` of the steps and a seed of their own 
 that of `paired`. FLOPs as `plan` counts them (attention in full, the head as often as it speaks).
 
 What was measured is kept in OUT/tuning and OUT/seed-N.json after each run: started again, it goes
-on, and seeds can be measured by processes side by side (`--seeds 1`, `--seeds 2`; `--seeds` alone
-tunes). OUT/study.json says what is measured; another study wants another folder. Table and figure
-of all seeds that are there: benchmarks/growth_curves.py.
+on, a run from its own checkpoint. Processes can measure side by side: seeds (`--seeds 1`, `--seeds
+2`; `--seeds` alone tunes), and of one seed what is from scratch and what grows (`--budgets` alone,
+`--curve` alone). OUT/study.json says what is measured; another study wants another folder. Table
+and figure of all seeds that are there: benchmarks/growth_curves.py.
 """
 
 import argparse
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import gcd
 from pathlib import Path
@@ -61,6 +65,8 @@ DECAY = 0.2
 WINDOW = 0.25
 """Losses of steps are compared as means over that part of the constant rate after a growth: over
 fewer the noise of a batch decides."""
+SAVED_EVERY = 400
+"""Steps that a run to the end of a budget loses at most when its process is killed."""
 FEWEST_STEPS = 10
 """Between two checkpoints of a trunk."""
 
@@ -128,7 +134,7 @@ def end(
 ) -> float:
     """From a checkpoint to the end of a budget of so many steps, decaying; the validation loss."""
     changes = {
-        "run": {"steps": steps},
+        "run": {"steps": steps, "save_every_steps": SAVED_EVERY},
         "schedule": {"decay_steps": round(steps * DECAY)},
         "optimizer": {"lr": rate},
         "init": {"from": str(origin), "what": "all"},
@@ -172,16 +178,15 @@ def scratch(study: Study, results: "Results", budgets: Iterable[float]) -> None:
         results.add(arm="scratch", budget=budget, lr=rate, steps=steps, flops=cost, loss=loss)
 
 
-def grown(study: Study, results: "Results", arms: Iterable[str], budgets: Iterable[float]) -> None:
-    """The small model's trunk, then each way of growing it, at each budget."""
-    for arm in arms:
-        rate = study.rates[arm]
-        for budget in results.missing(arm, budgets):
-            at, steps = study.share(budget * study.at), study.share(budget)
-            name = f"small-{rate:g}"
-            borders = [study.share(part * study.at) for part in budgets]
-            small = checkpoint(trunk(study, results, name, borders, rate, model=study.small), at)
-            cost = flops(study, at, small_of(study))
+def grown(study: Study, results: "Results", arms: list[str], budgets: list[float]) -> None:
+    """The small model's trunk, then at each budget each way of growing it."""
+    borders = [study.share(part * study.at) for part in budgets]
+    for budget in budgets:
+        at, steps = study.share(budget * study.at), study.share(budget)
+        for arm in (arm for arm in arms if results.missing(arm, [budget])):
+            rate = study.rates[arm]
+            run = trunk(study, results, f"small-{rate:g}", borders, rate, model=study.small)
+            small, cost = checkpoint(run, at), flops(study, at, small_of(study))
             if arm == "small":  # the control: it goes on as it is
                 rest, larger, more = small_of(study), small, {"model": study.small}
             else:
@@ -223,18 +228,31 @@ def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
 
 def mixing(study: Study, results: "Results", name: str, at: int, steps: int) -> dict[str, Any]:
     """Steps after the growth until the loss is no longer above that of scratch at the same steps,
-    of those at a constant rate; None where it stays above. Nothing if scratch was not run yet."""
+    of those at a constant rate; None where it stays above. Nothing while scratch is not so far."""
     rate = study.rates["scratch"]
     beside = study.out / "runs" / f"scratch-{rate:g}-{results.seed}"
     if not (beside / "metrics.jsonl").exists():
         return {}
     ours, plain = _losses(study.out / "runs" / f"{name}-{results.seed}"), _losses(beside)
     upto = steps - round(steps * DECAY)
+    if upto not in plain:
+        return {}
     gaps = [ours[step] - plain[step] for step in range(at + 1, upto + 1) if step in plain]
     window = max(1, round(WINDOW * (upto - at)))
     sums = (sum(gaps[n : n + window]) for n in range(len(gaps) - window + 1))
     found = next((number for number, total in enumerate(sums) if total <= 0), None)
     return {"mixing_steps": found, "constant_steps": upto - at}
+
+
+def mixed(study: Study, results: "Results") -> None:
+    """The mixing of what grew before the run from scratch had come so far."""
+    for row in results.kept["losses"]:
+        if row["arm"] == "scratch" or "mixing_steps" in row:
+            continue
+        at = study.share(row["budget"] * study.at)
+        name = f"{row['arm']}-{row['lr']:g}-{row['budget']:g}"
+        if found := mixing(study, results, name, at, row["steps"]):
+            results.add(**{**row, **found})
 
 
 def _losses(run: Path) -> dict[int, float]:
@@ -243,34 +261,49 @@ def _losses(run: Path) -> dict[int, float]:
 
 
 class Results:
-    """A file of what one seed measured: a line for each loss and for each run's time."""
+    """A file of what one seed measured: a line for each loss and for each run's time. Several
+    processes may write to it."""
 
     def __init__(self, path: Path, seed: int) -> None:
         self.path, self.seed = path, seed
-        self.kept: dict[str, list[dict[str, Any]]] = {"losses": [], "runs": []}
-        if path.exists():
-            self.kept = json.loads(path.read_text())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def kept(self) -> dict[str, list[dict[str, Any]]]:
+        """What stands in the file."""
+        if not self.path.exists():
+            return {"losses": [], "runs": []}
+        return dict(json.loads(self.path.read_text()))
 
     def add(self, **row: Any) -> None:
-        """Keep a loss, print it."""
-        self.kept["losses"].append({"seed": self.seed, **row})
-        self._write()
-        print(json.dumps(self.kept["losses"][-1]), flush=True)
+        """Keep a loss in place of the one of this arm and budget, print it."""
+        line = {"seed": self.seed, **row}
+        same = (line["arm"], line["budget"])
+        with self._held() as kept:
+            others = [r for r in kept["losses"] if (r["arm"], r["budget"]) != same]
+            kept["losses"] = [*others, line]
+        print(json.dumps(line), flush=True)
 
     def spent(self, run: str, cpu_s: float, steps: int) -> None:
         """Keep what a run took; one that was finished already took no steps."""
         if steps:
-            self.kept["runs"].append({"run": run, "cpu_s": round(cpu_s, 1), "steps": steps})
-            self._write()
+            with self._held() as kept:
+                kept["runs"].append({"run": run, "cpu_s": round(cpu_s, 1), "steps": steps})
 
     def missing(self, arm: str, budgets: Iterable[float]) -> list[float]:
         """Those budgets of an arm that are not measured yet."""
         done = {row["budget"] for row in self.kept["losses"] if row["arm"] == arm}
         return [budget for budget in budgets if budget not in done]
 
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
+    @contextmanager
+    def _held(self) -> Iterator[dict[str, list[dict[str, Any]]]]:
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = self.kept
+            yield kept
+            aside = self.path.with_suffix(".writing")
+            aside.write_text(json.dumps(kept, indent=1) + "\n")
+            os.replace(aside, self.path)
 
 
 def the_same(study: Study, tune: float) -> None:
@@ -346,6 +379,7 @@ def main() -> None:
         scratch(study, results, words.curve)
         grown(study, results, words.arms, words.budgets)
         grown(study, results, words.controls, words.control_budgets)
+        mixed(study, results)
     large, less = parameter_count(large_of(study)), parameter_count(small_of(study))
     if words.seeds:
         report(words.out, f"{less:,} -> {large:,} parameters, grown at {words.at:.0%} of the steps")
