@@ -5,11 +5,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from pretrain import checkpoint
+from pretrain.checkpoint import reading
 from pretrain.state import State
 from tests.growing import trained
 
@@ -61,3 +63,18 @@ def write_and_look(run: str) -> dict[str, Any]:
     checkpoint.write_state(run_folder / "checkpoints" / checkpoint.checkpoint_name(0, 4), trained())
     good, wrong = checkpoint.newest(run_folder)
     return {"good": str(good), "wrong": wrong}
+
+
+def resolve(folder: str) -> tuple[str, int]:
+    """What resolve() says of a checkpoint on this rank, and how many files this rank hashed."""
+    honest, hashed = reading.describe, []
+
+    def describe(path: Path) -> dict[str, Any]:
+        hashed.append(path)
+        return honest(path)
+
+    with mock.patch.object(reading, "describe", describe):
+        try:
+            return str(checkpoint.resolve(folder)), len(hashed)
+        except checkpoint.CheckpointError as error:
+            return str(error), len(hashed)

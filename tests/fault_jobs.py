@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 from configs.load import from_dict
 from configs.run import RunConfig
-from pretrain import proof
+from pretrain import parallel, proof
 from pretrain.corpora import open_corpora
 from pretrain.engine import Engine
 from pretrain.monitor import Terminal
@@ -90,6 +90,12 @@ def go_proving(config: dict[str, Any], seconds: float, reads: bool) -> dict[str,
 
     with mock.patch.object(proof, "prove", prove):
         return train(page)
+
+
+def go_on_unequal_machines(config: dict[str, Any]) -> int:
+    """Train where each rank has another number of cores; returns the steps made."""
+    with mock.patch.object(parallel, "cpu_threads", lambda: dist.get_rank() + 1):
+        return int(train(from_dict(RunConfig, config))["step"])
 
 
 def go_tampered(config: dict[str, Any], what: str) -> dict[str, Any]:

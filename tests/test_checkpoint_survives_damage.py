@@ -1,6 +1,7 @@
 """Nothing wrong with a checkpoint goes unseen; a write that fails costs nothing that was there."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -159,9 +160,22 @@ def test_a_disk_that_gives_out_is_damage(run: Path, monkeypatch: pytest.MonkeyPa
     assert str(newest) in complaints[0] and "cannot be read: Input/output error" in complaints[0]
 
 
-def test_a_manifest_cannot_point_outside(run: Path) -> None:
-    import json
+def test_ranks_share_the_hashing_of_what_a_run_begins_with(run: Path, world2: World) -> None:
+    """Each file once in the job, and what one rank finds all say."""
+    folder = checkpoint.found_in(run)[0]
+    said = world2.run("tests.checkpoint_jobs:resolve", folder=str(folder))
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert [text for text, _ in said] == [str(folder)] * 2
+    assert sum(hashed for _, hashed in said) == len(files) and all(hashed for _, hashed in said)
+    path = folder / "weights-00000.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    said = world2.run("tests.checkpoint_jobs:resolve", folder=str(folder))
+    assert said[0][0] == said[1][0] and "its content differs from its hash" in said[0][0]
 
+
+def test_a_manifest_cannot_point_outside(run: Path) -> None:
     folder = checkpoint.found_in(run)[0]
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../words/tokenizer.json"] = {"bytes": 1, "xxh3_128": "0"}

@@ -133,6 +133,7 @@ def test_a_hostfile_is_read_before_anything_starts(
     (tmp_path / "hosts").write_text(hosts)
     monkeypatch.setattr("launch.machines.ROOT", Path("/lab"))
     monkeypatch.setattr(sys, "executable", "/lab/python")
+    monkeypatch.chdir("/")  # the checkout may lie in a path with a blank
     assert cli.main(["train", RUN, "--hostfile", str(tmp_path / "hosts"), *words]) == 2
     assert says in capsys.readouterr().err
 
@@ -144,6 +145,12 @@ def test_a_path_that_ssh_would_break_is_said(
     monkeypatch.setattr(sys, "executable", "/my lab/.venv/bin/python")
     assert cli.main(["train", RUN, "--hostfile", str(tmp_path / "hosts")]) == 2
     assert "'/my lab/.venv/bin/python' has a blank in it" in capsys.readouterr().err
+    monkeypatch.setattr("launch.machines.ROOT", Path("/lab"))
+    monkeypatch.setattr(sys, "executable", "/lab/python")
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")  # DeepSpeed says `cd` there to the other machines
+    assert cli.main(["train", RUN, "--hostfile", str(tmp_path / "hosts")]) == 2
+    assert "/my runs' has a blank in it" in capsys.readouterr().err
 
 
 def test_a_free_port_is_free() -> None:

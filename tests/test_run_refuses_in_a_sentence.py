@@ -207,3 +207,11 @@ def test_heads_that_tensor_parallelism_does_not_divide(tmp_path: Path) -> None:
         ValueError, match=r"model\.heads: is 2, not divisible by parallel\.tensor=3"
     ):
         go(page(tmp_path, tmp_path, parallel__tensor=3))
+
+
+def test_machines_with_other_cores_are_not_refused(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    """The page that ranks compare is the same, whatever run.threads comes to on each."""
+    config = page(tmp_path, tiny_corpus, run__stop_at_step=1)
+    assert world2.run("tests.fault_jobs:go_on_unequal_machines", config=config) == [1, 1]
