@@ -197,11 +197,13 @@ def resolve(path: str | Path) -> Path:
     path, average = unmarked(path)  # RUN@ema
     if average:
         return Averaged(resolve(path))
-    if (path / "manifest.json").exists():
+    # As the first rank sees it: on a shared disk that lags the ranks would go different ways.
+    named, there = EVERYONE.gather(((path / "manifest.json").exists(), path.is_dir()))[0]
+    if named:
         if wrong := _damage_shared(path):
             raise CheckpointError("\n".join(wrong))
         return path
-    if not path.is_dir():
+    if not there:
         raise CheckpointError(f"{path}: there is no such folder (没有这个文件夹)")
     good, wrong = newest(path)
     if good is None:
