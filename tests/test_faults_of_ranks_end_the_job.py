@@ -51,24 +51,24 @@ def test_a_stalled_rank_is_named_and_all_stacks_are_kept(tmp_path: Path, tiny_co
     assert "in train_step" in _log(tmp_path, "stack-0000.txt")
 
 
-def test_a_long_proof_is_no_stall(tmp_path: Path, tiny_corpus: Path) -> None:
-    """Neither for the rank that proves nor for those that wait, whose steps wait for less."""
+def _proving(tmp_path: Path, corpus: Path, **job: Any) -> Mortals:
+    """Two ranks that train for two steps, grow, and prove it for so many seconds."""
     stages = [{"steps": 2}, {"steps": 2, "model": {"layers": 3}}]
     changes = {**CHANGES, "stages": stages, "run__steps": None, "schedule": {}}
-    config = page(tmp_path / "run", tiny_corpus, **changes)
-    job = {"config": config, "seconds": 14.0, "reads": True}
-    ranks = Mortals(2, tmp_path / "long", "tests.fault_jobs:go_proving", **job)
+    config = page(tmp_path / "run", corpus, **changes)
+    return Mortals(2, tmp_path / "ranks", "tests.fault_jobs:go_proving", config=config, **job)
+
+
+def test_a_long_proof_is_no_stall(tmp_path: Path, tiny_corpus: Path) -> None:
+    """Neither for the rank that proves nor for those that wait, whose steps wait for less."""
+    ranks = _proving(tmp_path, tiny_corpus, seconds=14.0, reads=True)
     assert ranks.codes() == [0, 0], ranks.log(0) + ranks.log(1)
     assert len(metrics(tmp_path / "run")) == 4
 
 
 def test_a_proof_that_reads_no_more_is_a_stall(tmp_path: Path, tiny_corpus: Path) -> None:
     """A shared disk that hangs under the rank that proves; the other waits for a day at most."""
-    stages = [{"steps": 2}, {"steps": 2, "model": {"layers": 3}}]
-    changes = {**CHANGES, "stages": stages, "run__steps": None, "schedule": {}}
-    config = page(tmp_path / "run", tiny_corpus, **changes)
-    job = {"config": config, "seconds": 600.0, "reads": False}
-    ranks = Mortals(2, tmp_path / "hangs", "tests.fault_jobs:go_proving", **job)
+    ranks = _proving(tmp_path, tiny_corpus, seconds=600.0, reads=False)
     proving, waiting = ranks.codes()
     assert proving == STALLED and waiting not in (0, None), ranks.log(0) + ranks.log(1)
     assert "no step was finished for 9 s (faults.stall_s): rank 0" in ranks.log(0)
