@@ -228,12 +228,14 @@ def enlarge(study: Study, results: "Results", small: Path, arm: str) -> Path:
 
 def mixing(study: Study, results: "Results", name: str, at: int, steps: int) -> dict[str, Any]:
     """Steps after the growth until the loss is no longer above that of scratch at the same steps,
-    of those at a constant rate; None where it stays above. Nothing while scratch is not so far."""
+    of those at a constant rate; None where it stays above. Nothing while scratch is not so far, or
+    where a run was measured on another machine."""
     rate = study.rates["scratch"]
     beside = study.out / "runs" / f"scratch-{rate:g}-{results.seed}"
-    if not (beside / "metrics.jsonl").exists():
+    grew = study.out / "runs" / f"{name}-{results.seed}"
+    if not all((run / "metrics.jsonl").exists() for run in (grew, beside)):
         return {}
-    ours, plain = _losses(study.out / "runs" / f"{name}-{results.seed}"), _losses(beside)
+    ours, plain = _losses(grew), _losses(beside)
     upto = steps - round(steps * DECAY)
     if upto not in plain:
         return {}

@@ -186,6 +186,8 @@ bajie_quietly() { # TEXT COMMAND...: the output goes to the log; a line counts t
 
 bajie_pip() { "$bajie_venv/bin/python" -m pip "$@"; }
 
+bajie_pip_install() { bajie_pip install --no-compile "$@"; } # that is done on all cores: bajie_install
+
 bajie_failed() { # WHAT CHINESE: one sentence, with the first complaint of the step that failed
     local complaint
     complaint=$(awk '/^### / {said = ""} !said && /^ *(ERROR|error|OSError|[A-Za-z.]*Error:)/ {said = $0} END {print substr(said, 1, 300)}' "$bajie_log")
@@ -219,7 +221,7 @@ bajie_install_torch() { # KIND (cpu|cuda)
     bajie_has_torch "$version" "$1" && return
     if [[ $1 == cpu ]]; then
         if bajie_own_sources && bajie_quietly "torch $version, CPU build, from your own pip sources" \
-            bajie_pip install --no-deps --retries 2 "torch==$version+cpu"; then
+            bajie_pip_install --no-deps --retries 2 "torch==$version+cpu"; then
             return
         fi
         if ! bajie_no_index; then
@@ -228,17 +230,17 @@ bajie_install_torch() { # KIND (cpu|cuda)
                 --timeout 8 --retries 1 2>>"$bajie_log" || true)
             if [[ $listed == *"$version+cpu"* ]] &&
                 bajie_quietly "torch $version, PyTorch's CPU build (0.2 GB down)" \
-                    bajie_pip install --no-deps --index-url "$bajie_cpu_index" --timeout 30 --retries 3 "torch==$version+cpu"; then
+                    bajie_pip_install --no-deps --index-url "$bajie_cpu_index" --timeout 30 --retries 3 "torch==$version+cpu"; then
                 return
             fi
             bajie_say "PyTorch's CPU index does not answer; torch comes from your ordinary index, about 3 GB down and 7 GB on disk (CPU 版索引不可用，改用普通索引，约 3 GB 下载)"
             bajie_check_disk "$bajie_venv" "$bajie_cuda_disk_mb"
         fi
-        bajie_quietly "torch $version" bajie_pip install --no-deps "torch==$version" || bajie_failed "torch $version did not install" "torch 安装失败"
+        bajie_quietly "torch $version" bajie_pip_install --no-deps "torch==$version" || bajie_failed "torch $version did not install" "torch 安装失败"
     else
         bajie_check_disk "$bajie_venv" "$bajie_cuda_disk_mb"
         bajie_quietly "torch $version with CUDA (about 3 GB down, 7 GB on disk)" \
-            bajie_pip install --no-deps --force-reinstall "torch==$version" ||
+            bajie_pip_install --no-deps --force-reinstall "torch==$version" ||
             bajie_failed "torch $version with CUDA did not install (if this node has no network: ./launch/setup.sh --gpu on one that has)" "CUDA 版 torch 安装失败"
     fi
 }
@@ -264,22 +266,24 @@ bajie_install() { # KIND EXTRAS...
     shift
     mkdir -p -- "$bajie_venv/tmp"
     export TMPDIR=$bajie_venv/tmp # the disk that was looked at; /tmp may be small
-    bajie_quietly "setuptools" bajie_pip install -c "$constraints" setuptools || bajie_failed "pip could not install setuptools" "pip 无法安装 setuptools"
+    bajie_quietly "setuptools" bajie_pip_install -c "$constraints" setuptools || bajie_failed "pip could not install setuptools" "pip 无法安装 setuptools"
     bajie_install_torch "$kind"
     # deepspeed and jieba are built from source, pure Python both: with our setuptools and torch instead of pip's
     # isolated ones (which would bring a second torch), and with no op compiled.
     export DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1
     bajie_quietly "what the build of deepspeed asks for" \
-        bajie_pip install -c "$constraints" torch numpy packaging psutil py-cpuinfo ninja tqdm hjson pydantic ||
+        bajie_pip_install -c "$constraints" torch numpy packaging psutil py-cpuinfo ninja tqdm hjson pydantic ||
         bajie_failed "torch's own needs did not install" "依赖安装失败"
     bajie_write_requirements "$@"
     bajie_quietly "deepspeed, megatron-core, datasets, datatrove ... ($(wc -l <"$bajie_venv/requirements.txt") packages and what they need)" \
-        bajie_pip install -c "$constraints" --no-build-isolation --use-pep517 -r "$bajie_venv/requirements.txt" ||
+        bajie_pip_install -c "$constraints" --no-build-isolation --use-pep517 -r "$bajie_venv/requirements.txt" ||
         bajie_failed "the packages did not install" "依赖安装失败"
     unset DS_BUILD_OPS DS_IGNORE_CUDA_DETECTION TMPDIR
     rm -rf -- "$bajie_venv/tmp"
     site=$("$bajie_venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     printf '%s\n' "$bajie_root" >"$site/bajie.pth" # `python -m launch` from any folder
+    # Not by pip, on one core; not at the first import: whoever may not write here would compile at every start.
+    bajie_quietly "compiling for Python" "$bajie_venv/bin/python" -m compileall -q -j 0 "$site" || true # templates fail
     bajie_quietly "a try" "$bajie_venv/bin/python" -c 'import torch, deepspeed, sentencepiece, yaml' ||
         bajie_failed "the installed packages do not import" "安装后无法导入"
 }
