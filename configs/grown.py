@@ -224,6 +224,14 @@ def idle(
     if how.rewarm_steps and not divided:
         found.append(f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided")
     found = [f"{sentence} (该选项不起作用)" for sentence in found]
+    drops = to.dropout or to.attention_dropout
+    parted = how.noise or how.split != EXACT.split or drops
+    fresh = (units and how.added != "copied" and how.method != "su") or how.draws_layers
+    if copies and how.method in PRESERVING and not (parted or fresh):
+        found.append(
+            "noise: 0, and no dropout: copies stay each other's equals, so that the larger model "
+            "remains the small one; set noise (0.05) or split (0.7) (副本永远相同)"
+        )
     if divided and left is not None and how.rewarm_steps > left:
         why = f"the run ends {left} steps later"
         found.append(f"rewarm_steps: {how.rewarm_steps}, but {why} (学习率来不及恢复)")

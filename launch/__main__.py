@@ -8,6 +8,8 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from launch.cli import main
+from pretrain.device import many_files
 
 if __name__ == "__main__":
+    many_files()
     sys.exit(main(sys.argv[1:]))

@@ -29,6 +29,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFL
 PORT = 29500
 STOPPED = 75
 """Exit code of a run that was told to stop before its end (EX_TEMPFAIL)."""
+MISTAKEN = 2
+"""Exit code of a run that says what to change in its page."""
+FAILED_PODS = 100
+"""For each machine, over the weeks of a job; a fault of one is one of each."""
 GRACE_S = 180
 """From the notice that a job will end to its end: time to save."""
 CORES_PER_GPU = 4
@@ -55,12 +59,19 @@ stop={stop}
 rm -f "$stop"
 again=
 trap 'again=1; touch "$stop"' USR1
-srun --kill-on-bad-exit=1 bash -c {on_node} - \\
-  {train} \\
-  --nodes "$SLURM_NNODES" --master "$head:$port" &
-step=$!
-wait "$step"; code=$?
-while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done  # a signal ended the first wait
+left={restarts}  # faults.restarts: here, as all nodes must begin again together
+while :; do
+  srun --kill-on-bad-exit=1 bash -c {on_node} - \\
+    {train} \\
+    --nodes "$SLURM_NNODES" --master "$head:$port" &
+  step=$!
+  wait "$step"; code=$?
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done  # a signal ended the first wait
+  # 2 is a mistake in the page, which no restart mends
+  [ "$code" = 0 ] || [ "$code" = 2 ] || [ -e "$stop" ] || [ "$left" = 0 ] && break
+  left=$((left - 1))
+  port=$((port + 1))
+done
 [ "$code" = 0 ] && [ -n "$again" ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
 """
@@ -188,6 +199,7 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         config=words.config,
         nodes=words.nodes,
         devices=words.devices,
+        restarts=config.faults.restarts if words.nodes > 1 else 0,
         options="\n".join(f"#SBATCH --{option}" for option in options),
         here=shlex.quote(str(Path.cwd())),
         logs=shlex.quote(str(log.parent)),
@@ -259,7 +271,22 @@ def kubernetes(words: argparse.Namespace, config: RunConfig) -> str:
             "completions": words.nodes,
             "parallelism": words.nodes,
             "completionMode": "Indexed",
-            "backoffLimit": 10 * words.nodes,
+            "backoffLimit": FAILED_PODS * words.nodes,
+            # A pod that is evicted, or told to stop, is begun again and counts for nothing; one
+            # with a mistake in its page ends the job.
+            "podFailurePolicy": {
+                "rules": [
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {"operator": "In", "values": [MISTAKEN]},
+                    },
+                    {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
+                    {
+                        "action": "Ignore",
+                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                    },
+                ]
+            },
             "template": {"metadata": {"labels": {"app": name}}, "spec": pod},
         },
     }

@@ -131,7 +131,7 @@ def grow(
     if made:  # what it was trained on is no longer encoded as it would be now
         of = {"tokenizer": made["fingerprint"], "data": []}
         grown = State(grown.entries, grown.record | of)
-    batch, why = _recorded(before.record)
+    batch = _recorded(before.record)
     precision = before.record.get("config", {}).get("precision", "fp32")
 
     def prove(after: State) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def grow(
         }
         if made:
             found["new_words"] = made
-        return found if batch is not None else found | {"batch": {"none": why}}
+        return found
 
     found = proven.written(out, grown, more_words or tokenizer, prove, proof.holds)
     at = out if proof.holds(found) else proven.aside_of(out)
@@ -207,10 +207,10 @@ def _compounds(
     }
 
 
-def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
+def _recorded(record: dict[str, Any]) -> "Recorded | str":
     """A batch of the data that the model was trained on; or none, and why."""
     if "config" not in record:
-        return None, "the checkpoint does not say what it was trained on"
+        return "the checkpoint does not say what it was trained on"
     from pretrain import objectives, proof
     from pretrain.corpora import open_corpora
 
@@ -218,10 +218,10 @@ def _recorded(record: dict[str, Any]) -> "tuple[Recorded | None, str]":
         page = at_stage(from_dict(RunConfig, record["config"]), record.get("stage", 0))
         corpora = open_corpora(page.data, page.objective, page.run.seed, said(page.model))
     except ConfigError as error:
-        return None, f"its page is refused today: {str(error).splitlines()[0]}"
+        return f"its page is refused today: {str(error).splitlines()[0]}"
     except (OSError, ValueError) as error:
-        return None, f"the training data is not here: {str(error).splitlines()[0]}"
-    return proof.recorded(corpora, objectives.build(page.objective), page.batch.micro), ""
+        return f"the training data is not here: {str(error).splitlines()[0]}"
+    return proof.recorded(corpora, objectives.build(page.objective), page.batch.micro)
 
 
 def _table(proof: dict[str, Any]) -> str:

@@ -59,6 +59,11 @@ class Machines:
         return cls(None, {}, nodes, rank, host, port)
 
     @property
+    def several(self) -> bool:
+        """Whether there is more than this machine."""
+        return self.nodes > 1 or bool(self.slots)
+
+    @property
     def prefixes(self) -> frozenset[str]:
         """The names of the hostfile as pdsh says them, whole or without their domain."""
         return frozenset({*self.slots, *(host.partition(".")[0] for host in self.slots)})

@@ -4,7 +4,8 @@
          |   ^                                                        |
          |   +---- one pipe: marked lines -> terminal, all -> RUN/logs/launcher.log
          +-- SIGTERM, Ctrl-C, hang-up, or a file RUN/stop:
-             SIGTERM to the RANKS, which save at the step border and end
+             SIGTERM to the RANKS, which save at the step border and end; those of a hostfile's
+             machines, which are nobody's children here, look for RUN/stop themselves
 
 DeepSpeed's launcher, told to stop, kills rank after rank with up to 30 s for each. So it is not
 told: the ranks are, all at once. Whoever is left after the grace is killed with everything that
@@ -14,6 +15,7 @@ the same in its place.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import selectors
@@ -34,6 +36,7 @@ from configs.load import ConfigError, load
 from configs.run import RunConfig, world_problems
 from launch.machines import Machines, deepspeed_line
 from pretrain.device import ON_CPU
+from pretrain.stopping import StopFile
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
@@ -41,8 +44,8 @@ MARK = "\x1eBAJIE "
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILED_PEER_GRACE_S = 15.0
 """Once a rank has failed its peers wait in a collective for ever; this is for their last words."""
-STOP_FILE_S = 1.0
-"""Between two looks for RUN/stop."""
+FAR_S = 10.0
+"""For DeepSpeed's launcher to end what it has on other machines."""
 LOGGED_EVERY_S = 30.0
 """Of the lines that replace one another a terminal shows all, a file one in so many seconds."""
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
@@ -90,8 +93,10 @@ def main(argv: list[str]) -> int:
     if args.node_rank == 0:
         Path(config.run.out, "stop").unlink(missing_ok=True)
     ranks = None if args.hostfile else args.devices
-    for left in range(config.faults.restarts, -1, -1):
-        with open(log, "ab") as stream:
+    # The launchers of several machines do not know of one another: whoever started them all does.
+    restarts = 0 if machines.several else config.faults.restarts
+    for left in range(restarts, -1, -1):
+        with open(log, "ab", buffering=0) as stream:
             job = Job(
                 [*command, "--launched"],
                 environment(gpu),
@@ -158,10 +163,12 @@ class Job:
     _rest: bytes = b""
     _passing: bool = False
     _shown_s: float = field(default_factory=time.monotonic)
-    _asked_s: float = 0.0
+    _stop_file: StopFile | None = None
 
     def run(self) -> int:
         """Start, forward signals, show marked lines; returns the exit code of the job."""
+        if self.folder is not None:
+            self._stop_file = StopFile(self.folder, left_counts=False)
         before = {number: signal.signal(number, self._note) for number in STOPS}
         self._process = subprocess.Popen(
             self.command,
@@ -186,8 +193,16 @@ class Job:
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody told us to stop."""
-        return bool(self._signals)
+        """Whether somebody told us to stop, or ranks of ours by way of another machine."""
+        from pretrain.watch import halted
+
+        told = self.folder is not None and halted(self.folder, self._began - 1)
+        return bool(self._signals) or told
+
+    @property
+    def _far(self) -> bool:
+        """Whether ranks stand on other machines, by way of ssh."""
+        return bool(self.hosts)
 
     @property
     def may_restart(self) -> bool:
@@ -214,12 +229,10 @@ class Job:
         assert self._process is not None and self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         deadline = time.monotonic() + self.grace_s
-        for process in self._rank_processes():
-            _signal(process, signal.SIGTERM)
+        self._tell()
         while self._family() and time.monotonic() < deadline:
-            self.log.write(self._process.stdout.read(1 << 16) or b"")
+            self._keep(self._process.stdout.read(1 << 16) or b"")
             time.sleep(0.1)
-        self.log.flush()
         self._kill_all()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -234,7 +247,7 @@ class Job:
             while process.poll() is None:
                 if selector.select(0.2):
                     self._read(process.stdout)
-                if not self._signals and self._asked_by_file():
+                if not self._signals and self._stop_file is not None and self._stop_file.asked():
                     self._signals.append(signal.SIGTERM)
                 if len(self._signals) > told:
                     told = len(self._signals)
@@ -246,13 +259,6 @@ class Job:
         self._read(process.stdout)
         self._line(self._rest.decode("utf-8", "replace"))
 
-    def _asked_by_file(self) -> bool:
-        """Whether RUN/stop has been laid there, from wherever the file system reaches to."""
-        if self.folder is None or time.monotonic() < self._asked_s + STOP_FILE_S:
-            return False
-        self._asked_s = time.monotonic()
-        return (self.folder / "stop").exists()
-
     def _stop(self, again: bool) -> None:
         """A signal came: the ranks are told at once; a second one means now."""
         if again:
@@ -262,6 +268,14 @@ class Job:
             f"stopping: the ranks save and end, {self.grace_s:.0f} s at most (正在保存并停止)"
         )
         self._deadline = time.monotonic() + self.grace_s
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell the ranks to save and end."""
+        if self._far and self.folder is not None:
+            with contextlib.suppress(OSError):
+                (self.folder / "stop").touch()
+            return
         for process in self._rank_processes():
             _signal(process, signal.SIGTERM)
 
@@ -303,6 +317,9 @@ class Job:
                 if process.pid != self._process.pid:
                     _signal(process, signal.SIGUSR2)
             time.sleep(0.5)
+            if self._far:  # its launcher ends those of the other machines
+                _signal(runner := psutil.Process(self._process.pid), signal.SIGTERM)
+                psutil.wait_procs([runner], timeout=FAR_S)
         for _ in range(3):  # a process may fork while we look
             family = [process for process in self._family() if process.is_running()]
             for process in family:
@@ -331,11 +348,15 @@ class Job:
 
     def _read(self, stream: IO[bytes]) -> None:
         while chunk := stream.read(1 << 16):
-            self.log.write(chunk)
+            self._keep(chunk)
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             for line in lines:
                 self._line(line.decode("utf-8", "replace"))
-        self.log.flush()
+
+    def _keep(self, chunk: bytes) -> None:
+        with contextlib.suppress(OSError):  # a disk that fails or is full: the job goes on
+            self.log.write(chunk)
+            self.log.flush()
 
     def _line(self, line: str) -> None:
         host, colon, rest = line.partition(": ")

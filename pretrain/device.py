@@ -3,6 +3,8 @@
 torch is imported by the functions: `launch train` reads this page without it.
 """
 
+import contextlib
+import resource
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +12,14 @@ if TYPE_CHECKING:
 
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 """The environment of a process that leaves the machine's GPUs alone."""
+
+
+def many_files() -> None:
+    """As many open files as the system allows: a large model's checkpoint is hundreds, ranks that
+    talk over gloo have a socket for each other, and 1,024 is the common limit."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def check_gpu() -> None:

@@ -48,12 +48,14 @@ class Spikes:
     """Steps out of line with those before them: robust z over a window.
 
     z = (x - median) / max(1.4826 x median |x - median|, 1 % of the median), of the loss and of the
-    gradient norm; only upwards. Median and deviation do not follow the outlier that they judge.
+    gradient norm; only upwards. Median and deviation do not follow the outlier that they judge. A
+    stage is judged by its own steps: a grown model, longer rows, another mixture have other levels.
     """
 
     def __init__(self, section: Faults, run: Path, step: int) -> None:
         self.section = section
         self._seen: list[dict[str, float]] = []
+        self._stage: int | None = None
         if section.spike_z:
             for line in _before(run / "metrics.jsonl", step, 2 * section.window_steps):
                 self._first([line])
@@ -69,6 +71,9 @@ class Spikes:
         for line in lines:
             if not WATCHED.keys() <= line.keys():
                 continue  # step 0: validated before any training
+            if line.get("stage") != self._stage:
+                self._stage = line.get("stage")
+                self._seen.clear()
             fault = self._judged(line)
             found = found or fault
             if found and self.section.do == "rewind":
@@ -103,7 +108,7 @@ def _before(metrics: Path, step: int, most: int) -> list[dict[str, Any]]:
                 line = json.loads(text)
                 row = {name: float(line[name]) for name in WATCHED}
                 if line["step"] <= step:
-                    rows.append(row | {"step": line["step"]})
+                    rows.append(row | {key: line.get(key) for key in ("step", "stage")})
             except (ValueError, KeyError, TypeError):
                 continue
     return rows[-most:]

@@ -7,7 +7,7 @@ batches (a thread, ahead) -> engine.train_step -> monitor.record (tensors, no wa
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pretrain.profiling import Profiler
     from pretrain.state import State
     from pretrain.step import StepResult
+    from pretrain.stopping import Stopping
     from pretrain.watch import Watch
 
 SAMPLING: dict[str, Any] = {
@@ -37,6 +38,9 @@ SAMPLING: dict[str, Any] = {
     "seed": 1,
 }
 """How the passage of a validation is drawn; its length is fixed, so that no rank stops alone."""
+
+SIGNAL = "signal"
+"""Why a run stopped that was told to, from outside."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Job:
     spikes: "Spikes"
     watch: "Watch"
     saver: "Saver"
-    interrupted: Callable[[], bool]
+    stopping: "Stopping"
 
 
 def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
@@ -95,7 +99,9 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
             job.monitor.record(progress | extra, result)
             stopped = _stop(job, step)
             border, measured = step == last, {}
-            if border or stopped or _due(step, run.validate_every_steps):
+            # A signal means a kill in a minute: what it leaves is for the checkpoint.
+            measures = border or (stopped and stopped != SIGNAL)
+            if measures or _due(step, run.validate_every_steps):
                 with job.monitor.aside():
                     measured = {"valid_loss": _validate(job, engine, step)}
             saves = border or stopped or _due(step, run.save_every_steps)
@@ -235,19 +241,10 @@ def _due(step: int, every: int) -> bool:
 
 
 def _stop(job: Job, step: int) -> str | None:
-    """Why all processes end after this step; a signal that reached one of them counts for all."""
+    """Why all processes end after this step."""
     if step == job.config.run.stop_at_step:
         return "run.stop_at_step"
-    if job.mesh.device.type != "cpu" and step % job.config.run.log_every_steps:
-        return None  # asking waits for the device
-    if job.mesh.world == 1:
-        return "signal" if job.interrupted() else None
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.tensor(int(job.interrupted()), device=job.mesh.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return "signal" if int(flag) else None
+    return SIGNAL if job.stopping.asked() else None
 
 
 def checkpoint_path(job: Job, stage: int, step: int) -> Path:

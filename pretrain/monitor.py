@@ -208,7 +208,7 @@ class Monitor:
             return
         line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
         with open(self.run / "events.jsonl", "a", encoding="utf-8") as out:
-            out.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
+            out.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
 
     def note(self, step: int, **values: Any) -> None:
         """Add values (a validation, a sample) to the line of a step that is still pending."""
@@ -262,7 +262,7 @@ class Monitor:
         self._pending.clear()
         if self.writes:
             with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(_plain(x), ensure_ascii=False) + "\n" for x in lines)
+                out.writelines(json.dumps(plain(x), ensure_ascii=False) + "\n" for x in lines)
             self._curves(lines)
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
@@ -332,10 +332,10 @@ class Monitor:
             self._board.close()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """With null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _plain(inside) for key, inside in value.items()}
+        return {key: plain(inside) for key, inside in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

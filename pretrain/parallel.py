@@ -28,6 +28,8 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
+from math import ceil
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ from pretrain.transient import turns
 
 LogitsFn = Callable[[Tensor], Tensor]
 TokenLosses = Callable[..., Tensor]
+AFTER_STALL_S = 600.0
+"""A collective outlives the watch's patience by so much."""
+FOR_EVER = timedelta(days=20)
+"""What a socket's wait, in milliseconds of 31 bits, can hold."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,15 @@ class Glue:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def init_distributed() -> None:
+def patience(stall_s: float) -> timedelta:
+    """How long a collective may wait: longer than the watch, which says whom it waits for."""
+    return timedelta(seconds=stall_s + AFTER_STALL_S) if stall_s else FOR_EVER
+
+
+def init_distributed(waits: timedelta | None = None) -> None:
     """Join the process group: NCCL where there is a GPU, gloo on a CPU; alone without a launcher.
 
+    Its collectives wait for `waits` at most; None: DeepSpeed's ten minutes.
     DeepSpeed would compile a shared-memory operation on every CPU start, for inference only: it is
     switched off first, so that no compiler is needed (and no stale lock of one can hang the start).
     """
@@ -139,7 +151,8 @@ def init_distributed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before the first collective: NCCL takes the current device, and two ranks on one GPU hang.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    told = {"timeout": waits} if waits else {}
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **told)
     # What was imported lives for ever: collections pass it over from here on. DeepSpeed asks for up
     # to six when it makes an engine, Python for one in the middle of a step, each 0.4 s otherwise.
     importlib.import_module("torch._dynamo")  # half of it, which the first engine would import
@@ -147,13 +160,13 @@ def init_distributed() -> None:
     gc.freeze()
 
 
-def make_mesh(tensor: int = 1, sequence: int = 1) -> Mesh:
+def make_mesh(tensor: int = 1, sequence: int = 1, waits: timedelta | None = None) -> Mesh:
     """The mesh of this job with `tensor` devices to a matrix and `sequence` to a row; joins the
-    process group if need be.
+    process group if need be. Collectives wait as init_distributed() says.
 
     Raises ValueError if the number of processes is not a multiple of their product.
     """
-    init_distributed()
+    init_distributed(waits)
     from deepspeed.accelerator import get_accelerator
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -171,19 +184,22 @@ def make_mesh(tensor: int = 1, sequence: int = 1) -> Mesh:
             parallel_state.destroy_model_parallel()
             there = False
         if not there:
+            minutes = ceil(waits.total_seconds() / 60) if waits else 30
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+                tensor_model_parallel_size=tensor,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=minutes,
             )
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         data_group = parallel_state.get_data_parallel_group()
     return Mesh(
         rank, world, tensor, rank % tensor, world // tensor, rank // tensor, device, tensor_group,
-        data_group, sequence, _sequence_group(world, tensor, sequence),
+        data_group, sequence, _sequence_group(world, tensor, sequence, waits),
     )  # fmt: skip
 
 
 @functools.cache
-def _sequence_group(world: int, tensor: int, sequence: int) -> Any:
+def _sequence_group(world: int, tensor: int, sequence: int, waits: timedelta | None) -> Any:
     """This rank's group of those that share a row; made once, like Megatron's, and by all ranks."""
     if sequence in (1, world):
         return None
@@ -191,7 +207,7 @@ def _sequence_group(world: int, tensor: int, sequence: int) -> Any:
     for first in range(0, world, tensor * sequence):
         for place in range(first, first + tensor):
             ranks = list(range(place, place + tensor * sequence, tensor))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=waits)
             mine = group if dist.get_rank() in ranks else mine
     return mine
 

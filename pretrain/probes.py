@@ -20,6 +20,8 @@ PROBE_ROWS, PROBE_TOKENS = 4, 64
 RECORDED_TOKENS = 2048
 """Of a batch of data at most so many, one row at least: what a proof computes in float64 on the CPU
 must not depend on how much a device trains on at a time."""
+LONGEST_ROW = 4096
+"""Of a batch of data: a head's scores are a square, in float64 and held twice 0.27 GB."""
 SENTENCES = (
     "北京是中华人民共和国的首都，也是全国的政治中心和文化中心。",
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
@@ -85,10 +87,17 @@ class _Measured(Protocol):
         ...
 
 
-def recorded(corpora: _Measured, objective: Any, rows: int) -> Recorded:
-    """The first `rows` measured rows of the validation data, or as many as are RECORDED_TOKENS;
-    always the same ones."""
-    length = next(iter(corpora.validation(1, 0, 1, 1))).tokens_BT.shape[1]
+def recorded(corpora: _Measured, objective: Any, rows: int) -> Recorded | str:
+    """The first `rows` measured rows of the validation data, or as many as are RECORDED_TOKENS,
+    always the same ones; or why there are none: rows too long for one rank."""
+    one = next(iter(corpora.validation(1, 0, 1, 1)))
+    sides = [side for side in (one.tokens_BT, one.encoder_tokens_BT) if side is not None]
+    length = max(side.shape[1] for side in sides)
+    if length > LONGEST_ROW:
+        return (
+            f"a row has {length} tokens, above {LONGEST_ROW} its attention in float64 is too much "
+            "for one rank's memory (行过长，未比较数据损失)"
+        )
     rows = min(rows, max(1, RECORDED_TOKENS // length))
     batch = next(iter(corpora.validation(rows, 0, 1, rows)))
     digest = hashlib.sha256(batch.tokens_BT.contiguous().numpy().tobytes()).hexdigest()

@@ -37,6 +37,7 @@ from pretrain.growth import grow, model_config, told
 from pretrain.growth.depth import source
 from pretrain.mixing import Mixture
 from pretrain.models import build
+from pretrain.monitor import plain
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.probes import PROBE_ROWS as PROBE_ROWS
 from pretrain.probes import PROBE_TOKENS as PROBE_TOKENS
@@ -61,7 +62,7 @@ def prove(
     after: State,
     tokens_BT: torch.Tensor,
     *,
-    batch: Recorded | None = None,
+    batch: Recorded | str | None = None,
     precision: str = "fp32",
     pieces: Mixture | None = None,
 ) -> dict[str, Any]:
@@ -77,8 +78,8 @@ def prove(
 
     `method` is how the state grew; one that does not mean to keep the function (`means_to_keep`)
     is told by how much it `moved`, in deviations of the logits. With a `batch` its loss before and
-    after, float64 and `precision`; with bf16 or fp16 the logits in it, beside the small model's own
-    rounding.
+    after, float64 and `precision`, or the words why there is none; with bf16 or fp16 the logits in
+    it, beside the small model's own rounding.
     """
     started = time.monotonic()
     vocab = said(model_config(before))  # what is masked is no logit of the model's
@@ -115,7 +116,9 @@ def prove(
             "after": _loss(grown_BTV, tokens_BT),
         },
         "old_words_fall_by": float((grown_BTV.logsumexp(-1) - exact_BTV.logsumexp(-1)).max()),
-        "batch": None if batch is None else _of_batch(before, after, batch, precision),
+        "batch": {"none": batch}
+        if isinstance(batch, str)
+        else batch and _of_batch(before, after, batch, precision),
         "precision": _rounding(before, after, tokens_BT, precision),
         "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
         "differs_at": None if kept or not means else differs_at(before, wrong, tokens_BT),
@@ -255,7 +258,7 @@ def outputs(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> dict[s
 def write_proof(folder: Path, proof: dict[str, Any]) -> Path:
     """Write proof.json into `folder`; returns its path."""
     path = folder / "proof.json"
-    path.write_text(json.dumps(proof, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps(plain(proof), ensure_ascii=False, indent=1) + "\n", "utf-8")
     return path
 
 
@@ -267,7 +270,7 @@ def sentence(proof: dict[str, Any]) -> str:
         if proof["from"][key] != size
     )
     loss = f"loss on probes {proof['loss']['before']:.4f} -> {proof['loss']['after']:.4f}"
-    if batch := proof["batch"]:
+    if (batch := proof["batch"]) and "none" not in batch:
         loss = "loss of {rows} rows {float64[before]:.6f} -> {float64[after]:.6f}".format(**batch)
     far = f"logits differ by {proof['float64']['max_difference']:.1e} in float64"
     return f"growth: {sizes or 'none'}: function {verdict(proof)}; {far}, {loss}"
@@ -395,6 +398,8 @@ def _model(state: State, dtype: torch.dtype) -> Iterator[nn.Module]:
         model = build(config)
     model.to(dtype).eval()
     model.requires_grad_(False)
+    if dtype == torch.float16 and (keep_in_range := getattr(model, "keep_in_range", None)):
+        keep_in_range()  # as the engine does: T5 overflows without it
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(_fetcher(state, name, dtype))

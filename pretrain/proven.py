@@ -47,7 +47,7 @@ def written(
 
     def proven() -> dict[str, Any]:
         try:
-            proof = prove(_heard(checkpoint.read(aside), alive))
+            proof = prove(heard(checkpoint.read(aside), alive))
             write_proof(aside, proof)
             if holds(proof):
                 os.rename(aside, folder)
@@ -60,21 +60,21 @@ def written(
 
     first = checkpoint.first_rank()
     with checkpoint.own_group(PATIENCE) as ranks:
-        checkpoint.write_state(aside, _heard(state, alive), tokenizer)
+        checkpoint.write_state(aside, heard(state, alive), tokenizer)
         with nullcontext() if first else waiting():
             proof: dict[str, Any] = ranks.together(proven if first else dict, aside)[0]
     return proof
 
 
-def _heard(state: State, alive: Callable[[], None]) -> State:
-    """The same state, whose reader is heard of at each tensor."""
+def heard(state: State, alive: Callable[[], None]) -> State:
+    """The same state, whose reader is heard of at each tensor, also by way of what it grew to."""
 
-    def heard(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def telling(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def reading() -> Tensor:
             alive()
             return read()
 
         return reading
 
-    entries = {key: replace(entry, read=heard(entry.read)) for key, entry in state.entries.items()}
-    return State(entries, state.record, state.verify)
+    told = {key: replace(entry, read=telling(entry.read)) for key, entry in state.entries.items()}
+    return State(told, state.record, state.verify)

@@ -21,7 +21,15 @@ from configs.grown import FREE, MATRICES, Growing, said
 from configs.load import ConfigError, dump, from_dict, to_dict
 from configs.model import ModelConfig, longest_row
 from configs.optimizers import problems_with_model
-from configs.run import RunConfig, at_stage, first_step, stage_model, stages, total_steps
+from configs.run import (
+    RunConfig,
+    at_stage,
+    first_step,
+    samples_after,
+    stage_model,
+    stages,
+    total_steps,
+)
 from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
 from pretrain.faults import with_skips
@@ -85,7 +93,7 @@ def _clear(checkpoints: Path) -> None:
         whole = left.with_name(left.stem[1:])
         if left.suffix == ".replaced" and not whole.exists():
             os.rename(left, whole)
-        else:
+        elif not (left / "proof.json").exists():  # of a growth that failed: for the user to read
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -169,12 +177,12 @@ def _stage(config: RunConfig, state: State) -> int:
     step, ends = state.record["step"], accumulate(stage.steps for stage in stages(config))
     stage = next((n for n, end in enumerate(ends) if step < end), len(stages(config)) - 1)
     border = stage and step == first_step(config, stage)
-    if border and _unlike(config, state, stage) and not _unlike(config, state, stage - 1):
+    if border and unlike(config, state, stage) and not unlike(config, state, stage - 1):
         return stage - 1
     return stage
 
 
-def _unlike(config: RunConfig, state: State, stage: int) -> list[tuple[str, Any, Any]]:
+def unlike(config: RunConfig, state: State, stage: int) -> list[tuple[str, Any, Any]]:
     """(key, as the page has it, as the checkpoint has it) of what differs in their models."""
     # A checkpoint from before an option existed has the option's default.
     models = model_config(state), stage_model(config, stage)
@@ -208,6 +216,23 @@ def _otherwise(config: RunConfig, state: State) -> list[str]:
     return found
 
 
+def _other_batches(
+    config: RunConfig, record: dict[str, Any], path: Path, corpora: Corpora
+) -> list[str]:
+    """Where steps of other batches lie behind the checkpoint, so that the rows of later stages
+    would begin too early or too late."""
+    read, implied = record["samples"], samples_after(config, record["stage"], record["step"])
+    later = [entry for entry in corpora.whole_record if entry.get("first", 0) > min(read, implied)]
+    if read == implied or not later:
+        return []
+    sentence = (
+        f"batch: {path} has read {read} samples at step {record['step']}, this page says "
+        f"{implied}, and a later stage reads other rows; restore the batch, and change it in a "
+        "stage of its own (批大小只能在新阶段改变)"
+    )
+    return [sentence]
+
+
 def _saying(state: State, model: ModelConfig) -> State:
     """The state with as many words said as the page names, of those that wait in its model."""
     now = model_config(state)
@@ -234,9 +259,10 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
     else:
         found += [
             f"model.{key}: is {want}, the checkpoint {path} has {have}"
-            for key, want, have in _unlike(config, state, record["stage"])
+            for key, want, have in unlike(config, state, record["stage"])
         ]
         found += _otherwise(config, state)
+        found += _other_batches(config, record, path, corpora)
     found += changes(record["data"], corpora.whole_record, int(record["samples"]))
     tokenizer = record.get("tokenizer") or corpora.tokenizer.fingerprint
     if tokenizer != corpora.tokenizer.fingerprint:

@@ -29,7 +29,7 @@ from itertools import accumulate  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from configs.grown import said  # noqa: E402
-from configs.load import ConfigError, dump, load  # noqa: E402
+from configs.load import ConfigError, dump, load, to_dict  # noqa: E402
 from configs.model import parameter_count, tensors  # noqa: E402
 from configs.run import (  # noqa: E402
     RunConfig,
@@ -41,7 +41,7 @@ from configs.run import (  # noqa: E402
     with_threads,
     world_problems,
 )
-from pretrain.device import ON_CPU, check_gpu  # noqa: E402
+from pretrain.device import ON_CPU, check_gpu, many_files  # noqa: E402
 from pretrain.loop import Job, checkpoint_path, passed_over, run_stage  # noqa: E402
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     from pretrain.engine import Engine
     from pretrain.monitor import Terminal
     from pretrain.state import State
+
+IO_FAILED = 74
+"""Exit code where a file system failed (EX_IOERR): nobody's mistake, a restart may mend it."""
+MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+"""What a path in the page brings about."""
 
 
 def train(
@@ -69,9 +74,11 @@ def train(
     from pretrain.monitor import Monitor, Terminal, speed
     from pretrain.profiling import Profiler
     from pretrain.state import State
+    from pretrain.stopping import Stopping
     from pretrain.watch import Watch
 
-    mesh = parallel.make_mesh(config.parallel.tensor, config.parallel.sequence)
+    waits = parallel.patience(config.faults.stall_s)
+    mesh = parallel.make_mesh(config.parallel.tensor, config.parallel.sequence, waits)
     if problems := world_problems(config, mesh.world):
         raise ConfigError("\n".join(problems))
     fewest = min(checkpoint.gather(parallel.cpu_threads()))  # the page is the same on all ranks
@@ -90,11 +97,18 @@ def train(
         out.say(sentence)
     summary: dict[str, Any] = {}
     watch = Watch(run, mesh.rank, mesh.world, config.faults.stall_s, out.complain)
-    kept = (run, config.run.keep_checkpoints, config.run.keep_every_steps, config.run.keep_best)
+    kept = (config.run.keep_checkpoints, config.run.keep_every_steps, config.run.keep_best)
+
+    def tidy(written: Path) -> None:
+        try:
+            checkpoint.rotate(run, *kept, written=written)
+        except OSError as error:
+            out.say(f"{error.filename}: cannot be removed: {error.strerror} (旧检查点未能删除)")
+
     with (
         start.held(run),
         watch(),
-        checkpoint.Saver.open(lambda: checkpoint.rotate(*kept)) as saver,
+        checkpoint.Saver.open(tidy, waits) as saver,
     ):
         models = [stage_model(config, number) for number in range(len(pages))]
         most = max(int(disk.checkpoint_bytes(config, model)) for model in models)
@@ -111,6 +125,7 @@ def train(
         )
         asked = config.monitor.profile_steps
         profiler = Profiler(run, mesh.rank, mesh.device, out.say, asked)
+        stopping = Stopping(mesh, interrupted)
         state, begin = start.state(config, run, readers[0], out), True
         while summary.get("stopped") is None:
             if begin:
@@ -135,9 +150,10 @@ def train(
                     spikes,
                     watch,
                     saver,
-                    interrupted,
+                    stopping,
                 )
-            state = _enter_stage(job, state)
+            with monitor.aside():
+                state = _enter_stage(job, state)
             stage = int(state.record["stage"])
             job = replace(job, config=pages[stage], corpora=job.readers[stage])
             engine = _engine(job, state)
@@ -174,12 +190,13 @@ def _enter_stage(job: Job, state: "State") -> "State":
     number, step = int(state.record["stage"]), int(state.record["step"])
     if step < ends[number] or number + 1 == len(ends):
         return state
-    from pretrain.growth import model_config
+    from pretrain import start
     from pretrain.state import State
 
     target = stage_model(job.config, number + 1)
-    if target == model_config(state):
-        return State(state.entries, state.record | {"stage": number + 1}, state.verify)
+    if not start.unlike(job.whole, state, number + 1):
+        there = {"stage": number + 1, "model": to_dict(target)}  # another dropout is no growth
+        return State(state.entries, state.record | there, state.verify)
     if (how := stages(job.config)[number + 1].extend) is not None:
         return _extend(job, state, number + 1, how)
     return _grow(job, state, number + 1)
@@ -187,9 +204,10 @@ def _enter_stage(job: Job, state: "State") -> "State":
 
 def _extend(job: Job, state: "State", number: int, how: "Extend") -> "State":
     """The state that reads the rows of stage `number`, proven and kept like a growth."""
-    from pretrain import proof_of_length
+    from pretrain import proof_of_length, proven
     from pretrain.growth.positions import extend
 
+    state = proven.heard(state, job.watch.alive)
     length = int(stages(job.config)[number].data["seq_len"])
     longer = extend(state, stage_model(job.config, number), how, length, job.config.run.seed)
     words = job.corpora.tokenizer_folder
@@ -204,9 +222,10 @@ def _extend(job: Job, state: "State", number: int, how: "Extend") -> "State":
 
 def _grow(job: Job, state: "State", number: int) -> "State":
     """The state enlarged to the model of stage `number`, proven and kept as a second checkpoint."""
-    from pretrain import objectives, proof
+    from pretrain import objectives, proof, proven
     from pretrain.growth import grow, remarks
 
+    state = proven.heard(state, job.watch.alive)
     target = stage_model(job.config, number)
     how = stages(job.config)[number].grow
     grown = grow(state, target, job.config.run.seed, how)
@@ -313,10 +332,11 @@ def _words(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; the exit code is 0, or 2 where a sentence says what to change."""
+    """The command; the exit code is 0, 2 where a sentence says what to change, or IO_FAILED."""
     import signal
 
     words = _words(argv)
+    many_files()
     if words.launched and not words.gpu:
         os.environ.update(ON_CPU)
     rank = int(os.environ.get("RANK", "0"))
@@ -341,14 +361,18 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, raise_flag)
-    from pretrain.watch import enlist, told
+    from pretrain.loop import SIGNAL
+    from pretrain.stopping import StopFile
+    from pretrain.watch import STOPPED, enlist, told
 
-    entry = enlist(Path(config.run.out), rank)
+    run = Path(config.run.out)
+    entry = enlist(run, rank)
+    asking = StopFile(run, left_counts=words.launched)  # the launcher took away an old one
     try:
         if words.gpu:
             check_gpu()
-        train(config, out, lambda: flag["raised"])
-        told(entry, state="ended")
+        summary = train(config, out, lambda: flag["raised"] or (rank == 0 and asking.asked()))
+        told(entry, state=STOPPED if summary["stopped"] == SIGNAL else "ended")
     except BaseException as error:
         told(entry, state=f"{type(error).__name__}: {error}"[:300])
         if not isinstance(error, ValueError | OSError) or os.environ.get("BAJIE_TRACEBACK") == "1":
@@ -358,7 +382,7 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()  # to RUN/logs
         if first_to_speak(Path(config.run.out)):
             out.complain(f"bajie: {error}")
-        return 2
+        return 2 if isinstance(error, (ValueError, *MISTAKES)) else IO_FAILED
     return 0
 
 

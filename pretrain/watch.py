@@ -28,6 +28,8 @@ from typing import IO, Any
 STALLED = 69
 """Exit code of a rank that stalled, or waited for one that did (EX_UNAVAILABLE). Not the code of a
 run that was told to stop: a job that always stalls would stand in the queue for ever."""
+STOPPED = "stopped"
+"""On the roll: this rank was told to stop, and saved before its run was at its end."""
 WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
 """A main thread inside these waits for another rank."""
 ANSWER_S = 3.0
@@ -66,6 +68,13 @@ def died(run: Path, since: float) -> list[str]:
         for e in entries
         if e.get("state") == "running" and e.get("born", 0.0) >= since and _gone(e)
     ]
+
+
+def halted(run: Path, since: float) -> bool:
+    """Whether the job born after `since` was told to stop: its ranks know, wherever they were told,
+    and saved before the run was at its end."""
+    entries = [_entry(path) for path in (run / "logs").glob("rank-*.json")]
+    return any(e.get("state") == STOPPED and e.get("born", 0.0) >= since for e in entries)
 
 
 def _gone(entry: dict[str, Any]) -> bool:

@@ -120,7 +120,7 @@ def test_the_next_save_waits_and_a_failed_write_is_said_there(
     def pieces() -> Any:
         return [(k, state.read(k).reshape(-1), [(0, 0, state.read(k).numel())]) for k in shapes]
 
-    with checkpoint.Saver.open(lambda: None) as behind:
+    with checkpoint.Saver.open(lambda folder: None) as behind:
         began = time.monotonic()
         one = behind.save(run / "stage-00-step-00000001", shapes, pieces(), dict(state.record))
         assert time.monotonic() - began < 5 and not one.exists(), "the training does not wait"

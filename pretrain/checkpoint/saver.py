@@ -13,6 +13,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ NICE = 10
 
 
 class Saver:
-    """Writes one checkpoint at a time; `rotate` drops older ones after each, on the first rank."""
+    """Writes one checkpoint at a time; `rotate` gets its folder after each, on the first rank, and
+    drops older ones."""
 
-    def __init__(self, ranks: Ranks, rotate: Callable[[], None]) -> None:
+    def __init__(self, ranks: Ranks, rotate: Callable[[Path], None]) -> None:
         self._ranks, self._rotate = ranks, rotate
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -37,9 +39,13 @@ class Saver:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, rotate: Callable[[], None]) -> Iterator["Saver"]:
-        """For the length of a run; every rank calls this. Leaving waits for the last write."""
-        with own_group() as ranks:
+    def open(
+        cls, rotate: Callable[[Path], None], waits: timedelta | None = None
+    ) -> Iterator["Saver"]:
+        """For the length of a run; every rank calls this. Leaving waits for the last write.
+
+        The ranks wait for one another as long as `waits`; None: gloo's half an hour."""
+        with own_group(waits) as ranks:
             saver = cls(ranks, rotate)
             try:
                 yield saver
@@ -112,6 +118,6 @@ class Saver:
         try:
             save(folder, shapes, pieces, record, tokenizer, replay=replay, ranks=self._ranks)
             if self._ranks.rank == 0:
-                self._rotate()
+                self._rotate(folder)
         except BaseException as error:  # it belongs to whoever waits
             self._error = error

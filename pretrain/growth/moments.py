@@ -59,9 +59,11 @@ def unknown(state: State) -> set[str]:
     return found - set(POWERS)
 
 
-def unfactored(state: State) -> State:
+def unfactored(state: State, *, weighed: bool = True) -> State:
     """A state of Adafactor with its second moments as matrices, computed when read, and what it
-    averages as a gradient's average would stand beside them; any other as it is."""
+    averages as a gradient's average would stand beside them; any other as it is.
+
+    weighed=False leaves the averages alone, where no scale changes before factored()."""
     if not state.names(ROWS):
         return state
     entries = dict(state.entries)
@@ -69,10 +71,10 @@ def unfactored(state: State) -> State:
         rows, columns = entries.pop(f"{ROWS}/{name}"), entries.pop(f"{COLUMNS}/{name}")
         size = (*rows.shape, *columns.shape)
         entries[f"{SQUARES}/{name}"] = Entry(size, "float64", partial(_product, rows, columns))
-    return State(_weighed(entries, state.record, -1), state.record)
+    return State(_weighed(entries, state.record, -1) if weighed else entries, state.record)
 
 
-def factored(state: State) -> State:
+def factored(state: State, *, weighed: bool = True) -> State:
     """The inverse of unfactored(), of matrices that may have grown meanwhile."""
     entries = dict(state.entries)
     for name in state.names(SQUARES):
@@ -82,7 +84,7 @@ def factored(state: State) -> State:
             for key, side in ((ROWS, 0), (COLUMNS, 1)):
                 mean = partial(_mean, whole, 1 - side)
                 entries[f"{key}/{name}"] = Entry((whole.shape[side],), "float32", mean)
-    return State(_weighed(entries, state.record, 1), state.record)
+    return State(_weighed(entries, state.record, 1) if weighed else entries, state.record)
 
 
 def _product(rows: Entry, columns: Entry) -> torch.Tensor:

@@ -43,7 +43,7 @@ def extend(
     `extensions`. `seed` decides random rows; `rounded` as in grow().
     """
     now, given = model_config(state), state
-    entries = dict((state := unfactored(given)).entries)
+    entries = dict((state := unfactored(given, weighed=False)).entries)
     for kind in ("weights", *slots(state)):
         for name, axis, rounds, make in _changes(state, now, to, how, seed, kind):
             old = entries[f"{kind}/{name}"]
@@ -62,7 +62,7 @@ def extend(
     }
     history = [*state.record.get("extensions", []), line]
     longer = State(entries, {**state.record, "model": to_dict(to), "extensions": history})
-    return longer if state is given else factored(longer)
+    return longer if state is given else factored(longer, weighed=False)
 
 
 def unbound(state: State) -> State:
