@@ -1,6 +1,8 @@
 """A checkpoint holds the logical state: whole, plain, and in the same bytes whoever wrote it."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,43 @@ def test_rotation_keeps_the_newest_and_the_borders(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted(
         p.name for p in checkpoint.found_in(tmp_path)
     )
+
+
+def test_what_was_passed_over_neither_counts_nor_goes(tmp_path: Path) -> None:
+    """A damaged one at step 9 is newer than all that a run resumed before it writes."""
+    state = trained()
+    for step in (3, 4, 9, 5):
+        ephemeral = State(state.entries, {**state.record, "ephemeral": step == 5})
+        name = checkpoint.checkpoint_name(0, step)
+        written = checkpoint.write_state(tmp_path / "checkpoints" / name, ephemeral)
+        if step == 5:
+            checkpoint.rotate(tmp_path, keep=1, written=written)
+    steps = [int(p.name[-2:]) for p in checkpoint.found_in(tmp_path)]
+    assert steps == [9, 5, 4]  # 3 alone was one too many
+
+
+def test_what_cannot_be_removed_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = trained()
+    for step in range(1, 4):
+        name = checkpoint.checkpoint_name(0, step)
+        checkpoint.write_state(tmp_path / "checkpoints" / name, state)
+    rename = os.rename
+
+    def failing(path: Path, to: Path) -> None:
+        if path.name.endswith("1"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        rename(path, to)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "rename", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            checkpoint.rotate(tmp_path, keep=1)
+    assert [int(p.name[-2:]) for p in checkpoint.found_in(tmp_path)] == [3, 1]
+    (tmp_path / "checkpoints" / ".stage-00-step-00000001.deleting" / "left").mkdir(parents=True)
+    checkpoint.rotate(tmp_path, keep=1)
+    assert [p.name[-2:] for p in (tmp_path / "checkpoints").iterdir()] == ["03"]
 
 
 def test_saving_a_step_again_replaces_it(folder: Path) -> None:

@@ -115,6 +115,33 @@ def test_each_node_is_set_up_and_only_what_met_its_limit_is_put_back(
 
 
 @pytest.mark.parametrize(
+    ("nodes", "codes", "lives", "code"),
+    [
+        (2, [1, STALLED, 0], 3, 0),
+        (2, [1, 1, 1, 1], 3, 1),
+        (2, [2, 0], 1, 2),
+        (1, [1, 0], 1, 1),
+    ],
+)
+def test_slurm_begins_again_on_all_nodes_together(
+    nodes: int, codes: list[int], lives: int, code: int, tmp_path: Path
+) -> None:
+    """faults.restarts: 2; a mistake is not repeated; one node's launcher does it itself."""
+    played = f'#!/bin/sh\necho >>"{tmp_path}/lives"\nset -- {" ".join(map(str, codes))}\n'
+    played += f'shift $(($(wc -l <"{tmp_path}/lives") - 1))\nexit $1\n'
+    for name, text in (("srun", played), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    words = [RUN, f"run.out={tmp_path / 'run'}", "faults.restarts=2", "--slurm"]
+    script = tmp_path / "job.sh"
+    assert main([*words, "--nodes", str(nodes), "--out", str(script)]) == 0
+    slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[01-02]", "NNODES": "2", "CPUS_PER_TASK": "1"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **{f"SLURM_{k}": v for k, v in slurm.items()}}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "lives").read_text().count("\n")) == (code, lives)
+
+
+@pytest.mark.parametrize(
     ("setup", "code"),
     [
         ("true  # well", 0),
@@ -150,6 +177,11 @@ def test_the_kubernetes_file_is_a_job_of_a_pod_a_node(capsys: pytest.CaptureFixt
     assert f"--master bajie-cpm-small-0.{pod['subdomain']}:29500" in line
     assert "--stopped-code 75" in line  # a pod that was told to stop has not completed its index
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    rules = spec["podFailurePolicy"]["rules"]
+    assert rules[0] == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
+    assert rules[1] == {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}}
+    assert rules[2]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert pod["restartPolicy"] == "Never"  # or a policy of failures is refused
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ The jobs run a stand-in for DeepSpeed's launcher with the same shape (launcher -
 --local_rank=N, the same words in its log): the real one takes 10 s to start.
 """
 
+import errno
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +101,37 @@ def test_the_script_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert ended.value.code == 0
     assert said.startswith("usage: deepspeed pretrain/train.py [-h] [--gpu] config [key=value ...]")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.EIO, "Input/output error"), 74),
+        (OSError(errno.ESTALE, "Stale file handle"), 74),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 2),
+        (ConfigError("run.steps: is 0"), 2),
+    ],
+)
+def test_a_file_system_that_failed_is_nobodys_mistake(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """74 is begun again where faults.restarts says so, 2 never; limits on files are raised."""
+    from pretrain import train
+
+    def fails(*_: object) -> None:
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limit[1]
+        raise error
+
+    monkeypatch.setattr(train, "train", fails)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, limit[1]), limit[1]))
+    try:
+        assert train.main([RUN, f"run.out={tmp_path / 'run'}"]) == code
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from configs.faults import Faults
 from pretrain import checkpoint
+from pretrain.faults import Spikes
 from pretrain.monitor import SKIPPED_IN_ROW, Monitor, NotFinite, Speed, Terminal
 from pretrain.step import StepResult
 from tests.run_jobs import digests, losses, metrics, page
@@ -114,6 +116,26 @@ def test_nan_is_passed_over_where_spikes_are(
     assert ends[0]["stopped"] == "finished" and sum(end["met"] for end in ends) == 1
     assert _record(tmp_path)["skips"] == [[96, 104]]
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
+
+
+def test_a_stage_is_judged_by_its_own_steps(tmp_path: Path) -> None:
+    """A growth moves the level for good: no spike, before a resume and behind one. Within a stage
+    the same jump is one."""
+    section = Faults(spike_z=8.0, window_steps=32)
+
+    def line(step: int, stage: int, loss: float) -> dict[str, Any]:
+        return {"step": step, "stage": stage, "loss": loss + 0.01 * (step % 3), "grad_norm": 1.0}
+
+    small = [line(step, 0, 3.0) for step in range(1, 41)]
+    large = [line(step, 1, 4.0) for step in range(41, 81)]
+    spikes = Spikes(section, tmp_path, 0)
+    assert spikes.judge(small) is None and spikes.judge(large) is None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in small))
+    assert Spikes(section, tmp_path, 40).judge(large) is None
+    fault = Spikes(section, tmp_path, 40).judge([x | {"stage": 0} for x in large])
+    assert fault is not None and fault.step == 41
+    late = spikes.judge([line(81, 1, 5.0)])
+    assert late is not None and late.step == 81  # the new stage has a window of its own
 
 
 def test_too_many_rewinds_are_a_sentence(tmp_path: Path, tiny_corpus: Path, world1: World) -> None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,17 @@ sys.exit(code % 256)
 
 
 def _play(
-    monkeypatch: pytest.MonkeyPatch, run: Path, codes: list[int], restarts: int
+    monkeypatch: pytest.MonkeyPatch,
+    run: Path,
+    codes: list[int],
+    restarts: int,
+    words: Sequence[str] = (),
 ) -> tuple[int, int]:
     """(exit code, lives) of a job whose lives end with these codes."""
     command = [sys.executable, "-c", PLAYED, str(run), json.dumps(codes), socket.gethostname()]
     monkeypatch.setattr(train, "deepspeed_line", lambda *_, **__: command)
     config = page(run, run / "corpus", faults__restarts=restarts)
-    code = train.main([str(write(run.parent / "run.yaml", config))])
+    code = train.main([str(write(run.parent / "run.yaml", config)), *words])
     return code, (run / "count").stat().st_size
 
 
@@ -80,6 +85,14 @@ def test_the_budget_is_kept_and_a_mistake_is_not_repeated(
 
 @pytest.mark.launcher
 @pytest.mark.slow
+def test_of_several_machines_none_begins_again_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks would meet the others' old store; who started them all begins on all together."""
+    words = ["--nodes", "2", "--node-rank", "1", "--master", "head:29500"]
+    assert _play(monkeypatch, tmp_path / "run", [1, 0], 3, words) == (1, 1)
+
+
 def test_through_the_real_launcher(tmp_path: Path, tiny_corpus: Path, world2: World) -> None:
     changes: dict[str, Any] = {"run__steps": 60, "run__threads": 1, "run__save_every_steps": 10}
     changes |= {"run__log_every_steps": 1, "faults__restarts": 1, "schedule__decay_steps": 0}

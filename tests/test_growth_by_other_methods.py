@@ -180,6 +180,30 @@ def test_an_option_without_effect_is_told(
     assert grown.record.get("rewarm") is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"ffn": 128}, {"noise": 0.1, "added": "copied"}),
+        ({"ffn": 128}, {"split": 0.7, "added": "copied"}),
+        ({"ffn": 128}, {}),  # random units
+        ({"hidden": 64, "layers": 4}, {"new_layers": "paired"}),
+        ({"hidden": 64}, {"method": "bert2bert"}),
+    ],
+)
+def test_copies_that_nothing_parts_are_told(sizes: dict[str, int], options: dict[str, Any]) -> None:
+    """They stay locked (test_growth_parts_the_copies.py); those with one of these options do not,
+    nor does any with dropout."""
+    parted, before = Growing(**options), small("cpm")
+    locked = Growing(added="copied" if "ffn" in sizes else "random")
+    to = dataclasses.replace(larger("cpm", **sizes), dropout=0.0, attention_dropout=0.0)
+    wider = dataclasses.replace(to, layers=before.record["model"]["layers"])
+    (sentence,) = remarks(before, grow(before, wider, 1, locked), locked)
+    assert sentence.startswith("noise: 0, and no dropout: copies stay each other's equals")
+    assert remarks(before, grow(before, to, 1, parted), parted) == []
+    drops = dataclasses.replace(wider, dropout=0.1)
+    assert remarks(before, grow(before, drops, 1, locked), locked) == []
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_page_knows_which_growth_divides_a_learning_rate(family: str) -> None:
     """What check and plan say of rewarm_steps is what the state says, whatever grows and how."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from configs.extended import Extend, extended
+from pretrain import checkpoint
 from pretrain.growth import grow
 from pretrain.growth.positions import extend
 from pretrain.state import Entry, State
@@ -75,6 +76,19 @@ def test_factors_of_a_longer_table_are_those_of_its_rows() -> None:
     assert factors.read(f"{COLUMNS}/{name}").numpy() == pytest.approx(
         matrix.mean(0).numpy(), rel=1e-6
     )
+
+
+def test_a_grown_state_is_extended_and_written(tmp_path: Path) -> None:
+    """Averages that weigh otherwise since the growth stay float32, and their values."""
+    grown = grow(pair()[1], LARGER, 5)
+    assert any(scale["clip"] != 1.0 for scale in grown.record["scales"].values())
+    how = Extend(method="random", known=LARGER.positions)
+    to = extended(LARGER, 2 * LARGER.positions, how)
+    longer = extend(grown, to, how, 2 * LARGER.positions, 5)
+    read = checkpoint.read(checkpoint.write_state(tmp_path / "stage-00-step-00000009", longer))
+    for name in grown.names("optim/exp_avg"):
+        kept, was = read.read(f"optim/exp_avg/{name}"), grown.read(f"optim/exp_avg/{name}")
+        assert torch.equal(kept[: len(was)], was), name
 
 
 def begun_anew(state: State) -> State:

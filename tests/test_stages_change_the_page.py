@@ -101,6 +101,37 @@ def test_a_border_that_was_passed_cannot_move_and_one_to_come_can(
     assert world1.run(GO, config=staged(out, tiny_corpus, stages=later))[0]["step"] == 14
 
 
+def test_the_batch_of_a_stage_that_has_begun_stays_where_later_rows_hang_on_it(
+    tmp_path: Path, tiny_corpus: Path, world1: World
+) -> None:
+    """The rows of stage 1 begin where the page says stage 0 ends: with another batch half-way, too
+    early or too late. Where no later stage reads otherwise, the batch may change."""
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    world1.run(GO, config=staged(out, tiny_corpus, run__stop_at_step=2))
+    for samples in (4, 16):
+        with pytest.raises(ConfigError, match=f"read 16 samples at step 2, .* says {2 * samples}"):
+            world1.run(GO, config=staged(out, tiny_corpus, batch__samples=samples))
+    one = {"stages": [STAGES[0]]}
+    world1.run(GO, config=staged(alone, tiny_corpus, run__stop_at_step=2, **one))
+    world1.run(GO, config=staged(alone, tiny_corpus, batch__samples=16, **one))
+    assert [line["samples"] for line in metrics(alone)] == [8, 16, 32, 48, 64, 80]
+
+
+def test_another_dropout_at_a_border_is_no_growth(
+    tmp_path: Path, tiny_corpus: Path, world1: World
+) -> None:
+    """Nor is one that the page changed meanwhile: no proof, no second checkpoint."""
+    out, stages = tmp_path / "run", [{"steps": 2}, {"steps": 2, "optimizer": {"lr": 1e-3}}]
+    world1.run(GO, config=staged(out, tiny_corpus, stages=stages, run__stop_at_step=1))
+    changed = staged(out, tiny_corpus, stages=stages, model__dropout=0.25)
+    world1.run(GO, config=changed)
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == [
+        f"stage-0{stage}-step-0000000{step}" for stage, step in ((0, 1), (0, 2), (1, 4))
+    ]
+    assert checkpoint.read(out / "checkpoints" / names[-1]).record["model"]["dropout"] == 0.25
+
+
 def test_a_checkpoint_knows_the_rows_of_its_stage(run: Path) -> None:
     """What evaluate measures by, where nobody says --seq-len; before, the page's first length."""
     found = {}

@@ -6,14 +6,19 @@ all gradients together, 1 % of a loss, leave room and are far from what is not f
 in fp16's own kernels; a GPU was not at hand.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from configs.load import to_dict
+from pretrain import proof
 from pretrain.models.layers import GatedFeedForward
 from pretrain.models.t5_pegasus import EncoderBlock, T5Pegasus
+from pretrain.state import State
 from tests import family_jobs as jobs
 from tests.worlds import World
 
@@ -88,6 +93,24 @@ def test_fp16_is_finite_and_follows_fp32() -> None:
     lost, broken = one_step(model_of(torch.float16))
     assert not torch.isfinite(torch.tensor(lost))
     assert not all(torch.isfinite(g).all() for g in broken)
+
+
+def test_a_proof_in_fp16_computes_as_a_run_does() -> None:
+    """Without the cure its logits were no numbers, and neither was proof.json JSON."""
+    weights = {f"weights/{name}": e for name, e in jobs.loud(CONFIG).items()}
+    state = State(weights, {"model": to_dict(CONFIG)})
+    tokens_BT = torch.arange(12).view(2, 6)
+    half = proof.logits(state, tokens_BT, torch.float16).float()
+    whole = proof.logits(state, tokens_BT, torch.float32)
+    assert (half - whole).abs().max() < 2e-2 * whole.std()
+
+
+def test_what_is_no_number_is_null_in_a_proof(tmp_path: Path) -> None:
+    path = proof.write_proof(tmp_path, {"batch": {"fp16": {"before": float("nan"), "after": 1.0}}})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["batch"]["fp16"] == {
+        "before": None,
+        "after": 1.0,
+    }
 
 
 def test_a_run_in_fp16_learns_as_in_fp32(world2: World) -> None:

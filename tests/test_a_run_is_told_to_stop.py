@@ -1,0 +1,106 @@
+"""RUN/stop and signals: what counts as being asked, and how ranks on other machines are reached."""
+
+import errno
+import io
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from launch import train as launcher
+from launch.train import Job
+from pretrain import stopping
+from pretrain.stopping import StopFile
+from pretrain.watch import STOPPED, enlist, halted, told
+from tests.test_command_line import Stage
+
+FAR_RANK = """
+import os, sys, time
+out = sys.argv[1]
+open(f"{out}/{os.getpid()}", "w").close()
+while not os.path.exists(f"{out}/stop"): time.sleep(0.05)
+open(f"{out}/saved", "w").close()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "LOOKED_EVERY_S", 0.0)
+
+
+def test_a_file_that_was_left_asks_for_nothing_until_it_is_laid_again(tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    left, counts = (StopFile(tmp_path, left_counts=c) for c in (False, True))
+    assert not left.asked() and counts.asked()
+    (tmp_path / "stop").unlink()
+    assert not left.asked() and counts.asked()  # who was asked once stays so
+    (tmp_path / "stop").touch()
+    assert left.asked()
+
+
+def test_it_is_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "LOOKED_EVERY_S", 60.0)
+    file = StopFile(tmp_path, left_counts=True)
+    assert not file.asked()
+    (tmp_path / "stop").touch()
+    assert not file.asked()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOENT])
+def test_a_file_system_that_fails_asks_for_nothing(tmp_path: Path, number: int) -> None:
+    """A launcher ended, and killed a healthy job, by what it could not look at."""
+    file = StopFile(tmp_path, left_counts=True)
+    with mock.patch.object(Path, "stat", side_effect=OSError(number, os.strerror(number))):
+        assert not file.asked()
+    (tmp_path / "stop").touch()
+    assert file.asked()
+
+
+def test_a_log_that_cannot_be_written_ends_no_job(tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage = Stage(tmp_path)
+    stage.log = Full()
+    assert stage.job("good").run() == 0
+
+
+@pytest.mark.parametrize("hosts", [frozenset({"node01"}), frozenset[str]()], ids=["far", "here"])
+def test_ranks_of_other_machines_are_told_by_the_file(
+    tmp_path: Path, hosts: frozenset[str]
+) -> None:
+    """They are children of an sshd: a signal would reach DeepSpeed's launcher alone, which kills.
+    The control: on this machine there is no file, and the played rank is killed unsaved."""
+    (tmp_path / "rank.py").write_text(FAR_RANK)
+    line = ["python3", str(tmp_path / "rank.py"), str(tmp_path)]
+    job = Job(line, dict(os.environ), io.BytesIO(), hosts=hosts, grace_s=10.0, folder=tmp_path)
+
+    def stop() -> None:
+        while not any(path.name.isdigit() for path in tmp_path.iterdir()):
+            time.sleep(0.02)
+        job._signals.append(15)
+
+    threading.Thread(target=stop, daemon=True).start()
+    code = job.run()
+    assert (code == 0, (tmp_path / "saved").exists()) == (bool(hosts), bool(hosts))
+    assert job.stopped
+
+
+def test_a_launcher_knows_of_a_stop_that_another_one_was_told(tmp_path: Path) -> None:
+    """A pod that is evicted stops them all: the others have not completed their index either."""
+    since = time.time() - 1
+    entry = enlist(tmp_path, 3)
+    assert not halted(tmp_path, since)
+    told(entry, state="ended")
+    assert not halted(tmp_path, since)
+    told(entry, state=STOPPED)
+    assert halted(tmp_path, since)
+    assert not halted(tmp_path, time.time() + 1)  # of an earlier life
+    job = Job([], {}, io.BytesIO(), folder=tmp_path)
+    assert job.stopped and not job._signals
+    assert launcher.Job([], {}, io.BytesIO()).stopped is False
