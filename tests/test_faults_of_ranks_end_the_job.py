@@ -4,15 +4,19 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint
+from pretrain import checkpoint, parallel
 from pretrain.watch import STALLED, Watch, died
 from tests.mortals import Mortals
 from tests.run_jobs import metrics, page
 
+ROOT = Path(__file__).resolve().parent.parent
 STALL_S = 9.0
 BOUND_S = STALL_S + 2.0 + 3.0 + 15.0
 """faults.stall_s, a second for each rank to look, three for the ranks' accounts; and fifteen in
@@ -101,6 +105,23 @@ def test_a_dead_rank_is_on_the_roll_and_its_peer_ends(tmp_path: Path, tiny_corpu
     assert died(tmp_path / "run", since)[0].startswith(f"rank 1 on {socket.gethostname()}")
     assert ranks.codes(BOUND_S) == [1, -signal.SIGKILL]
     assert checkpoint.found_in(tmp_path / "run") == [], "nobody saves when the reduction fails"
+
+
+def test_collectives_outlive_the_watch() -> None:
+    """The watch says which rank the others wait for; the timeouts of NCCL and gloo say nothing."""
+    for stall_s in (1800.0, 7200.0):
+        assert parallel.patience(stall_s).total_seconds() >= stall_s + 60
+    assert parallel.patience(0).total_seconds() * 1000 < 2**31  # and waits "for ever"
+    code = """
+        from datetime import timedelta
+        import torch, torch.distributed as dist
+        from pretrain import parallel
+        parallel.init_distributed(timedelta(seconds=7777))
+        print(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "2:09:37"
 
 
 def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
