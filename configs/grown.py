@@ -286,12 +286,13 @@ def refusal(now: ModelConfig, to: ModelConfig, how: Growing = EXACT) -> str | No
     if how.added == "paired" and units and silent:
         nearest["layers"] = now.layers
         wrong.append(
-            "added: paired in layers that say nothing, whose twins would stay alike; take "
-            "new_layers: paired too"
+            "grow.added: paired in layers that say nothing, whose twins would stay alike; take "
+            "grow.new_layers: paired too"
         )
     if not wrong:
         return None
-    sizes = ", ".join(f"{key}={value}" for key, value in nearest.items())
+    said_so = {key: "null" if value is None else value for key, value in nearest.items()}
+    sizes = ", ".join(f"{key}={value}" for key, value in said_so.items())
     return (
         f"model: {'; '.join(wrong)}; {', '.join(GROWS)} can grow, and only upwards: the nearest "
         f"target that can be reached has {sizes} (只能加大，最近的可行尺寸见上)"
