@@ -27,8 +27,9 @@ class Faults:
     """A rank that finishes no step for so long has stalled: every rank writes its stack to RUN/logs
     and the job ends; 0 waits for ever. Saving, validating and starting count as steps (超时)."""
     restarts: int = 0
-    """How often `launch train` starts the job again after a rank died or stalled; a job that
-    ended with a sentence for the user is not started again (自动重启次数)."""
+    """How often `launch train` starts the job again after a rank died or stalled, on several
+    machines the Slurm file; a job that ended with a sentence for the user is not started again
+    (自动重启次数)."""
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""

@@ -410,14 +410,6 @@ def stage_samples(config: RunConfig, number: int) -> int:
     return after - before
 
 
-def samples_after(config: RunConfig, number: int, step: int) -> int:
-    """Samples consumed after `step` steps, the last of them in stage `number`."""
-    page, begin = at_stage(config, number), batch_begin(config, number)
-    updates = (first_step(config, number) - begin, step - begin)
-    before, after = (page.batch.taken(n, page.data.seq_len) for n in updates)
-    return first_sample(config, number) + after - before
-
-
 def batch_begin(config: RunConfig, number: int) -> int:
     """The step at which the batch that holds in stage `number` began, and its ramp with it."""
     own = [

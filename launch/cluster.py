@@ -33,6 +33,13 @@ MISTAKEN = 2
 """Exit code of a run that says what to change in its page."""
 FAILED_PODS = 100
 """For each machine, over the weeks of a job; a fault of one is one of each."""
+POD_FAILURES: list[dict[str, Any]] = [
+    {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [MISTAKEN]}},
+    {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
+    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+]
+"""A mistake in the page ends the Job; a pod that is evicted, or told to stop, is begun again and
+counts for nothing."""
 GRACE_S = 180
 """From the notice that a job will end to its end: time to save."""
 CORES_PER_GPU = 4
@@ -166,7 +173,10 @@ def train_words(words: argparse.Namespace) -> list[str]:
 
 def on_node(words: argparse.Namespace, last: str) -> str:
     """What the shell of each node does: the lines of --setup, then `last` if none has failed."""
-    return "\n".join(["set -e", words.setup, "set +e", last]) if words.setup.strip() else last
+    if not words.setup.strip():
+        return last
+    fails = "trap 'exit 1' ERR"  # not with the line's own code: 2 is a mistake in the page
+    return "\n".join(["set -eE", fails, words.setup, "set +eE", "trap - ERR", last])
 
 
 def slurm(words: argparse.Namespace, config: RunConfig) -> str:
@@ -272,21 +282,7 @@ def kubernetes(words: argparse.Namespace, config: RunConfig) -> str:
             "parallelism": words.nodes,
             "completionMode": "Indexed",
             "backoffLimit": FAILED_PODS * words.nodes,
-            # A pod that is evicted, or told to stop, is begun again and counts for nothing; one
-            # with a mistake in its page ends the job.
-            "podFailurePolicy": {
-                "rules": [
-                    {
-                        "action": "FailJob",
-                        "onExitCodes": {"operator": "In", "values": [MISTAKEN]},
-                    },
-                    {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
-                    {
-                        "action": "Ignore",
-                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-                    },
-                ]
-            },
+            "podFailurePolicy": {"rules": POD_FAILURES},
             "template": {"metadata": {"labels": {"app": name}}, "spec": pod},
         },
     }

@@ -61,7 +61,9 @@ class Machines:
     @property
     def several(self) -> bool:
         """Whether there is more than this machine."""
-        return self.nodes > 1 or bool(self.slots)
+        return (
+            self.nodes > 1 or bool(self.slots) and not (len(self.slots) == 1 and here(*self.slots))
+        )
 
     @property
     def prefixes(self) -> frozenset[str]:

@@ -227,8 +227,8 @@ def _status(folder: Path, events: list[dict[str, Any]]) -> str:
         state, host, pid = str(entry["state"]), str(entry["host"]), int(entry["pid"])
     except (ValueError, KeyError, TypeError):
         return "has no end on record (未记录结束)"
-    if state == "ended":
-        return "ended (已结束)"
+    if state in ("ended", "stopped"):
+        return f"{state} (已结束)"
     if state != "running":
         return f"ended with: {state} (出错结束)"
     if host != socket.gethostname():

@@ -45,7 +45,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILED_PEER_GRACE_S = 15.0
 """Once a rank has failed its peers wait in a collective for ever; this is for their last words."""
 FAR_S = 10.0
-"""For DeepSpeed's launcher to end what it has on other machines."""
+"""For what is left on other machines to be ended by ssh."""
 LOGGED_EVERY_S = 30.0
 """Of the lines that replace one another a terminal shows all, a file one in so many seconds."""
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
@@ -103,6 +103,7 @@ def main(argv: list[str]) -> int:
                 stream,
                 ranks=ranks,
                 hosts=machines.prefixes,
+                far=tuple(machines.slots),
                 grace_s=args.grace_s,
                 folder=Path(config.run.out),
             )
@@ -141,6 +142,8 @@ class Job:
     """How many must report a good end; None: not known (several machines)."""
     hosts: frozenset[str] = frozenset()
     """What pdsh puts in front of the lines of a machine, with a colon."""
+    far: tuple[str, ...] = ()
+    """The machines of a hostfile."""
     grace_s: float = 60.0
     """From the first signal to the kill."""
     folder: Path | None = None
@@ -198,11 +201,6 @@ class Job:
 
         told = self.folder is not None and halted(self.folder, self._began - 1)
         return bool(self._signals) or told
-
-    @property
-    def _far(self) -> bool:
-        """Whether ranks stand on other machines, by way of ssh."""
-        return bool(self.hosts)
 
     @property
     def may_restart(self) -> bool:
@@ -272,7 +270,7 @@ class Job:
 
     def _tell(self) -> None:
         """Tell the ranks to save and end."""
-        if self._far and self.folder is not None:
+        if self.far and self.folder is not None:
             with contextlib.suppress(OSError):
                 (self.folder / "stop").touch()
             return
@@ -317,15 +315,24 @@ class Job:
                 if process.pid != self._process.pid:
                     _signal(process, signal.SIGUSR2)
             time.sleep(0.5)
-            if self._far:  # its launcher ends those of the other machines
-                _signal(runner := psutil.Process(self._process.pid), signal.SIGTERM)
-                psutil.wait_procs([runner], timeout=FAR_S)
+            self._end_far()
         for _ in range(3):  # a process may fork while we look
             family = [process for process in self._family() if process.is_running()]
             for process in family:
                 _signal(process, signal.SIGKILL)
             if not psutil.wait_procs(family, timeout=2)[1]:
                 return
+
+    def _end_far(self) -> None:
+        """End what hangs on the machines of a hostfile, known by the job's port: DeepSpeed's own
+        way would end every job there that it has started for this user."""
+        if self.far and "--master_port" in self.command:
+            port = self.command[self.command.index("--master_port") + 1]
+            # [m]: or the shell that runs this line over there would be found too
+            line = ["pdsh", "-S", "-w", ",".join(self.far), f"pkill -f '[m]aster_port={port}'"]
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                quiet = subprocess.DEVNULL
+                subprocess.run(line, env=self.env, stdout=quiet, stderr=quiet, timeout=FAR_S)
 
     def _code(self, code: int) -> int:
         if self._killed:

@@ -14,12 +14,16 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 """The environment of a process that leaves the machine's GPUs alone."""
 
 
+FILES = 65536
+"""No more: what closes all that might be open, as pdsh does, counts up to the limit."""
+
+
 def many_files() -> None:
-    """As many open files as the system allows: a large model's checkpoint is hundreds, ranks that
+    """As many open files as the system allows, up to FILES: a large model's checkpoint is hundreds, ranks that
     talk over gloo have a socket for each other, and 1,024 is the common limit."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, FILES)), most))
 
 
 def check_gpu() -> None:

@@ -97,8 +97,8 @@ def run_stage(job: Job, engine: "Engine", state: "State") -> dict[str, Any]:
             extra = {"lr": lr, "step_tokens": count * config.data.seq_len}
             extra["loader_wait_s"] = prefetched.waited_s
             job.monitor.record(progress | extra, result)
-            stopped = _stop(job, step)
             border, measured = step == last, {}
+            stopped = _stop(job, step, border)
             # A signal means a kill in a minute: what it leaves is for the checkpoint.
             measures = border or (stopped and stopped != SIGNAL)
             if measures or _due(step, run.validate_every_steps):
@@ -240,11 +240,11 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _stop(job: Job, step: int) -> str | None:
+def _stop(job: Job, step: int, border: bool) -> str | None:
     """Why all processes end after this step."""
     if step == job.config.run.stop_at_step:
         return "run.stop_at_step"
-    return SIGNAL if job.stopping.asked() else None
+    return SIGNAL if job.stopping.asked(now=border) else None
 
 
 def checkpoint_path(job: Job, stage: int, step: int) -> Path:

@@ -47,8 +47,8 @@ LogitsFn = Callable[[Tensor], Tensor]
 TokenLosses = Callable[..., Tensor]
 AFTER_STALL_S = 600.0
 """A collective outlives the watch's patience by so much."""
-FOR_EVER = timedelta(days=20)
-"""What a socket's wait, in milliseconds of 31 bits, can hold."""
+FOR_EVER = timedelta(days=1)
+"""Where no watch looks, which is also how long a start waits for a machine that never comes."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,9 @@ def init_distributed(waits: timedelta | None = None) -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     told = {"timeout": waits} if waits else {}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **told)
+    if waits:  # DeepSpeed trains on a copy of the world, which it would make without a timeout
+        everyone = list(range(dist.get_world_size()))
+        deepspeed.utils.groups._WORLD_GROUP = dist.new_group(everyone, timeout=waits)
     # What was imported lives for ever: collections pass it over from here on. DeepSpeed asks for up
     # to six when it makes an engine, Python for one in the middle of a step, each 0.4 s otherwise.
     importlib.import_module("torch._dynamo")  # half of it, which the first engine would import

@@ -5,6 +5,7 @@ the corpora's measured rows --first micro-batch--> Recorded
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from configs.grown import said
 from configs.model import ModelConfig, longest_row
+from pretrain.monitor import plain
 from pretrain.state import seed_of
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -103,3 +105,10 @@ def recorded(corpora: _Measured, objective: Any, rows: int) -> Recorded | str:
     digest = hashlib.sha256(batch.tokens_BT.contiguous().numpy().tobytes()).hexdigest()
     about = {"of": "validation rows", "rows": batch.tokens_BT.shape[0], "tokens_sha256": digest}
     return Recorded(batch, objective, about)
+
+
+def write_proof(folder: Path, proof: dict[str, Any]) -> Path:
+    """Write proof.json into `folder`; returns its path."""
+    path = folder / "proof.json"
+    path.write_text(json.dumps(plain(proof), ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return path

@@ -18,13 +18,11 @@ logits.
 """
 
 import functools
-import json
 import math
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +35,6 @@ from pretrain.growth import grow, model_config, told
 from pretrain.growth.depth import source
 from pretrain.mixing import Mixture
 from pretrain.models import build
-from pretrain.monitor import plain
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.probes import PROBE_ROWS as PROBE_ROWS
 from pretrain.probes import PROBE_TOKENS as PROBE_TOKENS
@@ -46,6 +43,7 @@ from pretrain.probes import ProofError as ProofError
 from pretrain.probes import Recorded
 from pretrain.probes import probes as probes
 from pretrain.probes import recorded as recorded
+from pretrain.probes import write_proof as write_proof
 from pretrain.state import State
 
 FLOAT64_TOLERANCE = 1e-12
@@ -116,9 +114,7 @@ def prove(
             "after": _loss(grown_BTV, tokens_BT),
         },
         "old_words_fall_by": float((grown_BTV.logsumexp(-1) - exact_BTV.logsumexp(-1)).max()),
-        "batch": {"none": batch}
-        if isinstance(batch, str)
-        else batch and _of_batch(before, after, batch, precision),
+        "batch": _of_batch(before, after, batch, precision),
         "precision": _rounding(before, after, tokens_BT, precision),
         "probes": {"rows": tokens_BT.shape[0], "tokens": tokens_BT.shape[1]},
         "differs_at": None if kept or not means else differs_at(before, wrong, tokens_BT),
@@ -136,8 +132,12 @@ def holds(proof: dict[str, Any]) -> bool:
     return bool(proof["kept"] or (not proof["means_to_keep"] and written))
 
 
-def _of_batch(before: State, after: State, batch: Recorded, precision: str) -> dict[str, Any]:
+def _of_batch(
+    before: State, after: State, batch: Recorded | str | None, precision: str
+) -> dict[str, Any] | None:
     """The loss (nats, mean of what counts) of a batch of data, before and after."""
+    if not isinstance(batch, Recorded):
+        return {"none": batch} if batch else None
     found: dict[str, Any] = dict(batch.about)
     for name, dtype in {"float64": torch.float64, precision: DTYPES[precision]}.items():
         found[name] = {
@@ -253,13 +253,6 @@ def outputs(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> dict[s
             if re.fullmatch(r"(en|de)coder\.layers\.\d+", name):
                 module.register_forward_hook(keep(name))
         return seen | {"logits": _run(model, tokens_BT)}
-
-
-def write_proof(folder: Path, proof: dict[str, Any]) -> Path:
-    """Write proof.json into `folder`; returns its path."""
-    path = folder / "proof.json"
-    path.write_text(json.dumps(plain(proof), ensure_ascii=False, indent=1) + "\n", "utf-8")
-    return path
 
 
 def sentence(proof: dict[str, Any]) -> str:

@@ -24,8 +24,9 @@ from configs.optimizers import problems_with_model
 from configs.run import (
     RunConfig,
     at_stage,
+    batch_begin,
+    first_sample,
     first_step,
-    samples_after,
     stage_model,
     stages,
     total_steps,
@@ -50,7 +51,7 @@ def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     Raises CheckpointError if another job is at work in it or it cannot be written. What a killed
     job left aside is cleared away.
     """
-    lock, wrong = None, ""
+    lock, wrong, busy = None, "", False
     if checkpoint.first_rank():
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,7 @@ def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
             if _locked(lock, patience_s):
                 _clear(run / "checkpoints")
             else:
+                busy = True
                 wrong = (
                     f"run.out: another job is at work in {run}; wait for it, stop it, or choose "
                     "another run.out (该目录正被另一任务使用)"
@@ -65,8 +67,9 @@ def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
         except OSError as error:
             wrong = f"run.out: {run} cannot be written: {error.strerror} (无法写入运行目录)"
     try:
-        if wrong := checkpoint.gather(wrong)[0]:
-            raise checkpoint.CheckpointError(wrong)
+        wrong, busy = checkpoint.gather((wrong, busy))[0]
+        if wrong:
+            raise (checkpoint.StorageError if busy else checkpoint.CheckpointError)(wrong)
         yield
     finally:
         if lock is not None:
@@ -93,7 +96,7 @@ def _clear(checkpoints: Path) -> None:
         whole = left.with_name(left.stem[1:])
         if left.suffix == ".replaced" and not whole.exists():
             os.rename(left, whole)
-        elif not (left / "proof.json").exists():  # of a growth that failed: for the user to read
+        elif left.suffix != ".growing" or not (left / "proof.json").exists():  # whose proof failed
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -221,7 +224,7 @@ def _other_batches(
 ) -> list[str]:
     """Where steps of other batches lie behind the checkpoint, so that the rows of later stages
     would begin too early or too late."""
-    read, implied = record["samples"], samples_after(config, record["stage"], record["step"])
+    read, implied = record["samples"], _samples_after(config, record["stage"], record["step"])
     later = [entry for entry in corpora.whole_record if entry.get("first", 0) > min(read, implied)]
     if read == implied or not later:
         return []
@@ -231,6 +234,14 @@ def _other_batches(
         "stage of its own (批大小只能在新阶段改变)"
     )
     return [sentence]
+
+
+def _samples_after(config: RunConfig, number: int, step: int) -> int:
+    """Samples consumed after `step` steps, the last of them in stage `number`."""
+    page, begin = at_stage(config, number), batch_begin(config, number)
+    updates = (first_step(config, number) - begin, step - begin)
+    before, after = (page.batch.taken(n, page.data.seq_len) for n in updates)
+    return first_sample(config, number) + after - before
 
 
 def _saying(state: State, model: ModelConfig) -> State:

@@ -8,6 +8,7 @@ A launcher whose ranks stand on other machines (a hostfile) reaches them by the 
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +57,10 @@ class Stopping:
 
     def __init__(self, mesh: "Mesh", interrupted: Callable[[], bool]) -> None:
         self._mesh, self._interrupted = mesh, interrupted
-        self._before: tuple[Any, Any] | None = None
+        self._told: deque[tuple[Any, Any]] = deque()
 
-    def asked(self) -> bool:
-        """Every rank calls this at every border."""
+    def asked(self, now: bool = False) -> bool:
+        """Every rank calls this at every border; `now`: this one's answer, the device waited for."""
         here = self._interrupted()
         if self._mesh.world == 1:
             return here
@@ -74,8 +75,10 @@ class Stopping:
         told.copy_(flag, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        before, self._before = self._before, (told, ready)
-        if before is None:
-            return False
-        before[1].synchronize()
-        return bool(before[0].item())
+        self._told.append((told, ready))
+        while len(self._told) > (0 if now else 1):
+            flag, known = self._told.popleft()
+            known.synchronize()
+            if flag.item():
+                return True
+        return False

@@ -97,11 +97,13 @@ def train(
         out.say(sentence)
     summary: dict[str, Any] = {}
     watch = Watch(run, mesh.rank, mesh.world, config.faults.stall_s, out.complain)
+    damaged: set[Path] = set()
     kept = (config.run.keep_checkpoints, config.run.keep_every_steps, config.run.keep_best)
 
     def tidy(written: Path) -> None:
+        damaged.discard(written)  # it is whole now
         try:
-            checkpoint.rotate(run, *kept, written=written)
+            checkpoint.rotate(run, *kept, but=damaged)
         except OSError as error:
             out.say(f"{error.filename}: cannot be removed: {error.strerror} (旧检查点未能删除)")
 
@@ -129,6 +131,7 @@ def train(
         state, begin = start.state(config, run, readers[0], out), True
         while summary.get("stopped") is None:
             if begin:
+                damaged |= checkpoint.passed_over(run, state.record)
                 monitor.begin(step := int(state.record["step"]))
                 about: dict[str, Any] = {"processes": mesh.world, "precision": config.precision}
                 about |= {"zero": config.parallel.zero, "tensor": config.parallel.tensor}
@@ -361,6 +364,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, raise_flag)
+    from pretrain.checkpoint import StorageError
     from pretrain.loop import SIGNAL
     from pretrain.stopping import StopFile
     from pretrain.watch import STOPPED, enlist, told
@@ -382,7 +386,8 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()  # to RUN/logs
         if first_to_speak(Path(config.run.out)):
             out.complain(f"bajie: {error}")
-        return 2 if isinstance(error, (ValueError, *MISTAKES)) else IO_FAILED
+        mistaken = isinstance(error, (ValueError, *MISTAKES))
+        return 2 if mistaken and not isinstance(error, StorageError) else IO_FAILED
     return 0
 
 

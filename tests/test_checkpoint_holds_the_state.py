@@ -179,11 +179,17 @@ def test_what_was_passed_over_neither_counts_nor_goes(tmp_path: Path) -> None:
     for step in (3, 4, 9, 5):
         ephemeral = State(state.entries, {**state.record, "ephemeral": step == 5})
         name = checkpoint.checkpoint_name(0, step)
-        written = checkpoint.write_state(tmp_path / "checkpoints" / name, ephemeral)
-        if step == 5:
-            checkpoint.rotate(tmp_path, keep=1, written=written)
+        checkpoint.write_state(tmp_path / "checkpoints" / name, ephemeral)
+        if step == 9:
+            damaged = checkpoint.passed_over(tmp_path, {"stage": 0, "step": 4})
+            assert [path.name[-2:] for path in damaged] == ["09"]
+    checkpoint.rotate(tmp_path, keep=1, but=damaged)
     steps = [int(p.name[-2:]) for p in checkpoint.found_in(tmp_path)]
     assert steps == [9, 5, 4]  # 3 alone was one too many
+    name = checkpoint.checkpoint_name(0, 10)
+    checkpoint.write_state(tmp_path / "checkpoints" / name, state)
+    checkpoint.rotate(tmp_path, keep=2, but=damaged)
+    assert [int(p.name[-2:]) for p in checkpoint.found_in(tmp_path)] == [10, 9, 4]
 
 
 def test_what_cannot_be_removed_is_told_and_tried_again(

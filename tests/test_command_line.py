@@ -27,6 +27,7 @@ from launch import cli, grammar
 from launch.check import check
 from launch.train import MARK, Job
 from launch.train import main as train_main
+from pretrain.checkpoint import CheckpointError, StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = str(ROOT / "configs/runs/cpm-small-1gpu.yaml")
@@ -110,6 +111,8 @@ def test_the_script_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) ->
         (OSError(errno.ESTALE, "Stale file handle"), 74),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 2),
         (ConfigError("run.steps: is 0"), 2),
+        (CheckpointError("no checkpoint is whole"), 2),
+        (StorageError("another job is at work"), 74),
     ],
 )
 def test_a_file_system_that_failed_is_nobodys_mistake(
@@ -119,7 +122,7 @@ def test_a_file_system_that_failed_is_nobodys_mistake(
     from pretrain import train
 
     def fails(*_: object) -> None:
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limit[1]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(limit[1], 65536)
         raise error
 
     monkeypatch.setattr(train, "train", fails)

@@ -83,8 +83,6 @@ def test_the_budget_is_kept_and_a_mistake_is_not_repeated(
     assert (code == 0) == (codes[-1] == 0)
 
 
-@pytest.mark.launcher
-@pytest.mark.slow
 def test_of_several_machines_none_begins_again_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +91,8 @@ def test_of_several_machines_none_begins_again_by_itself(
     assert _play(monkeypatch, tmp_path / "run", [1, 0], 3, words) == (1, 1)
 
 
+@pytest.mark.launcher
+@pytest.mark.slow
 def test_through_the_real_launcher(tmp_path: Path, tiny_corpus: Path, world2: World) -> None:
     changes: dict[str, Any] = {"run__steps": 60, "run__threads": 1, "run__save_every_steps": 10}
     changes |= {"run__log_every_steps": 1, "faults__restarts": 1, "schedule__decay_steps": 0}

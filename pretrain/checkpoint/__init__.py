@@ -25,12 +25,13 @@ from pretrain.checkpoint.places import (
     CheckpointError,
     Piece,
     Slot,
+    StorageError,
     checkpoint_name,
     layout,
 )
 from pretrain.checkpoint.ranks import first_rank, gather, own_group
 from pretrain.checkpoint.reading import damage, found_in, newest, own_hash, read, resolve
-from pretrain.checkpoint.retention import rotate
+from pretrain.checkpoint.retention import passed_over, rotate
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.sums import differing
 from pretrain.checkpoint.writing import save, write_state
@@ -41,6 +42,7 @@ __all__ = [
     "Piece",
     "Saver",
     "Slot",
+    "StorageError",
     "checkpoint_name",
     "damage",
     "differing",
@@ -51,6 +53,7 @@ __all__ = [
     "newest",
     "own_group",
     "own_hash",
+    "passed_over",
     "read",
     "resolve",
     "rotate",

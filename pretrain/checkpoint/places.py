@@ -29,6 +29,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; the message says which file and why."""
 
 
+class StorageError(CheckpointError):
+    """The file system failed, or another job holds the run: nobody's mistake; begun again it may
+    pass."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one logical tensor lies."""

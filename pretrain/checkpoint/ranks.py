@@ -1,6 +1,7 @@
 """Steps that all ranks take together: if it fails on one, it failed on all, with one sentence."""
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.checkpoint.places import CheckpointError, whole_name
+from pretrain.checkpoint.places import CheckpointError, StorageError, whole_name
+
+FOR_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What fails again until somebody makes room, or gives rights."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,26 @@ class Ranks:
 
     def together(self, act: Callable[[], Any], aside: Path) -> list[Any]:
         """Do a step on every rank; if it fails on one, all clean up and raise its sentence."""
-        error, value, bug = None, None, None
+        error, value, bug, failed = None, None, None, False
         try:
             value = act()
         except CheckpointError as wrong:
             error = str(wrong)
         except OSError as wrong:
+            failed = wrong.errno not in FOR_A_PERSON
             error = (
                 f"{whole_name(aside)}: cannot be written: {wrong.strerror}; the older checkpoints "
                 "are untouched (检查点写入失败，旧检查点完好)"
             )
         except Exception as wrong:  # ours; the other ranks must not wait for this one for ever
             error, bug = f"rank {self.rank}: {type(wrong).__name__}: {wrong}", wrong
-        outcomes = self.gather((error, value))
-        errors = [e for e, _ in outcomes if e]
+        outcomes = self.gather((error, value, failed))
+        errors = [(e, storage) for e, _, storage in outcomes if e]
         if errors:
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(errors[0]) from bug
-        return [v for _, v in outcomes]
+            raise (StorageError if errors[0][1] else CheckpointError)(errors[0][0]) from bug
+        return [v for _, v, _ in outcomes]
 
 
 EVERYONE = Ranks()
