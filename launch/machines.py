@@ -61,9 +61,8 @@ class Machines:
     @property
     def several(self) -> bool:
         """Whether there is more than this machine."""
-        return (
-            self.nodes > 1 or bool(self.slots) and not (len(self.slots) == 1 and here(*self.slots))
-        )
+        alone = len(self.slots) == 1 and here(*self.slots)
+        return self.nodes > 1 or (bool(self.slots) and not alone)
 
     @property
     def prefixes(self) -> frozenset[str]:

@@ -19,8 +19,8 @@ FILES = 65536
 
 
 def many_files() -> None:
-    """As many open files as the system allows, up to FILES: a large model's checkpoint is hundreds, ranks that
-    talk over gloo have a socket for each other, and 1,024 is the common limit."""
+    """As many open files as the system allows, up to FILES: a large model's checkpoint is hundreds,
+    ranks that talk over gloo have a socket for each other, and 1,024 is the common limit."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, FILES)), most))

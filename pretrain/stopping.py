@@ -60,7 +60,8 @@ class Stopping:
         self._told: deque[tuple[Any, Any]] = deque()
 
     def asked(self, now: bool = False) -> bool:
-        """Every rank calls this at every border; `now`: this one's answer, the device waited for."""
+        """Every rank calls this at every border; `now`: the device is waited for, for this one's
+        answer."""
         here = self._interrupted()
         if self._mesh.world == 1:
             return here
