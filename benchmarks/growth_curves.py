@@ -13,6 +13,7 @@ growth, of those before the decay, until its training loss is no longer above th
 import argparse
 import itertools
 import json
+from fractions import Fraction
 from math import exp, log
 from pathlib import Path
 from statistics import mean
@@ -92,7 +93,10 @@ def table(rows: list[Row]) -> str:
         found = [r for r in rows if (r["arm"], r["budget"]) == (arm, budget)]
         if not found:
             continue
-        cells = [NAMES[arm], f"{budget:g}"]
+        share_said = f"{budget:g}"
+        if len(share_said) > 5:  # 0.333333
+            share_said = str(Fraction(budget).limit_denominator(48))
+        cells = [NAMES[arm], share_said]
         share, saved = [], []
         steps, cost, mixing = [], [], []
         for row in found if arm != "scratch" else []:

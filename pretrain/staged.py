@@ -25,8 +25,9 @@ LATEST = {"wsd": 0.7, "constant": 0.7}
 """The largest share of a run that the small model should take; half under any other schedule."""
 SETTLING = 0.1
 """Share of the run between a growth and the beginning of the decay."""
-WORTH = 10.0
-"""Tokens a parameter of the large model up to which growth saved something (docs/growth.md)."""
+WORTH = 2.4
+"""Tokens a parameter of the large model up to which growth saved something in every study: a fixed
+number of its steps, hence less of a parameter's tokens the larger it is (docs/growth.md)."""
 
 
 def beside_scratch(
