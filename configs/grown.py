@@ -192,7 +192,8 @@ def rescales(now: ModelConfig, to: ModelConfig, how: Growing) -> bool:
 def idle(
     now: ModelConfig, to: ModelConfig, how: Growing, divided: bool, left: int | None = None
 ) -> list[str]:
-    """The options that change nothing between these sizes, a sentence each.
+    """The options that change nothing between these sizes, and copies that nothing will part, a
+    sentence each.
 
     divided: whether any learning rate is, by this growth or an earlier one; left: updates from here
     to the end of the run, where there is one.

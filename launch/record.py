@@ -23,6 +23,7 @@ from typing import Any
 
 from configs.load import ConfigError, load
 from configs.run import RunConfig
+from pretrain.watch import STOPPED
 
 MOST_LINES = 20_000
 """Steps that are drawn of a run; a million of them are gigabytes as objects."""
@@ -227,7 +228,7 @@ def _status(folder: Path, events: list[dict[str, Any]]) -> str:
         state, host, pid = str(entry["state"]), str(entry["host"]), int(entry["pid"])
     except (ValueError, KeyError, TypeError):
         return "has no end on record (未记录结束)"
-    if state in ("ended", "stopped"):
+    if state in ("ended", STOPPED):
         return f"{state} (已结束)"
     if state != "running":
         return f"ended with: {state} (出错结束)"

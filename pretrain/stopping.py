@@ -57,6 +57,7 @@ class Stopping:
 
     def __init__(self, mesh: "Mesh", interrupted: Callable[[], bool]) -> None:
         self._mesh, self._interrupted = mesh, interrupted
+        self._late = mesh.device.type != "cpu"
         self._told: deque[tuple[Any, Any]] = deque()
 
     def asked(self, now: bool = False) -> bool:
@@ -70,16 +71,17 @@ class Stopping:
 
         flag = torch.full((1,), int(here), dtype=torch.int32, device=self._mesh.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if flag.device.type == "cpu":
-            return bool(flag.item())
-        told = torch.empty(1, dtype=torch.int32, pin_memory=True)
-        told.copy_(flag, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
+        on_gpu = flag.is_cuda
+        told = torch.empty(1, dtype=torch.int32, pin_memory=on_gpu)
+        told.copy_(flag, non_blocking=on_gpu)
+        ready = torch.cuda.Event() if on_gpu else None
+        if ready is not None:
+            ready.record()
         self._told.append((told, ready))
-        while len(self._told) > (0 if now else 1):
-            flag, known = self._told.popleft()
-            known.synchronize()
-            if flag.item():
-                return True
-        return False
+        found = False
+        while len(self._told) > (1 if self._late and not now else 0):
+            told, ready = self._told.popleft()
+            if ready is not None:
+                ready.synchronize()
+            found = found or bool(told.item())
+        return found

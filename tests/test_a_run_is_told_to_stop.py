@@ -10,10 +10,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from launch import train as launcher
 from launch.train import Job
-from pretrain import stopping
+from pretrain import parallel, stopping
 from pretrain.stopping import StopFile
 from pretrain.watch import STOPPED, enlist, halted, told
 from tests.test_command_line import Stage
@@ -101,6 +102,24 @@ def test_what_hangs_on_other_machines_is_ended_and_nothing_else(tmp_path: Path) 
     assert job.run() == 137
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["-S", "-w", "a.lab,b.lab", "pkill -f '[m]aster_port=29517'"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_on_a_gpu_the_answer_is_that_of_the_border_before(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its own would wait for the device; but at a stage's last step, before a growth."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_: None)
+    mesh = parallel.Mesh(0, 2, 1, 0, 2, 0, torch.device("cpu"))
+    for asked_at, border, heard_at in ((2, 9, 3), (2, 2, 2), (3, 3, 3)):
+        now = [0]
+        ask = stopping.Stopping(mesh, lambda now=now, at=asked_at: now[0] >= at)  # type: ignore[misc]
+        ask._late = late
+        heard = []
+        for step in range(1, 5):
+            now[0] = step
+            heard += [step] if ask.asked(now=step == border) else []
+        assert heard[0] == (heard_at if late else asked_at)
 
 
 def test_a_launcher_knows_of_a_stop_that_another_one_was_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from configs.load import to_dict
 from configs.model import shape, tensors
 from pretrain import checkpoint
+from pretrain.checkpoint.ranks import Ranks
 from pretrain.state import Entry, State, draw, fresh, seed_of
 from tests.checkpoint_jobs import pieces, shapes
 from tests.growing import TINY, trained
@@ -190,6 +191,22 @@ def test_what_was_passed_over_neither_counts_nor_goes(tmp_path: Path) -> None:
     checkpoint.write_state(tmp_path / "checkpoints" / name, state)
     checkpoint.rotate(tmp_path, keep=2, but=damaged)
     assert [int(p.name[-2:]) for p in checkpoint.found_in(tmp_path)] == [10, 9, 4]
+
+
+@pytest.mark.parametrize(
+    ("number", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOSPC, False)]
+)
+def test_a_write_that_failed_may_pass_or_is_for_a_person(
+    number: int, passes: bool, tmp_path: Path
+) -> None:
+    """What may pass is begun again (exit code 74); a full disk waits for somebody."""
+
+    def act() -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be written") as told:
+        Ranks().together(act, tmp_path / "aside")
+    assert isinstance(told.value, checkpoint.StorageError) == passes
 
 
 def test_what_cannot_be_removed_is_told_and_tried_again(

@@ -146,6 +146,7 @@ def test_slurm_begins_again_on_all_nodes_together(
     [
         ("true  # well", 0),
         ("false", 1),
+        ("bash -c 'exit 2'", 1),  # 2 would end the whole Job
         ("true\nfalse  # no\ntrue", 1),
         ("if true; then\n :\nfi", 0),
     ],

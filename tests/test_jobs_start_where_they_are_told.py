@@ -63,6 +63,12 @@ def test_the_line_is_one_that_a_user_can_type(tmp_path: Path) -> None:
     many = line(["page.yaml"], 8, Machines("h", {"a": 8, "b": 8}), gpu=True)
     assert many[2:6] == ["--num_gpus", "8", "--hostfile", "h"]
     assert many[-2:] == ["page.yaml", "--gpu"]  # the ranks look: this machine may have none
+    mine = Machines("h", {socket.gethostname(): 8})
+    assert [m.several for m in (Machines(), mine, Machines("h", {"far-away": 8}))] == [
+        False,
+        False,
+        True,
+    ]
     each = line([], 4, Machines.of(3, 1, "10.0.0.7:29500", None))
     assert each[5:12] == [
         str(tmp_path / "hostfile-1"), "--no_ssh", "--node_rank", "1",

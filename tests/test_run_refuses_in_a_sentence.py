@@ -190,6 +190,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     unbroken = world1.run(GO, config=config)[0]
     newest = Path(unbroken["checkpoint"])
     (newest / "weights-00000.safetensors").write_bytes(b"x")
+    # what is written meanwhile is older by name, and not thrown away for the damaged one
+    one = {"run__stop_at_step": 13, "run__keep_checkpoints": 1}
+    short = page(tmp_path, tiny_corpus, run__steps=20, run__save_every_steps=10, **one)
+    stopped = Path(world1.run(GO, config=short)[0]["checkpoint"])
+    assert {path.name for path in checkpoint.found_in(tmp_path)} == {newest.name, stopped.name}
     again = world1.run(GO, config=config)[0]
     assert again["step"] == 20
     assert checkpoint.damage(newest) == []
