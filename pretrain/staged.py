@@ -26,8 +26,8 @@ LATEST = {"wsd": 0.7, "constant": 0.7}
 SETTLING = 0.1
 """Share of the run between a growth and the beginning of the decay."""
 WORTH = 2.4
-"""Tokens a parameter of the large model up to which growth saved something in every study: a fixed
-number of its steps, hence less of a parameter's tokens the larger it is (docs/growth.md)."""
+"""Tokens a parameter of the large model up to which growth saved something in every study; in the
+larger one it cost more at 7 (docs/growth.md)."""
 
 
 def beside_scratch(
@@ -144,10 +144,10 @@ def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         read = f"by then the small model has read {found['tokens_per_parameter']:.3g} tokens a"
         lines.append([f"{read} parameter (小模型每参数所读词元)"])
     if (whole_run := found["tokens_per_parameter_at_the_end"]) > WORTH:
-        beyond = f"beyond some {WORTH:g}, growing cost more than scratch at equal loss"
+        beyond = f"beyond some {WORTH:g}, growing can cost more than scratch at equal loss"
         lines.append([f"{whole_run:.3g} tokens a parameter of the large model: {beyond}"])
         advice = "(docs/growth.md); grow earlier, or not at all"
-        lines.append([f"{advice} (每参数词元过多，生长反而更费)"])
+        lines.append([f"{advice} (每参数词元过多，生长可能更费)"])
     at = ", ".join(f"{share:.0%}" for share in found["grows_at"])
     same = f"this run, grown at {at}, costs as much as "
     lines.append(
