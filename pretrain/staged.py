@@ -144,7 +144,7 @@ def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
         read = f"by then the small model has read {found['tokens_per_parameter']:.3g} tokens a"
         lines.append([f"{read} parameter (小模型每参数所读词元)"])
     if (whole_run := found["tokens_per_parameter_at_the_end"]) > WORTH:
-        beyond = f"beyond some {WORTH:g}, growing can cost more than scratch at equal loss"
+        beyond = f"beyond {WORTH:g}, growing can cost more than scratch at equal loss"
         lines.append([f"{whole_run:.3g} tokens a parameter of the large model: {beyond}"])
         advice = "(docs/growth.md); grow earlier, or not at all"
         lines.append([f"{advice} (每参数词元过多，生长可能更费)"])
