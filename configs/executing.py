@@ -10,6 +10,16 @@ from dataclasses import dataclass
 SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|infinite", re.IGNORECASE)
 
 
+def slurm_seconds(limit: str) -> float:
+    """Seconds of a time limit as SLURM_TIME allows it (sbatch(1), --time); inf for `infinite`."""
+    if limit.lower() == "infinite":
+        return float("inf")
+    days, _, rest = limit.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+
+
 @dataclass(frozen=True)
 class Ray:
     """data.executor: ray."""

@@ -117,7 +117,7 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
         return (
             f"the package '{error.name}' is not installed; ./launch/setup.sh installs what is "
-            "needed, with `hf` or `ray` as its argument those extras too (缺少依赖包)"
+            "needed, with `hf`, `ray` or `web` as its argument those extras too (缺少依赖包)"
         )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""

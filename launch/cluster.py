@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.executing import SLURM_TIME
+from configs.executing import SLURM_TIME, slurm_seconds
 from configs.load import ConfigError, dump, load
 from configs.run import RunConfig, world_problems
 from launch.cli import UserError
 from launch.machines import at_least_one
+from launch.train import GRACE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -40,8 +41,9 @@ POD_FAILURES: list[dict[str, Any]] = [
 ]
 """A mistake in the page ends the Job; a pod that is evicted, or told to stop, is begun again and
 counts for nothing."""
-GRACE_S = 180
-"""From the notice that a job will end to its end: time to save."""
+NOTICE_S = int(GRACE_S) + 30
+"""From the notice that a job will end to its end: time to save. Nobody waits for it in vain: a job
+that has saved ends. Of a short job it is a quarter."""
 CORES_PER_GPU = 4
 """CPU cores of a process with a GPU where the page has no run.threads: Python, the loader, what
 saves, NCCL. Slurm gives a task one core if it is not asked."""
@@ -168,7 +170,7 @@ def train_words(words: argparse.Namespace) -> list[str]:
     gpu = ["--gpu"] if words.gpu else []
     config = str(Path(words.config).resolve())
     line = [words.python, "-m", "launch", "train", config, *words.overrides]
-    return [*line, "--devices", str(words.devices), "--grace-s", str(GRACE_S - 30), *gpu]
+    return [*line, "--devices", str(words.devices), *gpu]
 
 
 def on_node(words: argparse.Namespace, last: str) -> str:
@@ -186,6 +188,7 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
     if wrong := [o for o in words.sbatch if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", o)]:
         raise UserError(f"--sbatch: '{wrong[0]}' must be like account=lab (写长选项名，不带横线)")
     out = Path(config.run.out)
+    notice_s = int(min(NOTICE_S, slurm_seconds(words.time) / 4))
     cores = config.run.threads or (CORES_PER_GPU if words.gpu else 1)
     log = out.absolute() / "logs" / "slurm-%j.log"
     if words.out is not None:
@@ -195,7 +198,7 @@ def slurm(words: argparse.Namespace, config: RunConfig) -> str:
         f"nodes={words.nodes}",
         "ntasks-per-node=1",
         f"time={words.time}",
-        f"signal=B:USR1@{GRACE_S}",
+        f"signal=B:USR1@{notice_s}",
         "requeue",
         "open-mode=append",
         f'output="{log}"',
@@ -253,7 +256,7 @@ def kubernetes(words: argparse.Namespace, config: RunConfig) -> str:
     pod = {
         "subdomain": name,
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": NOTICE_S,
         "containers": [container],
         "volumes": [
             {"name": "shared", "persistentVolumeClaim": {"claimName": words.claim}},

@@ -42,6 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
 """What opens a line for the user; the same as pretrain/monitor.py's, which imports torch."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GRACE_S = 600.0
+"""From a stop to the end of whoever has not saved: up to two steps and a checkpoint on a slow disk.
+A step of a large model takes a minute; who is in a hurry says stop twice."""
 FAILED_PEER_GRACE_S = 15.0
 """Once a rank has failed its peers wait in a collective for ever; this is for their last words."""
 FAR_S = 10.0
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--stopped-code", type=int, default=0, help="exit code of a run that was told to stop"
     )
-    parser.add_argument("--grace-s", type=float, default=60.0, help="for saving, when stopped")
+    parser.add_argument("--grace-s", type=float, default=GRACE_S, help="for saving, when stopped")
     parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, RunConfig, args.overrides)
@@ -144,7 +147,7 @@ class Job:
     """What pdsh puts in front of the lines of a machine, with a colon."""
     far: tuple[str, ...] = ()
     """The machines of a hostfile."""
-    grace_s: float = 60.0
+    grace_s: float = GRACE_S
     """From the first signal to the kill."""
     folder: Path | None = None
     """The run folder, where the ranks are on a roll."""
@@ -263,7 +266,8 @@ class Job:
             self._deadline = 0.0
             return
         self._say(
-            f"stopping: the ranks save and end, {self.grace_s:.0f} s at most (正在保存并停止)"
+            f"stopping: the ranks save and end, {self.grace_s:.0f} s at most; once more: at once "
+            "(正在保存并停止，再按一次立即结束)"
         )
         self._deadline = time.monotonic() + self.grace_s
         self._tell()

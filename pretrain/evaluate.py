@@ -30,8 +30,13 @@ from pretrain.corpora import Corpora, check_learnt, open_measured, trained_lengt
 from pretrain.device import check_gpu
 
 Ints = NDArray[np.int64]
-CHUNK = 1 << 24
-"""Tokens counted at a time."""
+STRETCH = 1 << 20
+"""Tokens of one place that are counted together."""
+AT_ONCE = 16
+"""Stretches whose pairs are sorted in one go."""
+COUNTED = 1 << 27
+"""Most tokens of a corpus that are counted: those of a larger one give minutes and gigabytes more,
+and the baseline little."""
 BUCKETS = 24
 """Contexts share an interpolation weight by the power of two of their count."""
 
@@ -47,14 +52,26 @@ class Counts:
     """How often each pair stands there."""
 
 
+def stretches(stop: int) -> list[tuple[int, int]]:
+    """[begin, end) of what is counted of tokens [0, stop): all, or COUNTED evenly spread."""
+    number = math.ceil(min(stop, COUNTED) / STRETCH)
+    pace = STRETCH if stop <= COUNTED else stop // number
+    return [(n * pace, min(n * pace + STRETCH, stop)) for n in range(number)]
+
+
 def count(tokens: Any, stop: int, vocab: int) -> Counts:
-    """Count tokens [0, stop) of an index; memory grows with the distinct pairs."""
+    """Count the stretches of tokens [0, stop) of an index; memory grows with the distinct pairs."""
     single_V = np.zeros(vocab, np.int64)
     pairs, times = np.empty(0, np.int64), np.empty(0, np.int64)
-    for begin in range(0, stop, CHUNK):
-        part = tokens.slice(begin, min(begin + CHUNK + 1, stop)).astype(np.int64)
-        single_V += np.bincount(part[:CHUNK], minlength=vocab)
-        found, often = np.unique(part[:-1] * vocab + part[1:], return_counts=True)
+    spans = stretches(stop)
+    for first in range(0, len(spans), AT_ONCE):
+        codes = []
+        for begin, end in spans[first : first + AT_ONCE]:
+            # a pair belongs to the stretch of its first token
+            part = tokens.slice(begin, min(end + 1, stop)).astype(np.int64)
+            single_V += np.bincount(part[: end - begin], minlength=vocab)
+            codes.append(part[:-1] * vocab + part[1:])
+        found, often = np.unique(np.concatenate(codes), return_counts=True)
         pairs, where = np.unique(np.concatenate([pairs, found]), return_inverse=True)
         merged = np.zeros(len(pairs), np.int64)
         np.add.at(merged, where, np.concatenate([times, often]))
@@ -103,14 +120,15 @@ def _bucket(counts: Counts, context_N: Ints) -> Ints:
 def baselines(corpora: Corpora, samples: int) -> dict[str, float]:
     """Nats of the measured targets under the unigram and the interpolated bigram.
 
-    Counted on the train split of the first corpus; the bigram's weights are fitted on its last
-    twentieth with counts of the rest, and used with counts of all of it.
+    Counted on the train split of the first corpus (of more than COUNTED tokens, on that many); the
+    bigram's weights are fitted on its last twentieth with counts of the rest, and used with counts
+    of all of it.
     """
     tokens = corpora.train[0].index
     vocab = corpora.tokenizer.vocab_size
     total = int(tokens.tokens)
     cut = total - max(total // 20, 2)
-    held = tokens.slice(cut, min(total, cut + CHUNK)).astype(np.int64)
+    held = tokens.slice(cut, min(total, cut + AT_ONCE * STRETCH)).astype(np.int64)
     weights = fit_weights(count(tokens, cut, vocab), held[:-1], held[1:])
     counts = count(tokens, total, vocab)
     dataset, rows = corpora.measured(samples)
@@ -159,12 +177,14 @@ def bits(
     characters = corpora.measured_characters(samples)
     scale = math.log(2) * max(characters, 1)
     table = {"model": nats} | baselines(corpora, samples)
+    total = int(corpora.train[0].index.tokens)
     return {
         "checkpoint": str(checkpoint),
         "corpus": str(corpus),
         "rows": len(corpora.measured(samples)[0]),
         "tokens": predicted,
         "characters": characters,
+        "counted": {"tokens": min(total, COUNTED), "of": total},
         "bits_per_character": {name: value / scale for name, value in table.items()},
         "nats_per_token": {name: value / max(predicted, 1) for name, value in table.items()},
     }
@@ -316,3 +336,9 @@ def _show(result: dict[str, Any]) -> None:
     print(f"{'':10}{'bits/character':>16}{'nats/token':>12}")
     for name, value in result["bits_per_character"].items():
         print(f"{name:10}{value:16.4f}{result['nats_per_token'][name]:12.4f}")
+    counted = result["counted"]
+    if counted["tokens"] < counted["of"]:
+        print(
+            f"unigram and bigram are counts of {counted['tokens']:,} of {counted['of']:,} tokens, "
+            "evenly spread (n 元统计取均匀的一部分)"
+        )

@@ -18,6 +18,7 @@ import yaml
 from launch.cli import UserError
 from launch.cluster import expanded, main
 from launch.machines import Machines, free_port
+from launch.train import GRACE_S
 from pretrain.watch import STALLED
 from tests import small_slurm
 from tests.run_jobs import losses, page, write
@@ -75,6 +76,25 @@ def test_a_task_has_the_cores_of_its_processes(
 ) -> None:
     assert main([RUN, "--slurm", "--devices", "2", *words]) == 0
     assert f"#SBATCH --cpus-per-task={cores}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("limit", "notice"),
+    [
+        ("24:00:00", 630),
+        ("infinite", 630),
+        ("1-0", 630),
+        ("30", 450),
+        ("8:00", 120),
+        ("0:40:00", 600),
+    ],
+)
+def test_a_job_hears_of_its_limit_in_time_to_save(
+    limit: str, notice: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Longer before it than the launcher lets its ranks save, and never at the job's begin."""
+    assert GRACE_S < 630 and main([RUN, "--slurm", "--time", limit]) == 0
+    assert f"#SBATCH --signal=B:USR1@{notice}\n" in capsys.readouterr().out
 
 
 SRUN = """#!/bin/sh
@@ -233,7 +253,7 @@ def test_two_machines_without_ssh_train_as_one(tmp_path: Path, tiny_corpus: Path
 def test_a_slurm_job_saves_before_its_limit_and_is_put_back(
     tmp_path: Path, tiny_corpus: Path
 ) -> None:
-    """USR1 as Slurm would send it 180 s before the limit; the second life ends the run."""
+    """USR1 as Slurm would send it before the limit; the second life ends the run."""
     config = write(
         tmp_path / "run.yaml",
         page(tmp_path / "run", tiny_corpus, run__steps=300, run__log_every_steps=1),

@@ -73,7 +73,7 @@ def guest(name: str, kind: str) -> ModuleType:
     except ImportError:
         raise CorpusError(
             f"a source of kind '{kind}' needs {name}, which is not installed; install the extra: "
-            "pip install 'bajie[web]' (缺少网页读取组件)"
+            "./launch/setup.sh web (缺少网页读取组件)"
         ) from None
 
 
