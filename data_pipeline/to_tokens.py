@@ -19,12 +19,14 @@ def to_tokens(
     beside: Beside,
 ) -> list[Stage]:
     """Run them over the documents of `divided`; stage(name, blocks, tasks, inputs, bytes) runs one.
-    `models` are the fingerprints of a published tokenizer's files, which need no text to learn
-    from. Returns the tokenizer's stage, the ids', and, if asked for, the gap sentences'."""
+    `models` are the fingerprints of the files that the page's tokenizer names. Returns the
+    tokenizer's stage, the ids', and, if asked for, the gap sentences'."""
     documents, counts = divided.data / "documents", divided.counts
     shards = sorted(documents.glob("train-*.jsonl.zst"))
     learn = MakeTokenizer(config.tokenizer, shards, counts["train_bytes"])
-    made = stage("tokenizer", [learn], 1, models or [divided.key], learn.train_bytes)
+    # A published model needs no text; a trained one does, whatever dictionary stands beside it.
+    learnt = [] if config.tokenizer.model is not None else [divided.key]
+    made = stage("tokenizer", [learn], 1, [*learnt, *models], learn.train_bytes)
     words = made.data / "tokenizer"
     through: list[Block] = [Encode(documents, words, beside)]
     size = counts["train_bytes"] + counts["valid_bytes"]
