@@ -76,6 +76,34 @@ def test_a_truncated_file_is_one_fault(tmp_path: Path) -> None:
     assert [fault.kind for fault in faults] == ["damaged"]
 
 
+@pytest.mark.parametrize("place", ["__init__", "iter_batches"])
+def test_a_file_system_that_fails_is_no_damage(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row is read when it is back; to put rows aside as damaged would lose them for good."""
+    source = written(tmp_path)
+    tasks, _ = ingest.plan(Data(out="", sources=(source,)))
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(parquet.ParquetFile, place, failing)
+    with pytest.raises(CorpusError, match="could not be read to its end: Stale file handle"):
+        list(ingest.read(source, tasks[0][0], Meter(), [].append))
+
+
+def test_a_file_system_that_fails_changes_no_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    source = written(tmp_path)
+    monkeypatch.setattr(parquet, "read_metadata", failing)
+    with pytest.raises(CorpusError, match=r"a\.parquet cannot be read: Too many open files"):
+        ingest.plan(Data(out="", sources=(source,)))
+
+
 def test_a_column_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     source = replace(written(tmp_path), text_field="content")
     with pytest.raises(CorpusError, match="has no column 'content', it has id, text, n; set its"):

@@ -4,12 +4,12 @@
     datasets   a part is a range of rows of a dataset that lies on the disk
 
 A row that cannot be used is a fault with its number. A row group that is damaged is one fault, and
-the next group is read.
+the next group is read. A file system that fails is no damage.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from configs.sources import Source
 from data_pipeline.shards import CorpusError
@@ -62,12 +62,15 @@ def _known(source: Source, names: list[str], what: str) -> None:
 
 
 def row_groups(path: Path) -> tuple[int, int, int]:
-    """(row groups, bytes of text in them, about, rows); zeros for a file that cannot be read."""
+    """(row groups, bytes of text in them, about, rows); zeros for a damaged file. CorpusError if
+    it cannot be opened."""
     import pyarrow.parquet as parquet
 
     try:
         about = parquet.read_metadata(str(path))
-    except Exception:  # whatever is wrong with it is said when it is read
+    except Exception as error:  # whatever is damaged is said when it is read
+        if _of_the_system(error):
+            raise CorpusError(f"{path} cannot be read: {error.strerror} (无法读取)") from None
         return 0, 0, 0
     sizes = [about.row_group(n).total_byte_size for n in range(about.num_row_groups)]
     return len(sizes), sum(sizes), about.num_rows
@@ -85,9 +88,9 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
 
     try:
         file = parquet.ParquetFile(part.path)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others
+        if _of_the_system(error):
+            raise
         damaged("its footer", error)
         return
     with file:
@@ -105,8 +108,15 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
             except CorpusError:
                 raise
             except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+                if _of_the_system(error):
+                    raise
                 damaged(f"row group {group} from its row {row} on", error)
             meter.share = (group + 1 - first) / (last - first)
+
+
+def _of_the_system(error: Exception) -> TypeGuard[OSError]:
+    """Whether a file could not be opened or read; damaged data is an OSError without a number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _is_wanted(source: Source, field: Any) -> bool:
