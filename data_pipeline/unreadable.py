@@ -34,10 +34,12 @@ def faults_of(
     """What the faults of one part are handed to; `put_aside` takes a reason and a record."""
     if source.bad_lines == "stop":
         return ingest.stop
-    read = counts[f"read/{source.name}"]
     first: list[Fault] = []
+    faults = 0
 
     def aside(fault: Fault) -> None:
+        nonlocal faults
+        faults += 1
         first.append(fault) if not first else None
         name = Path(fault.path).name  # no path: a corpus moved elsewhere is the same corpus
         reason = f"unreadable:{fault.kind}"
@@ -47,19 +49,19 @@ def faults_of(
             "why": fault.sentence.replace(fault.path, name),
             "text": fault.excerpt,
         }
-        counts[f"read/{source.name}"] += 1
-        counts["read_documents"] += 1
+        counts[f"read/{source.name}"] += fault.records
+        counts["read_documents"] += fault.records
         counts["read_characters"] += len(fault.excerpt)
-        counts[f"unread/{source.name}"] += 1
-        counts[f"unreadable/{source.name}/{fault.kind}"] += 1
-        counts[f"rejected/{reason}"] += 1
+        counts[f"unread/{source.name}"] += fault.records
+        counts[f"unreadable/{source.name}/{fault.kind}"] += fault.records
+        counts[f"rejected/{reason}"] += fault.records
         counts[f"rejected_characters/{reason}"] += len(fault.excerpt)
         put_aside(reason, record)
-        met = counts[f"read/{source.name}"] - read
-        if met == RECORDS_WITHOUT_FIELDS and fault.kind in WITHOUT_FIELDS and _all(counts, source):
+        many = faults == RECORDS_WITHOUT_FIELDS
+        if many and fault.kind in WITHOUT_FIELDS and _all(counts, source):
             raise CorpusError(
-                f"{first[0].sentence}; nor can one of the {met - 1} records after it be used: this "
-                "is no damage, correct the fields of the source (来源的字段名有误)"
+                f"{first[0].sentence}; nor can one of the {faults - 1} records after it be used: "
+                "this is no damage, correct the fields of the source (来源的字段名有误)"
             )
 
     return aside

@@ -1,6 +1,7 @@
 """Row groups and MNBVC's paragraphs give the documents that lie in them, each once."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from configs.corpus import Data
 from configs.sources import Source
-from data_pipeline import ingest
+from data_pipeline import ingest, unreadable
 from data_pipeline.ingest import CorpusError, Document, Fault, Meter
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -52,19 +53,62 @@ def test_a_row_without_text_lies_between_good_ones(tmp_path: Path) -> None:
     assert "a.parquet, row 10: the row has no text" in faults[0].sentence
 
 
-def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
-    source = written(tmp_path)
-    path = Path(str(source.path))
+def spoil_group_3(path: Path) -> None:
     data = bytearray(path.read_bytes())
     about = parquet.read_metadata(path).row_group(3).column(1)
     start = about.dictionary_page_offset or about.data_page_offset
     data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
+
+
+def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
+    source = written(tmp_path)
+    spoil_group_3(Path(str(source.path)))
     documents, faults, _ = read_all(source)
     assert [fault.kind for fault in faults] == ["damaged"]
-    assert "row group 3 from its row 2100 on, is damaged" in faults[0].sentence
+    assert "row group 3 from its row 2100 on, 700 rows, is damaged" in faults[0].sentence
+    assert faults[0].records == 700
     kept = [int(document.id) for document in documents]
     assert set(range(5000)) - set(kept) == set(range(2100, 2800))
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_text_that_is_no_utf_8_costs_no_other_row(dictionary: bool, tmp_path: Path) -> None:
+    """Of 2,500 rows, three batches, two cannot be used, in whatever column the bytes stand."""
+    texts = [f"第{n}篇".encode() for n in range(2500)]
+    notes = [b"note"] * 2500
+    texts[1200], notes[2400] = b"\xb5\xda\xff", b"\xff"
+    columns = {
+        name: pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+        for name, values in (("text", texts), ("note", notes))
+    }
+    if dictionary:
+        columns = {name: column.dictionary_encode() for name, column in columns.items()}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    documents, faults, _ = read_all(Source("parquet", str(tmp_path / "a.parquet"), "s"))
+    good = [text.decode() for n, text in enumerate(texts) if n not in (1200, 2400)]
+    assert [document.text for document in documents] == good
+    assert [(fault.kind, fault.place) for fault in faults] == [
+        ("encoding", "row 1200"),
+        ("encoding", "row 2400"),
+    ]
+    said = "row 1200: the row has in its column 'text' what is no UTF-8 (the byte is 0xb5)"
+    assert said in faults[0].sentence and r"b'\xb5\xda\xff'" in faults[0].excerpt
+
+
+def test_rows_that_a_damage_takes_are_counted_one_by_one(tmp_path: Path) -> None:
+    source = written(tmp_path)
+    spoil_group_3(Path(str(source.path)))
+    counts: Counter[str] = Counter()
+    aside: list[Any] = []
+    faults = unreadable.faults_of(
+        replace(source, bad_lines="reject"), counts, lambda *of: aside.append(of)
+    )
+    tasks, _ = ingest.plan(Data(out="", sources=(source,)))
+    documents = list(ingest.read(source, tasks[0][0], Meter(), faults))
+    assert len(documents) + counts["read_documents"] == 5000
+    assert counts["rejected/unreadable:damaged"] == 700
+    assert len(aside) == 1
 
 
 def test_a_truncated_file_is_one_fault(tmp_path: Path) -> None:

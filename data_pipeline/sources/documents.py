@@ -96,6 +96,8 @@ class Fault(NamedTuple):
     """All of it, for the user."""
     excerpt: str
     """What can be shown of it, bytes that are no text as \\xff."""
+    records: int = 1
+    """How many are lost, as far as that is known."""
 
 
 Faults = Callable[[Fault], None]

@@ -3,8 +3,8 @@
     parquet    a part is some row groups; rows are read a batch at a time
     datasets   a part is a range of rows of a dataset that lies on the disk
 
-A row that cannot be used is a fault with its number. A row group that is damaged is one fault, and
-the next group is read. A file system that fails is no damage.
+A row that cannot be used is a fault with its number. A row group that is damaged is one fault that
+counts the rows that are lost, and the next group is read. A file system that fails is no damage.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,7 @@ def _rows(
     for row, values in enumerate(zip(*columns.values(), strict=True), first):
         record = dict(zip(columns, values, strict=True))
         try:
+            _all_text(record)
             place = f"{part.name}:{row}" if source.kind == "parquet" else str(row)
             yield document(source, record, place)
         except Unusable as bad:
@@ -42,6 +43,16 @@ def _rows(
             where = f"source '{source.name}', {path}" if source.kind == "datasets" else path
             sentence = f"{where}, row {row}: the row {bad.what} (此行无法使用)"
             faults(Fault(bad.kind, path, f"row {row}", sentence, repr(record)[:2000]))
+
+
+def _all_text(record: dict[str, Any]) -> None:
+    """Unusable for a row with a value that _values() could not read; its bytes are shown."""
+    for column, value in record.items():
+        if isinstance(value, UnicodeDecodeError):
+            record[column] = value.object
+            byte = value.object[value.start]
+            what = f"has in its column '{column}' what is no UTF-8 (the byte is 0x{byte:02x})"
+            raise Unusable("encoding", f"{what}; mend it, or take the row out")
 
 
 def _known(source: Source, names: list[str], what: str) -> None:
@@ -80,11 +91,11 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
     """The documents of a part's row groups."""
     import pyarrow.parquet as parquet
 
-    def damaged(place: str, error: Exception) -> None:
+    def damaged(place: str, error: Exception, rows: int = 1) -> None:
         reason = " ".join(str(error).split())[:200]
         path = readable(part.path)
         sentence = f"{path}, {place}, is damaged ({reason}); fetch it again (文件损坏)"
-        faults(Fault("damaged", path, place, sentence, ""))
+        faults(Fault("damaged", path, place, sentence, "", rows))
 
     try:
         file = parquet.ParquetFile(part.path)
@@ -100,9 +111,10 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
         first, last = (about.num_row_groups * n // part.of for n in (part.number, part.number + 1))
         for group in range(first, last):
             row = sum(about.row_group(before).num_rows for before in range(group))
+            end = row + about.row_group(group).num_rows
             try:
                 for batch in file.iter_batches(ROWS, row_groups=[group], columns=names):
-                    columns = {name: batch.column(name).to_pylist() for name in names}
+                    columns = {name: _values(batch.column(name)) for name in names}
                     yield from _rows(source, columns, row, part, faults)
                     row += batch.num_rows
             except CorpusError:
@@ -110,8 +122,25 @@ def read_parquet(source: Source, part: Part, meter: Meter, faults: Faults) -> It
             except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
                 if _of_the_system(error):
                     raise
-                damaged(f"row group {group} from its row {row} on", error)
+                lost = max(end - row, 1)
+                damaged(f"row group {group} from its row {row} on, {lost} rows", error, lost)
             meter.share = (group + 1 - first) / (last - first)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; in the place of one that is no UTF-8 the error: its row alone cannot
+    be used."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _of_the_system(error: Exception) -> TypeGuard[OSError]:
