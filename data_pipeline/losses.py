@@ -60,7 +60,9 @@ def what_goes(
         matched = stage("matches", [look], len(sizes), [cleaned.key, exams], size)
         copies = losses.gone.get("duplicate", [])
         spare = decontaminate.SpareCommon(matched, config.decontaminate, exams, copies)
-        hit = stage("contaminated", [spare], 1, [matched.key, found.key], 0)
+        # Where copies stay, each counts: no duplicates are read, and the key is another one.
+        reads = [matched.key, found.key] if config.dedup.exact else [matched.key]
+        hit = stage("contaminated", [spare], 1, reads, 0)
         for part in config.decontaminate:
             numbers = hit.data / "numbers" / part.name
             losses.gone[f"contaminated:{part.name}"] = sorted(numbers.glob("*.npy"))

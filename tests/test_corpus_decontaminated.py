@@ -157,6 +157,20 @@ def test_a_common_phrase_is_no_leak_but_half_an_item_is(tmp_path: Path) -> None:
     assert phrase[:13] in (tmp_path / "d" / "report.html").read_text("utf-8")
 
 
+def test_copies_that_stay_are_counted_whatever_was_built_before(tmp_path: Path) -> None:
+    """A phrase in 12 equal documents: one document if copies go, common if they stay."""
+    phrase = "本法自公布之日起施行原条例同时废止"
+    (tmp_path / "e.txt").write_text(f"下列说法正确的是哪一项：{phrase}。甲说从明年开始。", "utf-8")
+    texts = [f"第一号令：{phrase}。共计一条。"] * 12 + [f"{WORDS}{n}，{n + 1}。" for n in range(30)]
+    source = tmp_path / "text.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    sets = [{"name": "e", "path": str(tmp_path / "e.txt"), "max_documents": 10}]
+    for exact, spared in ((True, 0), (False, 12), (True, 0)):
+        one = {"data": {"workers": 1}, "dedup": {"exact": exact}, "decontaminate": sets}
+        said = build.build(page(tmp_path / "c", source, **one), replacing=True)["contamination"]
+        assert said["e"].get("spared_documents", 0) == spared
+
+
 def test_fields_are_found_at_any_depth(tmp_path: Path) -> None:
     nested = {
         "data": [
