@@ -6,7 +6,8 @@ SRC is a checkpoint or a run of ours, a folder of Hugging Face's (GPT2, MT5, RoF
 CPM-1's mp_rank files, megatron-core's, or the TensorFlow files of bert4keras and of Google's BERT.
 The proof reads what was written: every tensor must come back to the last bit, and where
 transformers has the model and is installed, its logits must be ours. `--set positions=null` makes a
-RoFormer of a BERT or WoBERT, as RoFormer began: the table of positions is left out.
+RoFormer of a BERT or WoBERT, as RoFormer began: the table of positions is left out. DST gets its
+name once the proof holds; what does not hold stands aside in .DST.writing.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from configs.load import to_dict
@@ -37,12 +39,16 @@ from configs.model import (
 from configs.model import tensors as tensors_of
 from data_pipeline import tokenizer as corpus_tokenizer
 from pretrain import checkpoint, growth, proof
+from pretrain.averaged import unmarked
 from pretrain.convert import bert4keras, bundle, cpm1, hf, hf_config, megatron
 from pretrain.convert.rules import ConversionError, Rule, check, exported, imported
+from pretrain.labelled import label_names
 from pretrain.state import State
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("native", "hf", "cpm1", "megatron", "bert4keras")
+FLOAT64_BYTES = 12
+"""Of a parameter, while transformers loads a model in float64: it, and the file's float32."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,14 @@ def main(argv: list[str]) -> int:
         )
     source = read(Path(given.source), given.kind, given.set, given.tokenizer)
     found = convert(source, target, given.to, DTYPES[given.dtype], given.ranks)
-    found = {"verb": "convert", "source": str(given.source), **found}
-    proof.write_proof(target, found)
+    found = settled(target, {"verb": "convert", "source": str(given.source), **found})
     print(json.dumps(found, ensure_ascii=False, indent=1) if given.json else _table(found))
     if not found["kept"]:
-        print(f"{target}: differs from its source, see proof.json (转换有误)", file=sys.stderr)
+        print(
+            f"{target}: differs from its source and was not made; what was written stands with its "
+            f"proof in {found['at']} (转换有误，未生成)",
+            file=sys.stderr,
+        )
     return 0 if found["kept"] else 1
 
 
@@ -99,6 +108,7 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
     """A checkpoint of any format as a state of ours."""
     kind = kind or format_of(folder)
     left: list[str] = []
+    called: list[str] = []
     if kind == "native":
         path = checkpoint.resolve(folder)
         state = checkpoint.read(path)
@@ -118,10 +128,12 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         entries = imported(_present(tables, tensors), tensors, whole, hf.ignored)
         owned = {name for rule in tables for name in rule.foreign}
         left = hf.dropped(set(tensors) - owned)
+        called = hf_config.label_names(page)
     elif kind == "cpm1":
         ranks, tensors = cpm1.read(folder)
-        heads = [int(text[6:]) for text in options if re.fullmatch(r"heads=\d+", text)]
-        config = hf_config.with_options(cpm1.ours(ranks, tensors, *heads), [])
+        heads = [text for text in options if re.fullmatch(r"heads=\d+", text)]
+        made = cpm1.ours(ranks, tensors, *(int(text[6:]) for text in heads))
+        config = hf_config.with_options(made, [text for text in options if text not in heads])
         assert isinstance(config, CPMConfig)
         entries = imported(cpm1.rules(config, ranks), tensors, config)
     elif kind == "bert4keras":
@@ -136,7 +148,8 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         entries = imported(megatron.rules(config, ranks), tensors, config, megatron.ignored)
     inside = folder / hf.TOKENIZER
     kept = _tokenizer(words) or (inside if inside.is_dir() else None)
-    state, notes = _fitted(State(entries, {"model": to_dict(config)}))
+    record = {"model": to_dict(config)} | ({"labels": called} if called else {})
+    state, notes = _fitted(State(entries, record))
     notes += [f"left behind: {what} (未转换)" for what in left]
     return Source(kind, state, kept, tuple(notes))
 
@@ -177,7 +190,8 @@ def _present(rules: Iterable[Rule], foreign: Any) -> list[Rule]:
 
 def format_of(folder: Path) -> str:
     """What a folder holds. ConversionError if nothing that is known."""
-    if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
+    ours = unmarked(folder)[0]  # RUN@ema
+    if (ours / "checkpoints").is_dir() or (ours / "state.json").is_file():
         return "native"
     if folder.is_dir() and bert4keras.prefix_in(folder) is not None:
         return "bert4keras"
@@ -204,22 +218,42 @@ def _tokenizer(words: str | None) -> Path | None:
 # ---- out
 
 
+def aside_of(target: Path) -> Path:
+    """Where a folder is written and proven before it has its name."""
+    return target.with_name(f".{target.name}.writing")
+
+
+def settled(target: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The proof `found`, written beside what it is about; if it holds, that gets its name."""
+    aside = aside_of(target)
+    found |= {"at": str(target if found["kept"] else aside)}
+    proof.write_proof(aside, found)
+    if found["kept"]:
+        os.rename(aside, target)
+    return found
+
+
 def convert(
     source: Source, target: Path, to: str, dtype: torch.dtype, ranks: int | None
 ) -> dict[str, Any]:
-    """Write `source` in another format, aside and renamed; read it back; returns the proof."""
+    """Write `source` in another format, aside; read it back; returns the proof for settled()."""
     config = growth.model_config(source.state)
-    partial = target.with_name(f".{target.name}.writing")
+    if dtype != torch.float32 and to in ("native", "bert4keras"):
+        raise ConversionError(
+            f"--dtype: --to {to} writes float32; leave it out (half precision of ours: python -m "
+            "launch export; 该格式只存 float32)"
+        )
+    _check_words(source, config)
+    partial = aside_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     notes = list(source.notes)
     if to == "native":
         record = _begun(source)
-        checkpoint.write_state(target, State(source.state.entries, record), source.tokenizer)
+        checkpoint.write_state(partial, State(source.state.entries, record), source.tokenizer)
     else:
         partial.mkdir(parents=True)
         _write(source, config, partial, to, dtype, ranks, notes)
-        os.rename(partial, target)
-    found = _prove(source.state, target, to, dtype)
+    found = _prove(source.state, partial, to, dtype)
     return {
         "from": source.format,
         "to": to,
@@ -238,6 +272,18 @@ def _begun(source: Source) -> dict[str, Any]:
     begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
     begin |= {"seed": 0, "data": [], "scaler": None, "growth": [], "converted": source.format}
     return begin | source.state.record | {"tokenizer": fingerprint}
+
+
+def _check_words(source: Source, config: ModelConfig) -> None:
+    """ConversionError for a tokenizer of more tokens than the model has rows."""
+    if source.tokenizer is None:
+        return
+    tokens = corpus_tokenizer.load(source.tokenizer).vocab_size
+    if tokens > config.vocab:
+        raise ConversionError(
+            f"{source.tokenizer}: has {tokens} tokens, the model {config.vocab} rows; give the "
+            "model's own by --tokenizer, or go to this one by `launch revocab` (分词器与模型不符)"
+        )
 
 
 def _write(
@@ -260,7 +306,7 @@ def _write(
         )
     if to == "hf":
         words = corpus_tokenizer.load(source.tokenizer) if source.tokenizer else None
-        page = hf_config.theirs(config, words)
+        page = hf_config.theirs(config, words, label_names(source.state.record))
         rules = hf.rules(config)
         check(rules, config)
         hf.write(folder, page, exported(rules, weight), dtype)
@@ -274,6 +320,9 @@ def _write(
         text = json.dumps(bert4keras.page_of(config), indent=2)
         (folder / "bert4keras_config.json").write_text(text + "\n", "utf-8")
         bundle.write(folder / "model.ckpt", exported(rules, weight))
+        notes += hf.carry_tokenizer(folder, source.tokenizer)
+        for vocabulary in folder.glob(f"{hf.TOKENIZER}/vocab.txt"):  # bert4keras asks for one
+            shutil.copy(vocabulary, folder)
         return
     if not isinstance(config, CPMConfig):
         raise ConversionError(f"--to {to}: is a format of CPM, not of {config.family} (仅支持 CPM)")
@@ -295,6 +344,7 @@ def _write(
         rules = megatron.rules(config, number)
         check(rules, config)
         megatron.write(folder, config, lambda: exported(rules, weight), number, dtype, step)
+    notes += hf.carry_tokenizer(folder, source.tokenizer)
 
 
 # ---- proof
@@ -334,6 +384,12 @@ def _against_transformers(state: State, folder: Path, dtype: torch.dtype) -> dic
     if dtype != torch.float32:
         return {"note": f"not compared: written in {dtype}, the source is in float32"}
     config = growth.model_config(state)
+    needs = FLOAT64_BYTES * parameter_count(config)
+    if needs > (free := psutil.virtual_memory().available):
+        return {
+            "note": f"not compared: its model in float64 takes {needs / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB of memory are free; every tensor was read back (内存不足，未比较)"
+        }
     # Its MT5 norm and its RoFormer positions are float32 in every precision.
     exact = isinstance(config, CPMConfig) or getattr(config, "positions", None) is not None
     # A decomposition that was written out is rounded to float32.
@@ -369,5 +425,5 @@ def _table(found: dict[str, Any]) -> str:
     elif seen:
         lines.append(("transformers", seen["note"]))
     lines += [("note", note) for note in found["notes"]]
-    lines.append(("proof", f"{found['target']}/proof.json"))
+    lines.append(("proof", f"{found['at']}/proof.json"))
     return "\n".join(f"{name:<14} {value}" for name, value in lines)

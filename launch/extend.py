@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
 def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dict[str, Any]:
     """Read, extend, write, prove; returns the proof. ValueError for what cannot be done."""
     from pretrain import allocator, checkpoint, proof_of_length, proven
+    from pretrain.corpora import trained_length
     from pretrain.growth import model_config, positions
     from pretrain.state import State
 
@@ -64,7 +65,7 @@ def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dic
     allocator.give_back()
     folder = checkpoint.resolve(origin)
     before = checkpoint.read(folder)
-    now, rows = model_config(before), before.record.get("config", {}).get("data", {}).get("seq_len")
+    now, rows = model_config(before), trained_length(before.record)
     to = extended(now, seq_len, how, rows)
     known = how.known or rows
     how = dataclasses.replace(resolved(now, how), known=known)

@@ -20,7 +20,7 @@ from pretrain.checkpoint import read, resolve
 from pretrain.corpora import open_measured, trained_length
 from pretrain.device import place
 from pretrain.generate import load_model
-from pretrain.labelled import fit
+from pretrain.labelled import fit, label_names
 from pretrain.objectives.labels import logits_at, places
 from pretrain.tasks import TaskError, columns
 
@@ -66,13 +66,13 @@ def _names(record: Mapping[str, Any]) -> list[str]:
             "--task labels: the checkpoint has no head over labels; fine-tune it with "
             "objective.name=labels (没有分类头)"
         )
-    known = [entry.get("objective", {}).get("labels") for entry in record.get("data", [])]
-    if not known or not known[-1]:
+    names = label_names(record)
+    if not names:
         raise TaskError(
             "--task labels: the checkpoint does not say what its labels are called; it was not "
             "trained here (标签名未知)"
         )
-    return list(known[-1])
+    return names
 
 
 def _of_corpus(

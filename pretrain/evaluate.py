@@ -37,6 +37,8 @@ AT_ONCE = 16
 COUNTED = 1 << 27
 """Most tokens of a corpus that are counted: those of a larger one give minutes and gigabytes more,
 and the baseline little."""
+MOST_OF_BIGRAM = 1 - 1e-4
+"""Its largest weight: a pair that was never seen has a probability all the same."""
 BUCKETS = 24
 """Contexts share an interpolation weight by the power of two of their count."""
 
@@ -109,7 +111,7 @@ def fit_weights(counts: Counts, context_N: Ints, targets_N: Ints) -> NDArray[np.
         sums = np.bincount(bucket_N, share, BUCKETS)
         number = np.bincount(bucket_N, minlength=BUCKETS)
         weights = np.where(number > 0, sums / np.maximum(number, 1), weights)
-    return weights
+    return np.minimum(weights, MOST_OF_BIGRAM)
 
 
 def _bucket(counts: Counts, context_N: Ints) -> Ints:
@@ -159,12 +161,18 @@ def bits(
     from pretrain.device import place
     from pretrain.generate import load_model
     from pretrain.objectives.losses import token_losses_plain
+    from pretrain.tasks import TaskError
 
     state = read(resolve(checkpoint))
+    sizes = state.record["model"]
+    if sizes["family"] != "cpm":
+        raise TaskError(
+            f"--task bits: needs a CPM, the checkpoint is a {sizes['family']}; take mlm for an "
+            "encoder, csl or length for T5 PEGASUS (仅限 CPM)"
+        )
     length = seq_len or trained_length(state.record) or state.record["model"]["positions"]
     section = Causal()
     _check(samples, int(length), state.record["model"].get("positions"))
-    sizes = state.record["model"]
     corpora = open_measured(corpus, int(length), section, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model, task = load_model(state, *place(gpu)), objectives.build(section)

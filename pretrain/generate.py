@@ -321,6 +321,11 @@ def _filled(
     """Rows of an encoder with their masks filled."""
     from pretrain import answer
 
+    if labels := getattr(model.config, "labels", 0):
+        raise ValueError(
+            f"checkpoint: has a head over {labels} labels, not over words; it tells labels: "
+            "evaluate --task labels (分类模型不能填空)"
+        )
     mask = tokenizer.mask_id
     if mask is None:
         raise ValueError("prompt: this tokenizer has no mask to fill (分词器没有 [MASK])")

@@ -14,6 +14,7 @@ Legend: D documents, P documents of rows, T tokens of a row.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,13 @@ from pretrain.permutation import Ints, Keys
 from pretrain.rows import Packing, Tokens, stream_of
 
 Tables = Mapping[str, NDArray]
+
+
+def label_names(record: Mapping[str, Any]) -> list[str]:
+    """What the labels of a checkpoint are called, by number; empty where its record does not say:
+    those of the corpus that it learnt last, or those of the file that it came from."""
+    known = [entry.get("objective", {}).get("labels") for entry in record.get("data", [])]
+    return list((known[-1] if known else None) or record.get("labels", []))
 
 
 class LabelRows:

@@ -33,6 +33,7 @@ from pretrain.device import place
 from pretrain.generate import load_model
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.reading import sentinels_of
+from pretrain.tasks import check_says_words
 
 FILLER = "草是绿的，天是蓝的，太阳是黄的。我们走吧，走过去又走回来。"
 KEY = "密码是{key}。请记住，{key}就是密码。"
@@ -68,6 +69,7 @@ def lengths(
     from data_pipeline import tokenizer as tokenizers
 
     state = read(resolve(checkpoint))
+    check_says_words(state.record["model"], "--task length")
     words = tokenizers.load(Path(corpus) / "tokenizer")
     check_learnt(state.record, corpus, words.fingerprint)
     model: Any = load_model(state, *place(gpu))

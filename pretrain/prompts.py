@@ -78,7 +78,8 @@ def questions(
         if task == "ocnli":
             found = [_ocnli(row) for row in rows if row["label"] != "-"]
         elif task == "chid":
-            found = [one for row in rows for one in _chid(row, _answers(Path(path)))]
+            answers = _answers(Path(path))
+            found = [one for row in rows for one in _chid(row, answers)]
         else:
             found = _topics(task, rows, Path(path))
     except (KeyError, ValueError, TypeError) as error:
@@ -102,7 +103,7 @@ def _topics(task: str, rows: Sequence[dict[str, Any]], path: Path) -> list[Quest
     else:
         names = sorted({str(row[key]) for row in rows})
         number_of = {name: number for number, name in enumerate(names)}
-    said = names if beside.is_file() else [TNEWS.get(name, name) for name in names]
+    said = [TNEWS.get(name, name) for name in names]  # CLUE's own labels.json is English too
     return [
         Question(
             [Option(prompt.format(name), row["sentence"]) for name in said],

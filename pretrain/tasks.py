@@ -12,7 +12,7 @@ mean over a sentence's tokens of what leaves the first block and the last, avera
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ def opened(checkpoint: str | Path, gpu: bool = False) -> tuple[nn.Module, Any]:
 
 
 @torch.no_grad()
+def check_says_words(model: Mapping[str, Any], asked: str) -> None:
+    """TaskError for a model whose head is over labels."""
+    if labels := model.get("labels"):
+        raise TaskError(
+            f"{asked}: needs a head over words, the checkpoint has one over {labels} labels; take "
+            "evaluate --task labels (分类模型没有词表输出)"
+        )
+
+
 def masked(
     checkpoint: str | Path,
     corpus: str | Path,
@@ -73,6 +82,7 @@ def masked(
         raise TaskError(
             "--task mlm: needs a RoFormer, the checkpoint is of another family (仅编码器)"
         )
+    check_says_words(state.record["model"], "--task mlm")
     trained = state.record.get("config", {})
     section = {"name": "masked"}
     if trained.get("objective", {}).get("name") == "masked":

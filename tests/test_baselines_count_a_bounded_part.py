@@ -61,3 +61,13 @@ def test_of_more_that_many_evenly_spread(tokens: int) -> None:
     assert counts.single_V.tolist() == single
     assert dict(zip(counts.pairs.tolist(), counts.times.tolist(), strict=True)) == pairs
     assert index.longest == 11
+
+
+def test_a_pair_that_was_never_seen_has_a_probability() -> None:
+    """Held-out text of known pairs alone gives the bigram all the weight; new text still ends."""
+    index = Index(100)
+    index.ids = np.tile(np.asarray([0, 1], np.uint16), 50)
+    counts = evaluate.count(index, 100, VOCAB)
+    context, targets = np.asarray([0, 1] * 20), np.asarray([1, 0] * 20)
+    weights = evaluate.fit_weights(counts, context, targets)
+    assert 0.999 < weights[evaluate._bucket(counts, np.asarray([0]))[0]] < 1

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.model import RoFormerConfig
 from launch.cli import main
 from pretrain import checkpoint, proof
 from pretrain.growth import positions
 from pretrain.growth.positions import TABLE
-from pretrain.state import State
+from pretrain.state import State, fresh
 from tests.growing import TINY, trained
 
 
@@ -39,6 +40,25 @@ def test_a_run_is_extended_and_proven(run: Path, capsys: pytest.CaptureFixture[s
     assert after.entries[f"optim/exp_avg/{TABLE}"].shape == (48, 32)
     found = json.loads((out / "proof.json").read_text("utf-8"))
     assert found["kept"] and found["promised"] == 48 and found["method"] == "hierarchical"
+
+
+def test_the_rows_of_the_last_stage_are_what_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RoFormer's curriculum: rows of 32, then of 96. What was learnt at 96 is not unlearnt."""
+    config = RoFormerConfig("roformer", 1, 96, 32, 2, 4, 8, 64)
+    made = fresh(config, 1)
+    stages = [{"steps": 2}, {"steps": 2, "data": {"seq_len": 96}}]
+    page = {"data": {"seq_len": 32}, "stages": stages}
+    record = {**made.record, "config": page, "stage": 1, "step": 3}
+    checkpoint.write_state(tmp_path / "made", State(made.entries, record))
+    assert call(tmp_path / "made", "--seq-len", "64", "--out", str(tmp_path / "no")) == 2
+    assert "96" in capsys.readouterr().err
+    words = ["--seq-len", "192", "--out", str(tmp_path / "long"), "--json"]
+    assert call(tmp_path / "made", *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    rope = checkpoint.read(tmp_path / "long").record["model"]["rope"]
+    assert rope["known"] == 96 and found["promised"] <= 96
 
 
 def test_the_default_is_interpolation_and_json_is_the_proof(

@@ -54,6 +54,10 @@ OCNLI = (
 )
 
 
+CLUE = {"103": "news_sports", "110": "news_military"}
+"""Lines of the labels.json that CLUE publishes beside TNEWS."""
+
+
 def test_questions_are_those_that_were_published(tmp_path: Path) -> None:
     (first, second) = prompts.questions("tnews", lines(tmp_path / "dev.json", *TNEWS))
     assert first.options == [
@@ -69,6 +73,9 @@ def test_questions_are_those_that_were_published(tmp_path: Path) -> None:
     )
     (first, _) = prompts.questions("tnews", tmp_path / "dev.json")
     assert first.right == 0 and first.options[0].before == "这是关于甲的文章："
+    lines(tmp_path / "labels.json", *({"label": n, "label_desc": d} for n, d in CLUE.items()))
+    (first, _) = prompts.questions("tnews", tmp_path / "dev.json")
+    assert first.options[0].before == "这是关于体育的文章："
     (first, second) = prompts.questions("ocnli", lines(tmp_path / "ocnli.json", *OCNLI))
     assert [option.before for option in first.options] == [
         "今天天气好？对，", "今天天气好？错，", "今天天气好？也许，"

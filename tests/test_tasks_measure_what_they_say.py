@@ -236,6 +236,18 @@ def test_what_a_user_gets_wrong_is_a_sentence(
     other = saved(made, SIZES["t5"])
     assert cli.main(["evaluate", str(other), "--task", "mlm", "--data", str(tmp_path)]) == 2
     assert "needs a RoFormer" in capsys.readouterr().err
+    encoder, labels = saved(tmp_path / "v1", SIZES["roformer"]), tmp_path / "labels"
+    classes = saved(labels, replace(SIZES["roformer"], labels=3))
+    for asked, task, message in (
+        (encoder, "bits", "--task bits: needs a CPM, the checkpoint is a roformer"),
+        (other, "bits", "the checkpoint is a t5_pegasus"),
+        (classes, "mlm", "--task mlm: needs a head over words, the checkpoint has one over 3"),
+        (classes, "length", "--task length: needs a head over words"),
+    ):
+        assert cli.main(["evaluate", str(asked), "--task", task, "--data", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["generate", str(classes), "--prompt", "今天"]) == 2
+    assert "has a head over 3 labels, not over words" in capsys.readouterr().err
 
 
 def test_every_task_is_on_the_page_of_evaluation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from pretrain import checkpoint, growth, state
 from pretrain.convert import vocabulary
 from pretrain.convert.rules import ConversionError
 from pretrain.convert.vocabulary import Plan, Vocabulary, applied, plan, published, through
+from pretrain.generate import load_model
 
 CONTROLS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 OLD = [*CONTROLS, "今", "天", "很", "好", "气", "##s", "a", "##b", "，", "。", "[unused1]"]
@@ -154,6 +155,26 @@ def test_the_command_proves_what_it_keeps(
     monkeypatch.setattr(vocabulary, "applied", crooked)
     assert cli.main([*line, "--out", str(tmp_path / "bad"), "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["logits_of_kept_tokens"]["within"]
+
+
+def test_a_ramp_stands_where_it_stood(tmp_path: Path) -> None:
+    """RoFormer v2 of 100 steps of ramp, all made: its layers speak in another vocabulary too."""
+    config = RoFormerConfig("roformer", 2, len(OLD), 24, 2, 2, 12, 32, ramp_steps=100)
+    before = random_state(config)
+    words(OLD).save(tmp_path / "old")
+    words(NEW).save(tmp_path / "new")
+    record = before.record | {"step": 250}
+    checkpoint.write_state(tmp_path / "made", state.State(before.entries, record), tmp_path / "old")
+    line = ["revocab", str(tmp_path / "made"), "--tokenizer", str(tmp_path / "new")]
+    assert cli.main([*line, "--out", str(tmp_path / "out")]) == 0
+    seen_by = [load_model(checkpoint.read(tmp_path / at)) for at in ("made", "out")]
+    places = torch.arange(3)[None]
+    with torch.no_grad():
+        first, second = (
+            model(torch.tensor([[tokens.index(w) for w in ("[CLS]", "好", "。")]]), places)
+            for model, tokens in zip(seen_by, (OLD, NEW), strict=True)
+        )
+    assert torch.allclose(first, second, atol=1e-6) and first.std() > 0.1
 
 
 def mt5(tokens: Sequence[str], pieces: dict[str, list[int]]) -> Vocabulary:

@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig
 from pretrain.convert import bundle
+from pretrain.convert.hf_config import known
 from pretrain.convert.rules import ConversionError, Foreign, Rule, masked, same
 
 BESIDE = {"bert/pooler/": "the pooler", "cls/seq_relationship/": "the next-sentence head"}
@@ -129,13 +130,19 @@ def read(folder: Path) -> tuple[ModelConfig, list[Rule], Foreign]:
         raise ConversionError(f"{folder}: has no *.index of a TensorFlow checkpoint (没有检查点)")
     foreign = bundle.read(prefix)
     page = _page(folder)
-    if "shared/embedding" in foreign:
-        norm = "rms_norm" if "encoder/rms_norm/scale" in foreign else "layer_norm"
-        config: ModelConfig = _t5_config(page, foreign, released=norm == "rms_norm")
-        return config, rules(config, norm), foreign
-    if "bert/embeddings/word_embeddings" in foreign:
-        config = _roformer_config(page, foreign)
-        return config, rules(config), foreign
+    try:
+        if "shared/embedding" in foreign:
+            norm = "rms_norm" if "encoder/rms_norm/scale" in foreign else "layer_norm"
+            config: ModelConfig = _t5_config(page, foreign, released=norm == "rms_norm")
+            return config, rules(config, norm), foreign
+        if "bert/embeddings/word_embeddings" in foreign:
+            config = _roformer_config(page, foreign)
+            return config, rules(config), foreign
+    except KeyError as error:
+        raise ConversionError(
+            f"{prefix}.index: has no {error}, which every T5 PEGASUS, BERT and RoFormer has; is it "
+            "another architecture (ALBERT, T5 without a gate)? (缺少变量，架构不符)"
+        ) from None
     raise ConversionError(
         f"{prefix}.index: has neither shared/embedding nor bert/embeddings/word_embeddings; it is "
         "no T5 PEGASUS, no BERT and no RoFormer (不支持的模型)"
@@ -157,12 +164,8 @@ def _page(folder: Path) -> dict[str, Any]:
 
 
 def _layers(foreign: Foreign, before: str, after: str) -> int:
-    numbers = [
-        int(name.removeprefix(before).partition("/")[0])
-        for name in foreign
-        if name.startswith(before) and after in name
-    ]
-    return 1 + max(numbers, default=-1)
+    told = (name.removeprefix(before).partition("/")[0] for name in foreign if after in name)
+    return 1 + max((int(number) for number in told if number.isdecimal()), default=-1)
 
 
 def _t5_config(page: dict[str, Any], foreign: Foreign, released: bool) -> T5PegasusConfig:
@@ -196,6 +199,7 @@ def _t5_config(page: dict[str, Any], foreign: Foreign, released: bool) -> T5Pega
 def _roformer_config(page: dict[str, Any], foreign: Foreign) -> RoFormerConfig:
     vocab, hidden = foreign["bert/embeddings/word_embeddings"]().shape
     v1 = "bert/encoder/layer_0/attention/self/query/bias" in foreign
+    known(page, {"use_relative_position": False} | ({"hidden_act": "gelu"} if v1 else {}))
     return RoFormerConfig(
         "roformer",
         version=1 if v1 else 2,
@@ -243,7 +247,7 @@ def unsayable(config: ModelConfig) -> list[str]:
     found = masked(config) + ([f"model.log_n is {config.log_n}"] if config.log_n else [])
     if isinstance(config, T5PegasusConfig):
         wanted = {"activation": "gelu_erf", "cross_position_bias": True, "logit_scale": None}
-        wanted |= {"max_distance": 128, "softmax_scale": 1.0}
+        wanted |= {"max_distance": 128, "softmax_scale": 1.0, "buckets": 32, "bucket_spans": 1}
     else:
         wanted = {"logit_scale": 1.0, "softmax_scale": None, "labels": 0}
         if config.positions is None:  # type: ignore[union-attr]

@@ -251,12 +251,20 @@ WORDS_NOTE = (
 )
 
 
+def carry_tokenizer(folder: Path, frozen: Path | None) -> list[str]:
+    """The frozen tokenizer in bajie_tokenizer/; returns what a user must know."""
+    if frozen is None:
+        return ["no tokenizer was at hand; give --tokenizer to export one (未附分词器)"]
+    shutil.copytree(frozen, folder / TOKENIZER)
+    return []
+
+
 def write_tokenizer(folder: Path, frozen: Path | None) -> list[str]:
     """The tokenizer's files for transformers where it has that tokenizer, and in bajie_tokenizer/
     as they are; returns what a user must know."""
     if frozen is None:
-        return ["no tokenizer was at hand; give --tokenizer to export one (未附分词器)"]
-    shutil.copytree(frozen, folder / TOKENIZER)
+        return carry_tokenizer(folder, frozen)
+    carry_tokenizer(folder, frozen)
     kind = json.loads((frozen / "tokenizer.json").read_text("utf-8"))
     vocabulary = next(iter(sorted(frozen.glob("vocab.txt"))), None)
     if vocabulary is not None and not kind.get("word"):

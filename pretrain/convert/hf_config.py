@@ -4,6 +4,7 @@ What the other side cannot say is refused in a sentence that names the key; what
 another name is told apart there (the erf form of GELU in a gated layer is "gated-gelu_python").
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,12 @@ ROFORMER_POSITIONS = 1536
 """Rows of the table of sines that transformers saves; it limits no length of ours."""
 
 
-def theirs(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
+def theirs(
+    config: ModelConfig, tokenizer: Any = None, labels: Sequence[str] = ()
+) -> dict[str, Any]:
     """config.json of a model. ConversionError, all reasons at once, if it cannot be said there.
 
-    `tokenizer` (.eod_id, .pad_id) gives the ids of special tokens.
+    `tokenizer` (.eod_id, .pad_id) gives the ids of special tokens, `labels` the names of classes.
     """
     found = _unsayable(config)
     if found:
@@ -31,7 +34,7 @@ def theirs(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
         return _as_gpt2(config, ids) | _extended(config)
     if isinstance(config, T5PegasusConfig):
         return _as_mt5(config, ids)
-    return _as_roformer(config, ids) | _extended(config)
+    return _as_roformer(config, ids, labels) | _extended(config)
 
 
 def sines(config: RoFormerConfig) -> int:
@@ -108,7 +111,7 @@ def _as_mt5(config: T5PegasusConfig, ids: Ids) -> dict[str, Any]:
     }
 
 
-def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
+def _as_roformer(config: RoFormerConfig, ids: Ids, labels: Sequence[str]) -> dict[str, Any]:
     page: dict[str, Any] = {
         "architectures": ["RoFormerForMaskedLM"],
         "model_type": "roformer",
@@ -131,7 +134,8 @@ def _as_roformer(config: RoFormerConfig, ids: Ids) -> dict[str, Any]:
     }
     if config.labels:
         page["architectures"] = ["RoFormerForSequenceClassification"]
-        page["id2label"] = {str(number): f"LABEL_{number}" for number in range(config.labels)}
+        names = labels or [f"LABEL_{number}" for number in range(config.labels)]
+        page["id2label"] = {str(number): name for number, name in enumerate(names)}
         page["label2id"] = {name: int(number) for number, name in page["id2label"].items()}
     if config.positions is None:
         return page
@@ -191,8 +195,8 @@ def ours(page: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _known(page: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse settings under which the same tensors mean something else."""
+def known(page: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse settings under which the same tensors mean something else. ConversionError."""
     wrong = [
         f"{key} is {page[key]!r}, must be {value!r}"
         for key, value in wanted.items()
@@ -205,7 +209,7 @@ def _known(page: dict[str, Any], wanted: dict[str, Any]) -> None:
 def _from_gpt2(page: dict[str, Any]) -> CPMConfig:
     wanted = {"activation_function": "gelu_new", "scale_attn_weights": True}
     wanted |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    _known(page, wanted | {"tie_word_embeddings": True})
+    known(page, wanted | {"tie_word_embeddings": True})
     hidden, heads = page["n_embd"], page["n_head"]
     return CPMConfig(
         "cpm",
@@ -260,7 +264,7 @@ def _from_roformer(page: dict[str, Any], learned: bool) -> RoFormerConfig:
     hidden, heads = page["hidden_size"], page["num_attention_heads"]
     wanted = {"hidden_act": "gelu", "rotary_value": False, "is_decoder": False}
     wanted["position_embedding_type"] = "absolute"
-    _known(page, wanted | {"embedding_size": hidden, "tie_word_embeddings": True})
+    known(page, wanted | {"embedding_size": hidden, "tie_word_embeddings": True})
     return RoFormerConfig(
         "roformer",
         version=1,
@@ -292,6 +296,13 @@ def _labels_of(page: dict[str, Any]) -> int:
             "(仅支持单标签分类)"
         )
     return len(page["id2label"]) if "id2label" in page else int(page.get("num_labels", 2))
+
+
+def label_names(page: dict[str, Any]) -> list[str]:
+    """What the classes of a config.json are called; empty where it only numbers them."""
+    said = page.get("id2label") if _labels_of(page) else None
+    names = [str(said[key]) for key in sorted(said, key=int)] if said else []
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def with_options(config: ModelConfig, options: Sequence[str]) -> ModelConfig:

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from configs.load import to_dict
-from configs.model import ModelConfig, shape, tensors
+from configs.model import ModelConfig, RoFormerConfig, shape, tensors
 from pretrain.convert.rules import ConversionError, masked
 from pretrain.mixing import Mixture, mixed
 from pretrain.state import Entry, State
@@ -172,6 +172,8 @@ def applied(state: State, config: ModelConfig, made: Plan) -> State:
     if wrong := masked(config):
         raise ConversionError(f"{wrong[0]} (先解除屏蔽)")
     to = replace(config, vocab=len(made.rows), words_said=None)
+    if isinstance(to, RoFormerConfig) and int(state.record.get("step", 0)) >= to.ramp_steps:
+        to = replace(to, ramp_steps=0)  # its steps are not those of what begins here
     entries = dict(state.weights_only().entries)
     for tensor in tensors(to):
         if "vocab" not in tensor.out:
