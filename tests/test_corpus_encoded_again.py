@@ -19,6 +19,7 @@ CPM: dict[str, Any] = {
     "tokenizer": {"kind": "cpm", "vocab_size": 700},
     "encode": {"pseudo_summary": "rouge1"},
 }
+BPE: dict[str, Any] = {"tokenizer": {"kind": "byte_bpe", "vocab_size": 330}}
 TOKENS = (".bin", ".idx", ".marks", ".gaps", ".fields", ".zst", "tokenizer.model")
 
 
@@ -70,6 +71,54 @@ def test_a_corpus_is_not_encoded_over_itself(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"data\.documents: .* is data\.out itself"):
         build.build(again(tmp_path / "link", tmp_path / "bytes", **other))
     assert contents(tmp_path / "bytes") == before
+
+
+def test_texts_that_the_first_tokenizer_folds_are_encoded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Big and small letters are one to wordpiece, so that the origin's fingerprint stays; a second
+    and a third set of documents is noticed, and the first one when it is back."""
+    words = {"tokenizer": {"kind": "wordpiece", "vocab_size": 600}}
+    other = {"tokenizer": {"kind": "byte_bpe", "vocab_size": 320}}
+    plain = write_source(tmp_path / "plain.jsonl").read_text("utf-8")
+    source, config = tmp_path / "text.jsonl", again(tmp_path / "again", tmp_path / "one", **other)
+    origins, prints = [], []
+    for text in ("abcd", "Abcd", "abcD", "abcd"):
+        source.write_text(plain.replace("的", f"的{text}", 9), "utf-8")
+        of = {"data": {"workers": 1}, "split": {"valid_fraction": 0}, **words}
+        first = build.build(page(tmp_path / "one", source, **of))
+        manifest = build.build(config)
+        origins.append(first["fingerprint"])
+        prints.append(manifest["fingerprint"])
+        direct = build.build(page(tmp_path / text, source, **{**of, **other}))
+        assert manifest["fingerprint"] == direct["fingerprint"]
+        capsys.readouterr()
+    assert len(set(origins)) == 1
+    assert len(set(prints)) == 3 and prints[3] == prints[0]
+    assert build.build(config) == manifest
+    assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gone", ["valid-00001", "train-00001", "*-00000", "*-00001"])
+def test_a_corpus_that_lacks_some_documents_is_refused(gone: str, tmp_path: Path) -> None:
+    """Nor is what was made of the rest taken for the whole when they are back."""
+    source = write_source(tmp_path / "text.jsonl", copies=5, every=3)
+    build.build(page(tmp_path / "bytes", source, data={"workers": 1}))
+    documents = tmp_path / "bytes" / "documents"
+    assert len(list(documents.iterdir())) == 4
+    away = {path: path.read_bytes() for path in documents.glob(f"{gone}.jsonl.zst")}
+    for path in away:
+        path.unlink()
+    config = again(tmp_path / "again", tmp_path / "bytes", **BPE)
+    with pytest.raises(CorpusError, match=r"data\.documents: the corpus in .*; bring the") as told:
+        build.build(config)
+    last = "train documents in documents/, its manifest says"
+    assert (last if gone == "*-00001" else "has no documents/") in str(told.value)
+    assert not (tmp_path / "again" / "manifest.json").exists()
+    for path, data in away.items():
+        path.write_bytes(data)
+    direct = build.build(page(tmp_path / "direct", source, data={"workers": 1}, **BPE))
+    assert build.build(config)["splits"] == direct["splits"]
 
 
 def test_what_is_no_corpus_is_a_sentence(tmp_path: Path) -> None:
