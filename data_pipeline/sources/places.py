@@ -1,12 +1,15 @@
 """Which files a path of the config means.
 
 "$TEXT/**/*.jsonl"  --variables, the working directory, the project's folder-->  files, sorted
+
+Links to folders are followed, and no folder is walked twice; a folder that cannot be listed ends
+the build, since what lies in it would be missing.
 """
 
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,8 +46,14 @@ def named_files(source: Source) -> dict[Path, str]:
     that the source's path names: nothing above that, so that a corpus may be moved."""
     found: dict[Path, str] = {}
     for pattern in source.paths:
-        above, matches = _matches(pattern, SUFFIXES[source.kind])
-        matches = [path for path in matches if not path.is_dir()]
+        try:
+            above, matches = _matches(pattern, SUFFIXES[source.kind])
+            matches = [path for path in matches if not path.is_dir()]
+        except OSError as error:
+            raise CorpusError(
+                f"source '{source.name}': {error.filename} cannot be looked into: {error.strerror};"
+                " let this user read it, or correct the path (无法读取目录)"
+            ) from None
         if not matches:
             raise CorpusError(
                 f"source '{source.name}': no file at '{pattern}'; correct its path (找不到文件)"
@@ -66,11 +75,56 @@ def _matches(pattern: str, suffixes: tuple[str, ...]) -> tuple[Path, list[Path]]
             return candidate.parent, [candidate]
         if candidate.is_dir():
             ends = tuple(suffix + packing for suffix in suffixes for packing in PACKINGS)
-            found = (path for path in candidate.rglob("*") if path.name.endswith(ends))
+            names = ((here, name) for here, names in _folders(candidate, True) for name in names)
+            found = (here / name for here, name in names if name.lower().endswith(ends))
             return candidate, sorted(found)
-        if matches := glob.glob(str(candidate), recursive=True):
-            return _before_wildcards(candidate), sorted(map(Path, matches))
+        if glob.has_magic(str(candidate)):
+            above = _before_wildcards(candidate)
+            parts = candidate.relative_to(above).parts
+            if above.is_dir() and (matches := set(_matching(above, parts))):
+                return above, sorted(matches)
     return Path(), []
+
+
+def _folders(top: Path, hidden: bool) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `top` down, with the names of its files: first those that lie there, then
+    those that links lead to, each once. `hidden`: also what begins with a dot."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    real_top, seen, waiting = os.path.realpath(top), set[str](), [str(top)]
+    for place in waiting:  # which grows
+        for here, folders, names in os.walk(place, onerror=stop):
+            real = os.path.realpath(here)
+            above = real != real_top and Path(real_top).is_relative_to(real)  # a link back
+            if real in seen or above:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+            inside = [os.path.join(here, name) for name in folders]
+            waiting += [path for path in inside if os.path.islink(path)]
+            yield Path(here), [name for name in names if hidden or not name.startswith(".")]
+
+
+def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What glob finds below a folder by the parts of a pattern; `**` is any number of folders."""
+    first, *rest = parts
+    if first == "**":
+        for here, names in _folders(folder, False):
+            yield from _matching(here, rest) if rest else (here / name for name in names)
+        return
+    if glob.has_magic(first):
+        names = [name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, first)]
+        names = [name for name in names if first.startswith(".") or not name.startswith(".")]
+    else:
+        names = [first] if os.path.lexists(folder / first) else []
+    for name in names:
+        if not rest:
+            yield folder / name
+        elif (folder / name).is_dir():
+            yield from _matching(folder / name, rest)
 
 
 def reaches(source: Source, folder: Path) -> bool:
