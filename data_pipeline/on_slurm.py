@@ -139,6 +139,8 @@ class OnSlurm(Executor, SlurmPipelineExecutor):  # type: ignore[misc]
         """sbatch's options: datatrove's, without what the page leaves to the cluster."""
         chosen = super().get_sbatch_args(max_array)
         chosen.pop("mem-per-cpu")
+        for name in ("output", "error"):
+            chosen[name] = f'"{chosen[name]}"'  # a path of the page, which may hold blanks
         if not chosen["partition"]:
             chosen.pop("partition")
         if self.config.memory_gb_per_task is not None:

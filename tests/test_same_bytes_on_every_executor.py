@@ -131,10 +131,13 @@ def test_the_script_of_a_job_says_what_the_page_says(tmp_path: Path) -> None:
         setup="module load x\nsource env/bin/activate",
         python="/opt/a b/python",
     )
-    executor = on_slurm.crew(config, 4)([], 9, tmp_path / "clean-0")
+    folder = tmp_path / "my corpora" / "clean-0"
+    executor = on_slurm.crew(config, 4)([], 9, folder)
     script = executor.get_launch_file_contents(executor.get_sbatch_args(9), "")
     for line in ("partition=cpu", "mem=1907M", "account=lab", "exclusive", "array=0-8%4"):
         assert f"#SBATCH --{line}\n" in script
+    for option in ("output", "error"):
+        assert f'#SBATCH --{option}="{folder}/slurm_logs/%A_%a.out"\n' in script
     assert script.index("module load x\nsource env/bin/activate\n") < script.index("exec '/opt/a b")
 
 
