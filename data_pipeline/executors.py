@@ -41,6 +41,7 @@ from datatrove.utils.stats import PipelineStats
 from configs.corpus import Data
 from data_pipeline.aside import aside
 from data_pipeline.shards import CorpusError
+from data_pipeline.sources import web
 
 logger.remove()  # datatrove's own sink on stderr; each task logs to its stage's folder
 
@@ -50,7 +51,7 @@ Crew = Callable[[Sequence[Any], int, Path], PipelineExecutor]
 ROOT = Path(__file__).resolve().parents[1]
 GUESTS = (
     *("datatrove", "jieba", "numba", "numpy", "orjson"),
-    *("sentencepiece", "xxhash", "zstandard"),
+    *("sentencepiece", "xxhash", "zstandard", "opencc", "pyarrow", "datasets"),
 )
 """Packages that bytes may depend on: on another machine they must be of the same version."""
 
@@ -270,10 +271,10 @@ class Surroundings:
                 "directory must lie on a file system that all nodes share (节点看不到共享目录)"
             )
         for name, version in _versions().items():
-            if version != self.versions.get(name):
+            if version != self.versions.get(name, version):
                 raise CorpusError(
                     f"node {node} has {name} {version}, the build was started with "
-                    f"{self.versions.get(name)}; give all nodes the same environment "
+                    f"{self.versions[name]}; give all nodes the same environment "
                     "(data.slurm.setup, data.slurm.python or Ray's own): the bytes of a corpus may "
                     "depend on it (节点环境不一致)"
                 )
@@ -293,6 +294,7 @@ def _versions() -> dict[str, str]:
         "Python": ".".join(map(str, sys.version_info[:2])),
         "the code of bajie": text.hexdigest()[:12],
         **{name: importlib.metadata.version(name) for name in GUESTS},
+        **web.versions(web.READERS),  # a machine without the extra says so where a page is read
     }
 
 

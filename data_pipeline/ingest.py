@@ -16,7 +16,7 @@ is dropped silently: what cannot be read goes to `faults`, which stops the build
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,12 @@ def _glance(path: Path, size: int) -> str:
             file.seek(start)
             digest.update(file.read(1 << 16))
     return digest.hexdigest()
+
+
+def versions(sources: Sequence[Source]) -> dict[str, str]:
+    """Packages that decide what is read of these sources, with their versions; none for those that
+    our own code reads alone."""
+    return web.versions({source.kind for source in sources})
 
 
 def read(source: Source, part: Part, meter: Meter, faults: Faults = stop) -> Iterator[Document]:

@@ -25,7 +25,9 @@ class Read(Block):
     modules: ClassVar = (*ingest.MODULES, "fields", "intake", "repeated_ids", "unreadable")
 
     def __init__(self, sources: tuple[Source, ...], tasks: list[tuple[ingest.Part, ...]]) -> None:
-        super().__init__(sources=sources, tasks=[[_where(part) for part in t] for t in tasks])
+        guests = {"versions": of} if (of := ingest.versions(sources)) else {}
+        where = [[_where(part) for part in task] for task in tasks]
+        super().__init__(sources=sources, tasks=where, **guests)
         self.sources, self.tasks = sources, tasks
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:

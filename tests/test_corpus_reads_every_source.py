@@ -1,6 +1,7 @@
 """A document is the same whatever file it came in and however the file was cut into parts."""
 
 import gzip
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import zstandard
 from configs.corpus import Data
 from configs.sources import Source
 from data_pipeline import ingest
+from data_pipeline.blocks import stage_key
 from data_pipeline.ingest import Document, Meter
+from data_pipeline.intake import Read
 from data_pipeline.sources import text
 
 ROOT = Path(__file__).parents[1]
@@ -340,3 +343,21 @@ def test_a_dataset_without_the_split_or_the_column_is_one_sentence(saved: Path) 
         ingest.CorpusError, match=r"no column 'content', it has id, text.*text_field"
     ):
         read_all(Source("datasets", str(saved), "s", text_field="content"))
+
+
+@pytest.mark.parametrize(("kind", "guest"), [("html", "trafilatura"), ("warc", "warcio")])
+def test_another_reader_of_pages_reads_them_again(
+    kind: Any, guest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else: lines are read by our own code."""
+
+    def key(kind: Any, version: str) -> str:
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda of: version if of == guest else ""
+        )
+        return stage_key([Read((Source(kind, "p", "s"),), [])], 1, [])
+
+    assert key(kind, "1.0") == key(kind, "1.0") != key(kind, "2.0")
+    assert key("jsonl", "1.0") == key("jsonl", "2.0")
+    monkeypatch.undo()
+    assert "versions" not in Read((Source("jsonl", "p", "s"),), []).parameters

@@ -113,6 +113,28 @@ def test_a_node_with_another_environment_is_named(tmp_path: Path) -> None:
     here.enter(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["opencc", "pyarrow", "datasets", "trafilatura", "lxml", "warcio"])
+def test_every_package_that_decides_bytes_is_compared(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the extra `web` where both machines have them."""
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda of: "1.0" if of == name else installed(of)
+    )
+    executors._versions.cache_clear()
+    here = executors.Surroundings.here()
+    other = executors.Surroundings(here.cwd, "", here.versions | {name: "2.0"})
+    try:
+        here.enter(tmp_path)
+        with pytest.raises(CorpusError, match=rf"has {name} 1\.0, the build .* with 2\.0"):
+            other.enter(tmp_path)
+        without = {key: version for key, version in here.versions.items() if key != name}
+        executors.Surroundings(here.cwd, "", without).enter(tmp_path)
+    finally:
+        executors._versions.cache_clear()
+
+
 def test_without_ray_or_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -12,9 +12,11 @@ reading goes on at the next record. A page without main text is a fault that is 
 """
 
 import codecs
+import contextlib
+import importlib.metadata
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,6 +52,13 @@ _SAME = {"gb2312": "gb18030", "gbk": "gb18030", "hz": "gb18030", "big5": "big5hk
 """What pages say and what they mean (encoding.spec.whatwg.org): the larger set."""
 
 
+READERS = {
+    "html": ("trafilatura", "lxml", "justext", "htmldate"),
+    "warc": ("trafilatura", "lxml", "justext", "htmldate", "warcio"),
+}
+"""Kind of source -> the packages that decide what is read of a page."""
+
+
 class Page(NamedTuple):
     """A page before it is read."""
 
@@ -75,6 +84,15 @@ def guest(name: str, kind: str) -> ModuleType:
             f"a source of kind '{kind}' needs {name}, which is not installed; install the extra: "
             "./launch/setup.sh web (缺少网页读取组件)"
         ) from None
+
+
+def versions(kinds: Collection[str]) -> dict[str, str]:
+    """Of the packages that read sources of these kinds, as far as they are installed."""
+    found: dict[str, str] = {}
+    for name in sorted({name for kind in kinds for name in READERS.get(kind, ())}):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 # ---- a page
