@@ -169,18 +169,6 @@ def test_a_changed_page_repeats_only_what_depends_on_it(
     assert len(list((tmp_path / "c" / "stages").glob("*-*"))) == len(names) == 5  # no old stages
 
 
-def test_a_tokenizer_learns_from_changed_text_whatever_stands_beside_it(tmp_path: Path) -> None:
-    """A user's dictionary is no published model: the vocabulary is that of a fresh build."""
-    text, words = write_source(tmp_path / "text.jsonl"), tmp_path / "words.txt"
-    words.write_text("床前明月光\n", "utf-8")
-    one = {"data": {"workers": 1}, "tokenizer": {"user_dictionary": str(words)}}
-    first = build.build(page(tmp_path / "c", text, **one))
-    write_source(text, every=7)
-    second = build.build(page(tmp_path / "c", text, **one))
-    assert second == build.build(page(tmp_path / "fresh", text, **one))
-    assert second["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"]
-
-
 def test_other_text_is_another_fingerprint(source: Path, built: Path, tmp_path: Path) -> None:
     lines = source.read_text("utf-8").splitlines()
     other = tmp_path / "text.jsonl"

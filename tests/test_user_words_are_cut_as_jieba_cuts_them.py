@@ -17,12 +17,13 @@ import pytest
 from jieba import finalseg
 
 from configs.encoding import Tokenizing
-from data_pipeline import encode, segment, tokenizer, training, user_dictionary, vocabulary
+from data_pipeline import build, encode, segment, tokenizer, training, user_dictionary, vocabulary
 from data_pipeline.characters import normal
 from data_pipeline.frozen import TokenizerFault
 from data_pipeline.shards import CorpusError
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordpiece import WordPiece
+from tests import test_corpus_build as corpus
 from tests.dev_corpus import documents, folder
 
 SAMPLE = Path(__file__).parent.parent / "data_pipeline" / "sample" / "sample.jsonl"
@@ -272,3 +273,15 @@ def test_no_dictionary_where_one_is_named(tmp_path: Path) -> None:
     page = Tokenizing("cpm", vocab_size=500, user_dictionary=str(tmp_path))
     with pytest.raises(CorpusError, match=r"tokenizer.user_dictionary: '.*' cannot be read"):
         encode.make_tokenizer(page, ["一"], tmp_path / "out")
+
+
+def test_a_tokenizer_learns_from_changed_text_whatever_stands_beside_it(tmp_path: Path) -> None:
+    """A user's dictionary is no published model: the vocabulary is that of a fresh build."""
+    text, words = corpus.write_source(tmp_path / "text.jsonl"), tmp_path / "words.txt"
+    words.write_text("床前明月光\n", "utf-8")
+    one = {"data": {"workers": 1}, "tokenizer": {"user_dictionary": str(words)}}
+    first = build.build(corpus.page(tmp_path / "c", text, **one))
+    corpus.write_source(text, every=7)
+    second = build.build(corpus.page(tmp_path / "c", text, **one))
+    assert second == build.build(corpus.page(tmp_path / "fresh", text, **one))
+    assert second["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"]
