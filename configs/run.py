@@ -159,6 +159,11 @@ class Stage:
             found.append(
                 "extend: needs data.seq_len of the same stage, the length to reach (须给出新长度)"
             )
+        if "skips" in self.data:
+            found.append(
+                "data.skips: counts samples of the whole run; say it in the page's own data.skips "
+                "(只能写在页首的 data 里)"
+            )
         if self.extend is not None and self.model:
             found.append("extend, model: one stage extends or grows; make two of it (分为两阶段)")
         return found

@@ -130,27 +130,30 @@ def document(folder: Path, split: str, number: int) -> dict[str, Any]:
     shown: dict[str, Any] = {"split": split, "number": number}
     if record is None:  # a corpus whose kept documents were removed
         return shown | {"ids": ids, "tokens": made.pieces(ids), "back": made.decode(ids)}
-    text = record["text"]
-    shown |= {"id": record.get("id"), **tokens_of(folder / "tokenizer", text)}
+    text, spans = record["text"], record.get("spans")
+    parts = [text] if spans is None else [text[a:b] for _, a, b in spans]  # encoded each alone
+    shown |= {"id": record.get("id"), **tokens_of(folder / "tokenizer", *parts)}
     return shown | {"as_in_the_index": ids == [*shown["ids"], made.eod_id]}
 
 
-def tokens_of(folder: Path, text: str) -> dict[str, Any]:
-    """A text's words, tokens, ids, which of them begin a word, and what comes back of them."""
+def tokens_of(folder: Path, *texts: str) -> dict[str, Any]:
+    """The words, tokens, ids of texts one behind the other (a document's fields), which of them
+    begin a word, and what comes back of them."""
     from data_pipeline import tokenizer
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no tokenizer beside it (没有分词器)")
     made = tokenizer.load(folder)
-    (encoded, starts) = made.encode_marked([text])[0]
-    ids = encoded.tolist()
-    back = made.decode(ids)
+    each = made.encode_marked(list(texts))
+    ids = [number for encoded, _ in each for number in encoded.tolist()]
+    text = "\n".join(texts)
+    back = "\n".join(made.decode(encoded.tolist()) for encoded, _ in each)
     return {
         "text": text,
-        "words": made.words(text),
+        "words": [word for part in texts for word in made.words(part)],
         "tokens": made.pieces(ids),
         "ids": ids,
-        "begins_word": starts.tolist(),
+        "begins_word": [begins for _, starts in each for begins in starts.tolist()],
         "unknown_rate": round(ids.count(made.unknown_id) / max(1, len(ids)), 4),
         "user_dictionary": made.user_dictionary is not None,
         "back": back,

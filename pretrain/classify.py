@@ -17,7 +17,7 @@ from configs.objectives import Labels
 from pretrain.answer import right_padded
 from pretrain.batches import Batch
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import open_measured, trained_length
+from pretrain.corpora import open_measured, trained_length, trained_objective
 from pretrain.device import place
 from pretrain.generate import load_model
 from pretrain.labelled import fit, label_names
@@ -42,7 +42,13 @@ def labels(
     folder = resolve(checkpoint)
     state = read(folder)
     names = _names(state.record)
-    length = int(seq_len or trained_length(state.record) or 128)
+    room = state.record["model"].get("positions")
+    length = int(seq_len or trained_length(state.record) or min(128, room or 128))
+    if room is not None and length > room:
+        raise TaskError(
+            f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
+            "(超过位置数)"
+        )
     if Path(data).is_dir():
         batches = _of_corpus(state.record, data, names, limit, length)
     else:
@@ -82,8 +88,7 @@ def _of_corpus(
     limit: int | None,
     seq_len: int,
 ) -> Iterator[Any]:
-    trained = record["config"]["objective"]
-    objective = Labels("labels", tuple(trained.get("fields", ())))
+    objective = Labels("labels", tuple(trained_objective(record).get("fields", ())))
     corpora = open_measured(corpus, seq_len, objective, record["model"]["vocab"])
     if record.get("tokenizer") not in (None, corpora.tokenizer.fingerprint):
         raise TaskError(

@@ -5,11 +5,11 @@
     spans            piece of stream: a b <1> e f g <2>               -> <1> c d <2> h
     prefix           piece of stream: a b c                           -> d e f g h
 
-Gap sentences are turned round where the source is the shorter side, in tokens (T5 PEGASUS' train.py
-compares characters, which a corpus does not store; the two sides differ threefold as a rule). Spans
-are drawn as in T5 (random_spans_noise_mask: as many spans as ratio x length / span, their lengths
-and the gaps between a random composition, the first gap in front); the prefix ends anywhere, as
-UniLM's did in bert4keras. What is drawn is a function of the sample's key alone.
+Gap sentences are those that the corpus picked, which side is the longer included (T5 PEGASUS' swap,
+by characters, is made there). Spans are drawn as in T5 (random_spans_noise_mask: as many spans as
+ratio x length / span, their lengths and the gaps between a random composition, the first gap in
+front); the prefix ends anywhere, as UniLM's did in bert4keras. What is drawn is a function of the
+sample's key alone.
 
 Legend: D documents, U units, P pairs, X room of a source or target, L tokens of a piece.
 """
@@ -40,7 +40,6 @@ class Spans:
         spans_U: spans of each pair.
         start, stop: [spans] tokens from the start of the document.
         side: [spans] 0: of the source, 1: of the target, 2: of neither.
-        turn: whether the longer side becomes the source.
     """
 
     def __init__(
@@ -53,8 +52,6 @@ class Spans:
         side: NDArray[np.uint8],
         source_room: int,
         target_room: int,
-        *,
-        turn: bool,
     ) -> None:
         self.source_room, self.target_room = source_room, target_room
         offsets = np.asarray(index.offsets)
@@ -68,14 +65,13 @@ class Spans:
         np.cumsum(spans_U, out=first_U1[1:])
         base_U = np.repeat(offsets[:-1], units_D).astype(np.int64)
         self._tables = first_U1, base_U, fixed(start), fixed(stop), fixed(side)
-        self._turn = turn
 
     @classmethod
     def of_gaps(cls, index: Tokens, tables: Tables, source_room: int, target_room: int) -> "Spans":
         """The pairs of PREFIX.gaps."""
         return cls(
             index, tables["units"], tables["sentences"], tables["starts"], tables["stops"],
-            tables["picked"], source_room, target_room, turn=True,
+            tables["picked"], source_room, target_room,
         )  # fmt: skip
 
     @classmethod
@@ -95,7 +91,7 @@ class Spans:
         ones = np.ones(len(tables["spans"]), np.int64)
         return cls(
             index, ones, tables["spans"], tables["starts"], tables["stops"], side,
-            source_room, target_room, turn=False,
+            source_room, target_room,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -106,7 +102,7 @@ class Spans:
         source, target = (np.empty(len(self), np.int32) for _ in range(2))
         first_U1, _, *spans = self._tables
         _span_sizes(
-            np.arange(len(self)), first_U1, *spans, self._turn,
+            np.arange(len(self)), first_U1, *spans,
             self.source_room, self.target_room, source, target,
         )  # fmt: skip
         return source, target
@@ -116,9 +112,7 @@ class Spans:
     ) -> tuple[Sizes, Sizes]:
         """Write the pairs and say how many tokens each source and target has."""
         source, target = (np.empty(len(items), np.int32) for _ in range(2))
-        _write_spans(
-            self._stream, items, *self._tables, self._turn, source_PX, target_PX, source, target
-        )
+        _write_spans(self._stream, items, *self._tables, source_PX, target_PX, source, target)
         return source, target
 
 
@@ -214,7 +208,7 @@ def longest_row(source_room: int, target_room: int, ratio: float, span: float) -
 
 @compiled
 def _span_sizes(  # type: ignore[no-untyped-def]
-    item_P, first_U1, start, stop, side, turn, source_room, target_room, source_P, target_P,
+    item_P, first_U1, start, stop, side, source_room, target_room, source_P, target_P,
 ):  # fmt: skip
     for p in range(len(item_P)):
         source = target = 0
@@ -226,32 +220,24 @@ def _span_sizes(  # type: ignore[no-untyped-def]
                 target += size
         if source == 0 or target == 0:
             source = target = 0
-        elif turn and source < target:
-            source, target = target, source
         source_P[p], target_P[p] = min(source, source_room), min(target, target_room)
 
 
 @compiled
 def _write_spans(  # type: ignore[no-untyped-def]
-    stream, item_P, first_U1, base_U, start, stop, side, turn, source_PX, target_PX, source_P,
-    target_P,
+    stream, item_P, first_U1, base_U, start, stop, side, source_PX, target_PX, source_P, target_P,
 ):  # fmt: skip
     for p in range(len(item_P)):
         unit = item_P[p]
-        sizes = np.zeros(2, np.int64)
-        for i in range(first_U1[unit], first_U1[unit + 1]):
-            if side[i] < 2:
-                sizes[side[i]] += np.int64(stop[i]) - np.int64(start[i])
-        turned = 1 if turn and sizes[0] < sizes[1] else 0
         s = t = 0
         for i in range(first_U1[unit], first_U1[unit + 1]):
             begin = base_U[unit] + np.int64(start[i])
             size = np.int64(stop[i]) - np.int64(start[i])
-            if side[i] == turned:
+            if side[i] == 0:
                 for k in range(min(size, source_PX.shape[1] - s)):
                     source_PX[p, s + k] = stream[begin + k]
                 s = min(s + size, source_PX.shape[1])
-            elif side[i] == 1 - turned:
+            elif side[i] == 1:
                 for k in range(min(size, target_PX.shape[1] - t)):
                     target_PX[p, t + k] = stream[begin + k]
                 t = min(t + size, target_PX.shape[1])

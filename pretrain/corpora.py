@@ -259,6 +259,18 @@ def trained_length(record: Mapping[str, Any]) -> int | None:
     return int(given[-1]) if given else None
 
 
+def trained_objective(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `objective` that a checkpoint was last trained by; empty if its record does not
+    say."""
+    page = record.get("config", {})
+    found = dict(page.get("objective", {}))
+    for stage in page.get("stages", [])[: int(record.get("stage", 0)) + 1]:
+        changes = stage.get("objective", {})
+        same = changes.get("name", found.get("name")) == found.get("name")
+        found = {**(found if same else {}), **changes}
+    return found
+
+
 def check_learnt(record: Mapping[str, Any], corpus: str | Path, fingerprint: str) -> None:
     """ConfigError for a corpus that another tokenizer encoded than the one a checkpoint learnt."""
     if (learnt := record.get("tokenizer")) not in (None, fingerprint):

@@ -25,8 +25,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.load import from_dict
 from configs.objectives import Causal
-from pretrain.corpora import Corpora, check_learnt, open_measured, trained_length
+from pretrain.corpora import (
+    Corpora,
+    check_learnt,
+    open_measured,
+    trained_length,
+    trained_objective,
+)
 from pretrain.device import check_gpu
 
 Ints = NDArray[np.int64]
@@ -171,7 +178,8 @@ def bits(
             "encoder, csl or length for T5 PEGASUS (仅限 CPM)"
         )
     length = seq_len or trained_length(state.record) or state.record["model"]["positions"]
-    section = Causal()
+    trained = trained_objective(state.record)
+    section = from_dict(Causal, trained if trained.get("name") == "causal" else {"name": "causal"})
     _check(samples, int(length), state.record["model"].get("positions"))
     corpora = open_measured(corpus, int(length), section, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
@@ -271,6 +279,8 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
             f"--lengths: is {words.lengths!r}, must be whole numbers with commas, "
             "e.g. 128,512 (须为整数)"
         ) from None
+    if words.samples is not None and words.samples < 1:
+        raise lengths.LengthError(f"--samples: is {words.samples}, must be at least 1 (至少一个)")
     head = {"task": words.task, "checkpoint": str(words.checkpoint)}
     if words.task == "length":
         count = words.samples or 64
@@ -290,6 +300,8 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
 
     if words.samples is not None and words.samples < 1:
         raise tasks.TaskError(f"--samples: is {words.samples}, must be at least 1 (至少一行)")
+    if words.beams < 1:
+        raise tasks.TaskError(f"--beams: is {words.beams}, must be at least 1 (至少一束)")
     if words.cleaned is not None:
         return tasks.write_problems(words.task, words.data, words.cleaned, words.samples)
     head = {"task": words.task, "checkpoint": str(words.checkpoint), "data": str(words.data)}

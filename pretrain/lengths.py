@@ -81,8 +81,9 @@ def lengths(
         if isinstance(model.config, T5PegasusConfig):
             losses_BT, counted_BT = by_span(model, rows[:, :length], edges.tolist(), words)
         else:
-            mask = None if isinstance(model.config, CPMConfig) else words.mask_id
-            losses_BT, counted_BT = by_position(model, rows[:, : length + 1], mask)
+            decoder = isinstance(model.config, CPMConfig)
+            mask, frame = (None, None) if decoder else (words.mask_id, (words.bos_id, words.eod_id))
+            losses_BT, counted_BT = by_position(model, rows[:, : length + 1], mask, frame)
         parts = [
             {"from": int(a), "to": int(b), "loss": _mean(losses_BT[:, a:b], counted_BT[:, a:b])}
             for a, b in pairwise(edges)
@@ -133,17 +134,25 @@ def _documents(prefix: Path, tokens: int, samples: int) -> np.ndarray:
 
 @torch.no_grad()
 def by_position(
-    model: Any, rows_BT: np.ndarray, mask_id: int | None = None
+    model: Any,
+    rows_BT: np.ndarray,
+    mask_id: int | None = None,
+    frame: tuple[int | None, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses and which of them count, at each position of each row [B, T - 1], float64 and bool.
 
     rows_BT: token ids, one more a row than positions. A decoder predicts the next token at each; an
-    encoder (mask_id given) the tokens that are masked there.
+    encoder (mask_id given) the tokens that are masked there, between [CLS] and [SEP] (`frame`) in
+    place of a row's last two.
     """
     B, T = rows_BT.shape[0], rows_BT.shape[1] - 1
     device = next(model.parameters()).device
     found_BT, counted_BT = np.zeros((B, T)), np.zeros((B, T), bool)
     hidden_BT = np.random.default_rng(0).random((B, T)) < MASKED
+    if frame is not None and frame[0] is not None:
+        ends = [np.full((B, 1), token, rows_BT.dtype) for token in frame]
+        rows_BT = np.concatenate([ends[0], rows_BT[:, : T - 2], ends[1], rows_BT[:, T:]], 1)
+        hidden_BT[:, [0, -1]] = False
     at_once = max(1, TOKENS_AT_ONCE // T)
     for first in range(0, B, at_once):
         part = torch.from_numpy(rows_BT[first : first + at_once]).to(device)

@@ -171,6 +171,12 @@ def _corrupted(
     room = _room(longest_row(*rooms, ratio, span), data)
     sentinels = sentinels_of(tokenizer, vocab)
     spans = noise_of(room, ratio, span)[1]
+    if spans > len(sentinels) and len(sentinels) and sentinels[0] < tokenizer.vocab_size:
+        raise ConfigError(
+            f"data.seq_len, data.target_len: rows of {room} tokens need {spans} sentinels, the "
+            f"vocabulary has {len(sentinels)} of [unused1] ...; shorten them, or raise "
+            f"objective.span above {span} (哨兵符不足)"
+        )
     if spans > len(sentinels):
         raise ConfigError(
             f"model.vocab: is {vocab}, rows of {room} tokens need {spans} sentinels and the "

@@ -26,7 +26,7 @@ from configs.objectives import Masked
 from pretrain import scores
 from pretrain.answer import answer, framed, right_padded
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import check_learnt, open_measured, trained_length
+from pretrain.corpora import check_learnt, open_measured, trained_length, trained_objective
 from pretrain.decoding import Decoding, Written
 from pretrain.device import place
 from pretrain.generate import load_model, write
@@ -83,10 +83,8 @@ def masked(
             "--task mlm: needs a RoFormer, the checkpoint is of another family (仅编码器)"
         )
     check_says_words(state.record["model"], "--task mlm")
-    trained = state.record.get("config", {})
-    section = {"name": "masked"}
-    if trained.get("objective", {}).get("name") == "masked":
-        section |= trained["objective"]
+    trained = trained_objective(state.record)
+    section = trained if trained.get("name") == "masked" else {"name": "masked"}
     if masking is not None:
         section["masking"] = masking
     objective = from_dict(Masked, section, "objective")

@@ -221,6 +221,10 @@ def test_what_sections_say_of_themselves_is_gathered_too() -> None:
         (["optimizer.lazy_rows=true", "optimizer.name=lamb"], "lazy_rows: is built for adamw"),
         (["schedule.warmup_steps=50000"], "warm-up and decay take"),
         (["run.steps=null", "stages=[{steps: 9000, extend: {}}]"], "extend: needs data.seq_len"),
+        (
+            ["run.steps=null", "stages=[{steps: 9000, data: {skips: [[1, 2]]}}]"],
+            "stages.0.data.skips: counts samples of the whole run",
+        ),
     ],
 )
 def test_each_mistake_is_a_sentence_with_its_key(overrides: list[str], says: str) -> None:

@@ -68,6 +68,28 @@ def test_an_encoder_is_measured_where_it_is_masked() -> None:
     assert np.array_equal(again, losses) and np.array_equal(same, counted)
 
 
+def test_an_encoder_reads_its_texts_between_cls_and_sep() -> None:
+    """As it learnt them: in place of a row's last two tokens, and never masked."""
+    model = load_model(trained(ROFORMER))
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    rows = np.random.default_rng(1).integers(5, 320, (40, 65))
+    losses, counted = lengths.by_position(model, rows, mask_id=3, frame=(1, 2))
+    tokens = torch.cat(seen).numpy()
+    assert tokens.shape == (40, 64) and (tokens[:, 0] == 1).all() and (tokens[:, -1] == 2).all()
+    text, hidden = tokens[:, 1:-1], counted[:, 1:-1]
+    assert (text[hidden] == 3).all() and (text[~hidden] == rows[:, :62][~hidden]).all()
+    assert not counted[:, [0, -1]].any() and losses[counted].min() > 0
+
+
+@pytest.mark.parametrize("words", [["length", "--data", "x"], ["passkey"]])
+def test_fewer_than_one_sample_is_a_sentence(
+    words: list[str], saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(saved), "--task", *words, "--samples", "-1"]) == 2
+    assert "--samples: is -1, must be at least 1" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table_json_and_a_plot(
     saved: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,27 @@ def test_every_document_is_the_one_in_the_index(
     assert "its ids in the index are these" in capsys.readouterr().out
 
 
+def test_named_fields_are_encoded_each_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line break between two fields of a kept document is in no index."""
+    lines = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()[:60]]
+    rows = [{"a": line[:12].replace("\n", ""), "b": line[12:40]} for line in lines]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    source = {"kind": "jsonl", "name": "x", "path": str(tmp_path / "x.jsonl"), "fields": ["a", "b"]}
+    page = {
+        "data": {"out": str(tmp_path / "corpus"), "sources": [source], "workers": 1},
+        "clean": {"min_characters": 1, "min_han_ratio": 0.0},
+        "split": {"valid_documents": 5},
+        "tokenizer": {"kind": "cpm", "vocab_size": 400},
+    }
+    (tmp_path / "page.json").write_text(json.dumps(page), "utf-8")
+    assert main(["corpus", str(tmp_path / "page.json"), "--json"]) == 0
+    shown = seen(capsys, str(tmp_path / "corpus"), "--document", "3")["document"]
+    assert shown["as_in_the_index"] is True and "\n" in shown["text"]
+    assert len(shown["begins_word"]) == len(shown["ids"]) == len(shown["tokens"])
+
+
 def test_a_document_without_its_text_is_shown_by_its_ids(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from pretrain.corpora import open_corpora
 from pretrain.labelled import LabelRows, fit
 from pretrain.masking import Controls
 from pretrain.objectives.labels import Labels, right
+from pretrain.state import State, fresh
 from tests.run_jobs import losses, metrics
 from tests.test_conversions_prove_themselves import convert_to, same_weights, saved
 from tests.test_roformer_equals_its_origin import apart, with_gradients
@@ -338,6 +339,20 @@ def test_fine_tuning_begins_with_what_was_pretrained(
         "weights/head.dense.weight"
         in checkpoint.read(checkpoint.resolve(tmp_path / "again")).entries
     )
+
+
+def test_a_checkpoint_from_elsewhere_is_measured_too(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A converted classifier: its record has the names of labels, and no page of a run."""
+    made = fresh(from_dict(RoFormerConfig, MODEL | {"labels": 2, "positions": 48}), 1)
+    record = {"model": made.record["model"], "labels": ["0", "1"]}
+    checkpoint.write_state(tmp_path / "x", State(made.entries, record), corpus / "tokenizer")
+    line = [str(tmp_path / "x"), "--task", "labels", "--data", str(corpus)]
+    found = evaluated(capsys, *line)
+    assert found["samples"] >= 10 and 0 <= found["accuracy"] <= 100
+    with pytest.raises(ValueError, match="--seq-len: is 1000, the model has 48 positions"):
+        evaluated(capsys, *line, "--seq-len", "1000")
 
 
 # ---- sentences ---------------------------------------------------------------------------------

@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.load import ConfigError, from_dict
+from configs.objectives import SpanCorruption
+from configs.run import CorpusShare, Data
 from data_pipeline import sidefile
 from data_pipeline.sidefile import FieldWriter, Gaps, GapUnit, GapWriter
 from pretrain.batches import Batch
 from pretrain.contents import Corrupted, Prefixed, Spans, longest_row, noise_of
+from pretrain.corpora import trained_objective
 from pretrain.masking import Controls, MaskedRows
 from pretrain.pairs import PairRows
 from pretrain.permutation import keyed
+from pretrain.reading import _corrupted
 from pretrain.rows import Layout
 from tests.windows import EOD, PAD, ArrayIndex, an_index
 
@@ -201,9 +206,7 @@ def test_gap_sentences_become_pairs(tmp_path: Path, packing: Any) -> None:
         document = index.slice(*index.offsets[number : number + 2])
         for unit in gaps.document(number):
             source, target = (unit.tokens(document, picked).tolist() for picked in (False, True))
-            if len(source) < len(target):
-                source, target = target, source
-            if target:
+            if source and target:
                 cut += len(source) > 46 or len(target) > 18
                 text = [BOS, *target[:18]]
                 expected.append(([BOS, *source[:46], EOD], text, [*text[1:], EOD]))
@@ -212,6 +215,62 @@ def test_gap_sentences_become_pairs(tmp_path: Path, packing: Any) -> None:
     assert len(rows) == len(found) if packing == "documents" else len(rows) < 0.8 * len(found)
     if packing == "documents":
         assert found == expected
+
+
+def test_what_the_corpus_picked_stays_the_target(tmp_path: Path) -> None:
+    """English words in a Chinese document: more characters, fewer tokens. The corpus compared
+    characters, as published; tokens turn nothing round."""
+    index = ArrayIndex(np.asarray([*range(10, 23), *range(30, 56), EOD], np.uint16), [0, 40])
+    with GapWriter(tmp_path / "train") as writer:
+        picked = np.asarray([False, True])
+        writer.add_document([GapUnit(np.asarray([0, 13]), np.asarray([13, 39]), picked)])
+    _, tables = sidefile.GAPS.open(tmp_path / "train")
+    rows = PairRows(index, Spans.of_gaps(index, tables, 46, 40), 64, 64, IDS, "documents")
+    ((source, _, target),) = sides(rows.batch(np.arange(1)))
+    assert source == [BOS, *range(10, 23), EOD] and target == [*range(30, 56), EOD]
+
+
+class Unused:
+    """A vocabulary of BERT's with three sentinels."""
+
+    kind, vocab_size, eod_id = "wordpiece", 8, EOD
+
+    @staticmethod
+    def pieces(ids: range) -> list[str]:
+        return [*"abcde", "[unused1]", "[unused2]", "[unused3]"]
+
+
+def test_too_few_sentinels_are_told_by_what_helps() -> None:
+    """More rows of the model give a BERT vocabulary no sentinel; they do where ids above are."""
+    data = Data((CorpusShare("x"),), seq_len=512, target_len=128)
+    objective = from_dict(SpanCorruption, {"name": "span_corruption"}, "objective")
+    with pytest.raises(ConfigError, match=r"the vocabulary has 3 of \[unused1\].*objective\.span"):
+        _corrupted(an_index(60_000), data, objective, Unused(), 5000, (512, 128))
+    plain = Unused()
+    plain.kind = "cpm"
+    with pytest.raises(ConfigError, match=r"raise model\.vocab to"):
+        _corrupted(an_index(60_000), data, objective, plain, 10, (512, 128))
+
+
+@pytest.mark.parametrize(
+    ("stage", "found"),
+    [
+        (0, {"name": "causal", "document_boundaries": True}),
+        (1, {"name": "causal", "document_boundaries": False}),
+        (2, {"name": "masked", "masking": "word"}),
+    ],
+)
+def test_a_checkpoint_is_measured_by_what_its_stage_learnt(stage: int, found: Any) -> None:
+    page = {
+        "objective": {"name": "causal", "document_boundaries": True},
+        "stages": [
+            {"objective": {}},
+            {"objective": {"document_boundaries": False}},
+            {"objective": {"name": "masked", "masking": "word"}},
+        ],
+    }
+    assert trained_objective({"config": page, "stage": stage}) == found
+    assert trained_objective({}) == {}
 
 
 def test_fields_become_pairs(tmp_path: Path) -> None:

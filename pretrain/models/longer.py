@@ -15,6 +15,7 @@ Legend: B rows, T tokens, D hidden, P pairs of a head, N heads, S keys.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -92,25 +93,36 @@ def stretched(positions: Tensor, lengths: Tensor, rows: int) -> tuple[Tensor, Te
 # ---------------------------------------------------------------- rotary positions
 
 
-def growth_of(rope: Rope, lengths: Tensor | None) -> Tensor:
+def growth_of(
+    rope: Rope, lengths: Tensor | None, device: torch.device | str | None = None
+) -> Tensor:
     """s: rope.factor, float64 [1]; of a dynamic method that of each length, [B, T, 1]."""
     if not rope.dynamic or lengths is None:
-        return torch.tensor([rope.factor], dtype=torch.float64)
+        # made where it is used: a copy from the host would wait for the device
+        return torch.full((1,), rope.factor, dtype=torch.float64, device=device)
     share = lengths[..., None].double() / rope.known
     return (rope.factor * share - (rope.factor - 1)).clamp(min=1.0)
 
 
+@lru_cache(maxsize=64)
+def _pairs(rope: Rope, head_dim: int, base: float, device: torch.device | str | None) -> Tensor:
+    """rope.pairs() on a device [P, 3], copied there once: each copy would wait for the device."""
+    return torch.tensor(rope.pairs(head_dim, base), dtype=torch.float64, device=device)
+
+
 def frequencies(
-    rope: Rope | None, head_dim: int, base: float, growth: Tensor | None = None
+    rope: Rope | None,
+    head_dim: int,
+    base: float,
+    growth: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Radians a token by which each pair turns, float64 [..., P], for growths s [..., 1]."""
-    device = growth.device if growth is not None else None
     if rope is None:
         pair_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
         return base ** (-pair_P / head_dim)
     s = growth if growth is not None else growth_of(rope, None)
-    numbers = torch.tensor(rope.pairs(head_dim, base), dtype=torch.float64, device=device)
-    plain_P, exponent_P, kept_P = numbers.unbind(1)
+    plain_P, exponent_P, kept_P = _pairs(rope, head_dim, base, device).unbind(1)
     return plain_P * (kept_P + (1 - kept_P) * s ** (-exponent_P))
 
 

@@ -147,8 +147,8 @@ def turn_of(
     growth = None
     if rope is not None:
         lengths = document_lengths(positions_BT, documents_BT) if rope.dynamic else None
-        growth = growth_of(rope, lengths).to(positions_BT.device)
-    pair_P = frequencies(rope, head_dim, base, growth).to(positions_BT.device)
+        growth = growth_of(rope, lengths, positions_BT.device)
+    pair_P = frequencies(rope, head_dim, base, growth, positions_BT.device)
     more = None if growth is None else amplitude(rope, growth)
 
     def at(places_BT: Tensor) -> Turn:
