@@ -4,6 +4,9 @@ where some of a crawl is missing, the pages around it are read."""
 import gzip
 import io
 import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from configs.corpus import Data
 from configs.sources import Source
 from data_pipeline import ingest
 from data_pipeline.ingest import CorpusError, Document, Fault, Meter
+from data_pipeline.sources import text
 
 pytest.importorskip("trafilatura", reason="the extra `web` is not installed")
 pytest.importorskip("warcio", reason="the extra `web` is not installed")
@@ -92,7 +96,9 @@ def test_a_page_without_text_and_a_page_of_no_encoding_are_faults(tmp_path: Path
     assert [fault.kind for fault in faults] == ["no_main_text", "encoding"]
 
 
-def crawl(gzipped: bool, pages: list[tuple[str, bytes, str]]) -> bytes:
+def crawl(
+    gzipped: bool, pages: list[tuple[str, bytes, str]], more: Sequence[tuple[str, str]] = ()
+) -> bytes:
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
@@ -100,7 +106,7 @@ def crawl(gzipped: bool, pages: list[tuple[str, bytes, str]]) -> bytes:
     writer = WARCWriter(out, gzip=gzipped)
     writer.write_record(writer.create_warcinfo_record("a.warc", {"software": "test"}))
     for url, data, kind in pages:
-        headers = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
+        headers = StatusAndHeaders("200 OK", [("Content-Type", kind), *more], protocol="HTTP/1.1")
         record = writer.create_warc_record(
             url,
             "response",
@@ -160,6 +166,36 @@ def test_pages_around_a_damage_are_read(gzipped: bool, tmp_path: Path) -> None:
     assert len(faults) >= 2
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("packing", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_page_that_unpacks_without_end_is_one_fault(
+    packing: str,
+    pack: Callable[[bytes], bytes],
+    chunked: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """200 MB in 200 kB: no worker holds them. What is packed and short enough is read."""
+    monkeypatch.setattr(text, "LONGEST_LINE_BYTES", 1 << 20)
+
+    def packed(data: bytes) -> bytes:
+        data = pack(data)
+        return b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data) if chunked else data
+
+    more = [("Content-Encoding", packing), *([("Transfer-Encoding", "chunked")] * chunked)]
+    good, bomb = packed(html("utf-8").encode()), packed(bytes(200_000_000))
+    pages = [(f"http://example.org/{n}", data, "text/html") for n, data in enumerate([bomb, good])]
+    (tmp_path / "a.warc").write_bytes(crawl(False, pages, more))
+    tracemalloc.start()
+    (document,), (fault,), _ = read_all(Source("warc", str(tmp_path), "s"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    is_the_article(document.text)
+    assert fault.kind == "long_line"
+    assert "unpacks to more than 1,048,576 bytes, more than can be held" in fault.sentence
+    assert peak < 100e6
+
+
 def test_text_of_a_crawl_is_taken_as_it_is(tmp_path: Path) -> None:
     words = "\n".join(PARAGRAPHS).encode()
     header = (
@@ -178,5 +214,5 @@ def test_without_the_extra_it_is_one_sentence(
 ) -> None:
     (tmp_path / "a.html").write_text(html("utf-8"), "utf-8")
     monkeypatch.setitem(sys.modules, "trafilatura", None)
-    with pytest.raises(CorpusError, match=r"needs trafilatura, .*pip install 'bajie\[web\]'"):
+    with pytest.raises(CorpusError, match=r"needs trafilatura, .*setup\.sh web"):
         read_all(Source("html", str(tmp_path), "s"))

@@ -232,7 +232,7 @@ def _document(source: Source, record: Record, name: str, decoder: Decoder) -> Do
 
     try:
         parsed = next(iter(ArchiveIterator(io.BytesIO(record.data))))
-        data = parsed.content_stream().read()
+        data = _unpacked(parsed)
     except (ArchiveLoadFailed, StopIteration, ValueError, EOFError) as error:
         raise Unusable("damaged", f"cannot be unpacked ({error})") from None
     headers = parsed.rec_headers
@@ -252,6 +252,22 @@ def _document(source: Source, record: Record, name: str, decoder: Decoder) -> Do
     page = Page(data, charset[1].decode() if charset else "", **about)
     words, fields = words_of(page, decoder, source.kind)
     return Document(name, words, {**fields, "source": source.name})
+
+
+def _unpacked(parsed: Any) -> bytes:
+    """What a record holds without its chunks and its packing. Raises Unusable for a page that
+    becomes longer than can be held."""
+    from warcio.bufferedreaders import BufferedReader, ChunkedDataReader
+
+    stream = parsed.content_stream()
+    if isinstance(stream, ChunkedDataReader) and (packing := stream.decomp_type):
+        stream.set_decomp(None)  # it would unpack a chunk, of any size, at once
+        stream = BufferedReader(stream, decomp_type=packing)
+    data: bytes = stream.read(text.LONGEST_LINE_BYTES + 1)
+    if len(data) > text.LONGEST_LINE_BYTES:
+        what = f"unpacks to more than {text.LONGEST_LINE_BYTES:,} bytes, more than can be held"
+        raise Unusable("long_line", what)
+    return data
 
 
 class _Buffer:
