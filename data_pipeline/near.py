@@ -187,14 +187,14 @@ class FindCandidates(Block):
         """Yield nothing."""
         band, bucket = rank % self.bands, rank // self.bands
         keys, numbers = [np.empty(0, U64)], [np.empty(0, U64)]
-        gone = numbers_in(self.gone)
-        for shard, path in enumerate(self.tables):
+        gone, first = numbers_in(self.gone), 0
+        for path, count in zip(self.tables, self.sizes, strict=True):
             table = np.load(path, mmap_mode="r")[band]
-            first, count = sum(self.sizes[:shard]), self.sizes[shard]
             rows = np.array(table[key_range(table, bucket, world_size // self.bands)])
             rows = rows[~marks_within(gone, first, count)[rows["row"]]]
             keys.append(rows["key"])
             numbers.append(rows["row"].astype(U64) + U64(first))
+            first += count
         key, number = np.concatenate(keys), np.concatenate(numbers)
         order = np.lexsort((number, key))
         pairs = pairs_of(key[order], number[order])

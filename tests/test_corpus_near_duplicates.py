@@ -200,6 +200,26 @@ def test_candidates_are_all_pairs_of_a_bucket_and_a_line_through_a_huge_one() ->
     assert all(one < two for one, two in found)
 
 
+def test_candidates_of_many_shards_take_their_sizes_one_by_one(tmp_path: Path) -> None:
+    """A sum of those before, for each shard anew, is quadratic: minutes a task at 100,000."""
+
+    class Sizes(list[int]):
+        def __getitem__(self, key: Any) -> Any:
+            assert not isinstance(key, slice)
+            return super().__getitem__(key)
+
+    paths, sizes = [], Sizes([3, 0, 2, 4])
+    for shard_number, size in enumerate(sizes):
+        table = np.empty((1, size), near.KEY)
+        table["key"], table["row"] = 7, np.arange(size)
+        paths.append(tmp_path / f"{shard_number}.npy")
+        np.save(paths[-1], table)
+    find = near.FindCandidates(paths, sizes, [], 1)
+    find.folder = tmp_path
+    list(find.run())
+    assert np.load(tmp_path / "data" / "members" / "00000.npy").tolist() == list(range(9))
+
+
 def test_clusters_equal_a_walk_through_the_pairs() -> None:
     draw = random.Random(4)
     drawn = [sorted(draw.sample(range(0, 900, 3), 2)) for _ in range(200)]
