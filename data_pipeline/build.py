@@ -68,6 +68,7 @@ from data_pipeline.blocks import (
 )
 from data_pipeline.dedup import Divide, FindDuplicates
 from data_pipeline.encode import Beside
+from data_pipeline.index import IndexFault
 from data_pipeline.intake import Clean, Read, Store
 from data_pipeline.losses import Losses, what_goes
 from data_pipeline.progress import Progress
@@ -80,6 +81,7 @@ from data_pipeline.standing import (
     not_another,
     not_others,
     remember,
+    with_its_stage,
 )
 from data_pipeline.tally import Tally, together
 from data_pipeline.to_tokens import to_tokens
@@ -106,8 +108,8 @@ def build(config: CorpusConfig, replacing: bool = False) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         with only_builder(out), executors.crew(config.data) as crew:
             return _build(config, out, crew, replacing)
-    except CorpusError as error:
-        raise error.with_traceback(None) from None
+    except (CorpusError, IndexFault) as error:
+        raise CorpusError(with_its_stage(str(error), out)) from None
     except OSError as error:
         raise CorpusError(
             f"reading or writing failed: {error.strerror or error} ({error.filename or out}); make "

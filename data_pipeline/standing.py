@@ -119,6 +119,17 @@ def remember(out: Path, asked: str, kept: Sequence[Stage]) -> None:
             shutil.rmtree(folder)
 
 
+def with_its_stage(sentence: str, out: Path) -> str:
+    """A sentence about a damaged file of a stage, which begins with its path, and the folder to
+    remove: while that stands, its tasks are marked as done. The rooms that read files do not know
+    it, and their text is in the keys of stages."""
+    stages = f"{out / 'stages'}/"
+    name, inside, _ = sentence.removeprefix(stages).partition("/data/")
+    if not sentence.startswith(stages) or not inside or "/" in name:
+        return sentence
+    return f"{sentence}; the folder to remove first is {stages}{name} (先删除此目录)"
+
+
 def sizes_of(out: Path) -> dict[str, int]:
     """Bytes of the files that make the corpus."""
     files = [

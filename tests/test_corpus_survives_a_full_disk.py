@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,39 @@ def test_a_disk_that_is_full_at_any_moment(
     assert strikes_at[0] > 12
     assert contents(tmp_path / "corpus") == contents(built)
     assert not list((tmp_path / "corpus").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "suffix"),
+    [("clean", ".jsonl.zst"), ("divide", ".jsonl.zst"), ("encode", ".bin"), ("encode", ".idx")],
+)
+def test_a_file_damaged_after_its_stage_names_the_folder_to_remove(
+    stage: str, suffix: str, source: Path, built: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The stage is marked as done while its folder stands: without it, it is done again."""
+    out, after = tmp_path / "data" / "corpus", {"clean": "divide", "divide": "tokenizer"}
+    run, config = build.run, page(out, source, data={"workers": 1})
+
+    def killed(*of: Any) -> Any:
+        if of[1] == after.get(stage, "tally"):
+            raise KeyboardInterrupt
+        return run(*of)
+
+    monkeypatch.setattr(build, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build.build(config)
+    monkeypatch.undo()
+    path = min(out.glob(f"stages/{stage}-*/data/**/*00000{suffix}"))
+    path.write_bytes(path.read_bytes()[:-4])
+    folder = next(out.glob(f"stages/{stage}-*"))
+    with pytest.raises(CorpusError) as told:
+        build.build(config)
+    assert str(told.value).startswith(str(path))
+    assert str(told.value).endswith(f"; the folder to remove first is {folder} (先删除此目录)")
+    shutil.rmtree(folder)
+    build.build(config)
+    assert contents(out) == contents(built)
 
 
 @contextlib.contextmanager
