@@ -23,6 +23,9 @@ from data_pipeline.shards import aside, records, save
 EXCERPTS, EXCERPT_CHARACTERS = 4, 400
 LABELS_OF_A_FIELD = 40
 """A field with more distinct values than this, or longer ones, is no label: it is not counted."""
+SOURCES = 1000
+"""So many are told apart, the largest; a record may name its own, down to an address of a page."""
+OTHERS = "others 其余"
 NO_LABELS = ("id", "text", "source", "scores", "spans", "path", "url", "file", "title", "date")
 TOKENS_AT_ONCE = 1 << 22
 
@@ -79,6 +82,7 @@ class ShardCounts:
         row = self.sources[source]
         row.update(documents=1, characters=len(text), tokens=tokens)
         row[f"{split}_documents"] += 1
+        bound(self.sources, 2 * SOURCES)
         self.lengths["characters"][len(text).bit_length()] += 1
         self.lengths["tokens"][tokens.bit_length()] += 1
         for name, value in record.items():
@@ -111,6 +115,17 @@ class ShardCounts:
         }
 
 
+def bound(sources: dict[str, "Counter[str]"], most: int) -> None:
+    """Of more than `most` sources keep the SOURCES largest, in place; the others become one."""
+    if len(sources) <= most:
+        return
+    named = [name for name in sources if name != OTHERS]
+    others = sources.get(OTHERS, Counter())
+    for name in sorted(named, key=lambda name: (-sources[name]["characters"], name))[SOURCES:]:
+        others.update(sources.pop(name))
+    sources[OTHERS] = others
+
+
 def together(folder: Path, tasks: int) -> dict[str, Any]:
     """The counts of all shards of a Tally's data folder as one: sources and labels by size,
     lengths by the number of bits, the excerpts of the lowest lots, `used` int64 [vocab]."""
@@ -125,11 +140,13 @@ def together(folder: Path, tasks: int) -> dict[str, Any]:
         for totals, found in ((sources, part["sources"]), (labels, part["labels"])):
             for name, counts in found.items():
                 totals[name].update(counts)
+        bound(sources, 2 * SOURCES)
         for what, counts in part["lengths"].items():
             lengths[what].update({int(bits): n for bits, n in counts.items()})
         too_many.update(part["too_many"])
         excerpts = sorted(excerpts + part["excerpts"])[:EXCERPTS]
         used = used + np.load(folder / "used" / f"{rank:05d}.npy")
+    bound(sources, SOURCES + 1)
     return {
         "sources": dict(sorted(sources.items(), key=lambda item: -item[1]["characters"])),
         "labels": {

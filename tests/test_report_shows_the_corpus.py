@@ -135,6 +135,32 @@ def test_the_tally_adds_up_to_the_manifest(corpus: Path) -> None:
     assert np.array_equal(counted["used"], np.bincount(tokens, minlength=vocabulary))
 
 
+def test_a_source_for_every_page_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that name their address: the large sources are told apart, the rest is one line, the
+    sums stay, and neither a shard nor the sum of all holds more."""
+    monkeypatch.setattr(tally, "SOURCES", 20)
+    for rank in range(3):
+        shard = tally.ShardCounts()
+        for number in range(400):
+            for source in (f"http://{rank}/{number}", "news", "web"):
+                text = "字" * (1 if source.startswith("http") else 9)
+                shard.add("train", {"id": source, "text": text, "source": source}, 2)
+                assert len(shard.sources) <= 2 * tally.SOURCES + 1
+        tally.save(tmp_path / "used" / f"{rank:05d}.npy", np.zeros(3, np.int64))
+        (tmp_path / "tally").mkdir(exist_ok=True)
+        (tmp_path / "tally" / f"{rank:05d}.json").write_text(json.dumps(shard.said()))
+    sources = tally.together(tmp_path, 3)["sources"]
+    assert len(sources) <= tally.SOURCES + 1
+    assert list(sources)[:2] == ["news", "web"] and "others 其余" in sources
+    assert sources["news"] == {
+        "documents": 1200, "characters": 10800, "tokens": 2400, "train_documents": 1200
+    }  # fmt: skip
+    for what, total in (("documents", 3600), ("train_documents", 3600), ("characters", 22800)):
+        assert sum(counts[what] for counts in sources.values()) == total
+
+
 def test_a_page_is_the_same_when_it_is_built_again(corpus: Path, tmp_path: Path) -> None:
     shutil.copy(corpus.parent / "text.jsonl", tmp_path / "text.jsonl")
     build(config(tmp_path))
