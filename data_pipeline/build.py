@@ -32,7 +32,6 @@ being replaced.
 """
 
 import fcntl
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -77,6 +76,7 @@ from data_pipeline.shards import CorpusError, aside, sweep
 from data_pipeline.standing import (
     FORMAT,
     finished,
+    folder_of,
     no_file,
     not_another,
     not_others,
@@ -101,7 +101,7 @@ def build(config: CorpusConfig, replacing: bool = False) -> dict[str, Any]:
     Raises CorpusError or another ValueError, one sentence: what cannot be read or written, which
     key to change. What was done until then is kept.
     """
-    out = Path(os.path.expandvars(config.data.out)).expanduser()
+    out = folder_of(config)
     try:
         no_file(config, out)
         not_others(config, out)

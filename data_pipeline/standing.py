@@ -7,6 +7,8 @@
 A folder is ours if it holds a manifest of our format, or the lock and the stages of a build.
 """
 
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +27,18 @@ FORMAT = "bajie-corpus-1"
 
 
 # ---- what must not be built over
+
+
+def folder_of(config: CorpusConfig) -> Path:
+    """data.out with its variables. CorpusError for one that is not set: the corpus would lie in a
+    folder that is called so."""
+    for name in re.findall(r"\$\{?(\w+)", config.data.out):
+        if name not in os.environ:
+            raise CorpusError(
+                f"data.out: the variable ${name} is not set; set it, or write the folder itself "
+                "(环境变量未设置)"
+            )
+    return Path(os.path.expandvars(config.data.out)).expanduser()
 
 
 def no_file(config: CorpusConfig, out: Path) -> None:

@@ -82,6 +82,18 @@ def test_a_place_where_a_file_stands(tmp_path: Path) -> None:
         assert f"{tmp_path / 'taken'} is a file" in said and "data.out" in said
 
 
+def test_a_variable_that_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is set is replaced, so that the same page serves several machines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SCRATCH", raising=False)
+    for out in ("$SCRATCH/corpus", "a/${SCRATCH}"):
+        said = refused(tmp_path, data={"out": out})
+        assert said.startswith("data.out: the variable $SCRATCH is not set") and "环境变量" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "text" / "a.jsonl"))
+    assert "is a file" in refused(tmp_path, data={"out": "$SCRATCH/corpus"})
+
+
 def test_what_is_not_there_is_called_by_its_name(tmp_path: Path) -> None:
     said = refused(tmp_path, tokenizer={"kind": "cpm", "user_dictionary": "nowhere.txt"})
     assert "tokenizer.user_dictionary: there is no file" in said and "用户词典" in said
