@@ -6,7 +6,7 @@ tally.py, score columns, rejects/, documents/ --> html   all of it, with example
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,10 @@ ROWS, TOP_TOKENS, TOKENS_SHOWN = 40, 40, 160
 EXAMPLES, PAIRS, FILES_LOOKED_AT, DOCUMENTS_LOOKED_AT = 6, 5, 8, 2_000
 SHARDS_SEARCHED, LINES_LOOKED_AT = 32, 50_000
 COLUMNS, SAMPLED_SCORES = 36, 100_000
+
+Bounds = tuple[float | None, float | None]
+Limits = Mapping[str, Bounds]
+NONE: Bounds = (None, None)
 
 
 def flow(manifest: Mapping[str, Any]) -> str:
@@ -99,7 +103,7 @@ class Facts:
     """The corpus: rejects/, contamination/, lines.jsonl, documents/, tokenizer/."""
     scores: Sequence[Path] = ()
     """The score columns of each shard."""
-    limits: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
     """Score -> the least and the most that was kept."""
 
 
@@ -222,40 +226,57 @@ def _lengths(facts: Facts) -> Iterator[str]:
 
 
 def _scores(facts: Facts) -> Iterator[str]:
-    tables = [np.load(path, mmap_mode="r") for path in facts.scores]
-    names = tables[0].dtype.names if tables else None
-    if not names:
+    if not facts.scores:
         return
     yield page.heading("Scores of the cleaned documents", "质量分数")
     yield page.paragraph(
         "Dashed: where a threshold stands; its rejects are coloured. Half a per cent at either end "
         "is counted in the last column. (虚线为阈值)"
     )
-    yield page.charts(_score(name, tables, facts.limits.get(name, (None, None))) for name in names)
+
+    def tables() -> Iterator[np.ndarray]:
+        return (np.load(path, mmap_mode="r") for path in facts.scores)
+
+    yield page.charts(_charts(tables, facts.limits))
 
 
-def _score(
-    name: str, tables: Sequence[np.ndarray], limits: tuple[float | None, float | None]
-) -> str:
-    some = np.concatenate([table[name][:SAMPLED_SCORES] for table in tables]).astype(np.float64)
+def _charts(tables: Callable[[], Iterable[np.ndarray]], limits: Limits) -> Iterator[str]:
+    """A chart of every score. Of many rows some, evenly spread, say where its columns lie; `tables`
+    gives those of the shards one by one, three times."""
+    step = max(1, -(-sum(len(table) for table in tables()) // SAMPLED_SCORES))
+    some = np.concatenate([np.array(table[::step]) for table in tables()])
+    edges = {name: _edges(some[name], limits.get(name, NONE)) for name in some.dtype.names or ()}
+    counts = {name: np.zeros(COLUMNS, np.int64) for name in edges}
+    for table in tables():
+        for name, borders in edges.items():
+            if borders is not None:
+                values = np.asarray(table[name], np.float64)
+                values = np.clip(values[np.isfinite(values)], borders[0], borders[-1])
+                counts[name] += np.histogram(values, borders)[0]
+    for name, borders in edges.items():
+        yield "" if borders is None else _chart(name, borders, counts[name], limits)
+
+
+def _edges(some: np.ndarray, limits: Bounds) -> np.ndarray | None:
+    """Where the columns of a chart begin, and the last one ends; None if all values are equal."""
+    some = some.astype(np.float64)
     some = some[np.isfinite(some)]
     if not len(some):
-        return ""
+        return None
     given = [limit for limit in limits if limit is not None]
     low, high = np.quantile(some, (0.005, 0.995))
     low, high = min(low, *given, low), max(high, *given, high)
-    if low == high:
-        return ""
-    edges = np.linspace(low, high, COLUMNS + 1)
-    counts = np.zeros(COLUMNS, np.int64)
-    for table in tables:
-        values = np.asarray(table[name], np.float64)
-        counts += np.histogram(np.clip(values[np.isfinite(values)], low, high), edges)[0]
-    least, most = limits
+    return None if low == high else np.linspace(low, high, COLUMNS + 1)
+
+
+def _chart(name: str, edges: np.ndarray, counts: np.ndarray, limits: Limits) -> str:
+    least, most = limits.get(name, NONE)
+    low, high = edges[0], edges[-1]
     middles = (edges[1:] + edges[:-1]) / 2
     outside = [
         (least is not None and m < least) or (most is not None and m > most) for m in middles
     ]
+    given = [limit for limit in (least, most) if limit is not None]
     places = [COLUMNS * (limit - low) / (high - low) for limit in given]
     labels = [page.number(float(f"{edge:.3g}")) for edge in edges[:-1]]
     return page.columns(name, labels, counts.tolist(), outside, places)

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+import weakref
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -167,17 +169,41 @@ def test_a_page_is_the_same_when_it_is_built_again(corpus: Path, tmp_path: Path)
     assert (tmp_path / "corpus/report.html").read_bytes() == (corpus / "report.html").read_bytes()
 
 
-def test_what_a_threshold_cuts_off_is_coloured(tmp_path: Path) -> None:
+def test_what_a_threshold_cuts_off_is_coloured() -> None:
     scores = np.zeros(1000, np.dtype([("entropy", "<f4")]))
     scores["entropy"] = np.linspace(0, 10, 1000)
-    np.save(tmp_path / "00000.npy", scores)
-    svg = report._score("entropy", [scores], (2.5, None))
+    (svg,) = report._charts(lambda: [scores], {"entropy": (2.5, None)})
     heights = re.findall(r'class="(col|out)"', svg)
     assert len(heights) == report.COLUMNS
     assert heights.count("out") == round(report.COLUMNS / 4)
-    assert "out" not in re.findall(
-        r'class="(col|out)"', report._score("entropy", [scores], (None, None))
+    (svg,) = report._charts(lambda: [scores], {})
+    assert "out" not in re.findall(r'class="(col|out)"', svg)
+
+
+def test_scores_of_many_shards_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of every shard say where the columns lie, all are counted, two at most are open."""
+    monkeypatch.setattr(report, "SAMPLED_SCORES", 1000)
+    looked_at, drawn, given = [], [], list[weakref.ref[np.ndarray]]()
+    edges, columns = report._edges, page.columns
+    monkeypatch.setattr(
+        report, "_edges", lambda some, limits: looked_at.append(some) or edges(some, limits)
     )
+    monkeypatch.setattr(page, "columns", lambda *of: drawn.append(of[2]) or columns(*of))
+
+    def tables() -> Iterator[np.ndarray]:
+        for shard in range(40):
+            table = np.zeros(500 if shard else 3, np.dtype([("entropy", "<f4")]))
+            table["entropy"] = np.random.default_rng(shard).normal(
+                10 * (shard == 39), 1, len(table)
+            )
+            given.append(weakref.ref(table))
+            assert sum(one() is not None for one in given) <= 2
+            yield table
+
+    list(report._charts(tables, {}))
+    assert 900 < len(looked_at[0]) <= 1000 + 40
+    assert looked_at[0].max() > 10  # the last shard's were seen
+    assert sum(drawn[0]) == 39 * 500 + 3
 
 
 def test_what_differs_between_two_texts_is_marked() -> None:
