@@ -12,6 +12,7 @@ from configs.sources import Source
 from data_pipeline import ingest, tokenizer, training
 from data_pipeline.index import IndexWriter
 from data_pipeline.ingest import CorpusError, Document, Fault, Meter
+from data_pipeline.sources import tokens
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data_pipeline" / "sample" / "sample.jsonl"
@@ -77,6 +78,29 @@ def test_an_index_that_is_cut_is_a_fault(words: Path, tmp_path: Path) -> None:
     documents, faults = read_all(Source("index", str(path), "s", tokenizer=str(words)))
     assert not documents
     assert faults[0].kind == "damaged"
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_an_index_that_is_gone_is_no_damage(suffix: str, words: Path, tmp_path: Path) -> None:
+    """Nor is a disk that fails: its documents would be lost for good."""
+    path = written(tmp_path, [[70, 71]])
+    source = Source("index", str(path), "s", tokenizer=str(words))
+    tasks, _ = ingest.plan(Data(out="", sources=(source,)))
+    path.with_suffix(suffix).rename(tmp_path / "away")
+    with pytest.raises(CorpusError, match=rf"a\{suffix} cannot be read: No such file"):
+        list(ingest.read(source, tasks[0][0], Meter(), [].append))
+
+
+def test_a_disk_that_fails_changes_no_plan(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    source = Source("index", str(written(tmp_path, [[70]])), "s", tokenizer=str(words))
+    monkeypatch.setattr(tokens, "Index", failing)
+    with pytest.raises(CorpusError, match=r"a\.idx cannot be read: Input/output error"):
+        ingest.plan(Data(out="", sources=(source,)))
 
 
 def test_a_tokenizer_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from configs.sources import Source
 from data_pipeline.index import Index, IndexFault
 from data_pipeline.shards import CorpusError
 from data_pipeline.sources.documents import Document, Fault, Faults, Meter, Part
-from data_pipeline.sources.places import first_place
+from data_pipeline.sources.places import first_place, opened
 
 
 def tokenizer_of(source: Source) -> Any:
@@ -38,17 +38,21 @@ def _loaded(folder: Path) -> Any:
 
 
 def documents(path: Path) -> int:
-    """How many documents an .idx has; 0 for one that cannot be read."""
+    """How many documents an .idx has; 0 for a damaged one. CorpusError if it cannot be opened."""
     try:
         return Index(path.with_suffix("")).documents
-    except (IndexFault, OSError):  # whatever is wrong with it is said when it is read
+    except IndexFault:  # whatever is damaged is said when it is read
         return 0
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror} (无法读取)") from None
 
 
 def read(source: Source, part: Part, meter: Meter, faults: Faults) -> Iterator[Document]:
     """The documents of a range of an index."""
     path = Path(part.path)
     words = tokenizer_of(source)
+    for file in (path, path.with_suffix(".bin")):
+        opened(file).close()  # one that is gone is no damage of the data
     try:
         index = Index(path.with_suffix(""))
     except IndexFault as error:
