@@ -196,6 +196,23 @@ def test_a_page_that_unpacks_without_end_is_one_fault(
     assert peak < 100e6
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_of_a_page_without_end_is_one_fault(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "LONGEST_LINE_BYTES", 1 << 20)
+    pack = gzip.compress if suffix else bytes
+    (tmp_path / f"a.html{suffix}").write_bytes(pack(bytes(200_000_000)))
+    (tmp_path / f"b.html{suffix}").write_bytes(pack(html("utf-8").encode()))
+    tracemalloc.start()
+    (document,), (fault,), _ = read_all(Source("html", str(tmp_path), "s"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    is_the_article(document.text)
+    assert fault.kind == "long_line" and peak < 150e6
+    assert "a.html" in fault.sentence and "more than 1,048,576 bytes" in fault.sentence
+
+
 def test_text_of_a_crawl_is_taken_as_it_is(tmp_path: Path) -> None:
     words = "\n".join(PARAGRAPHS).encode()
     header = (

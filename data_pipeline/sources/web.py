@@ -131,17 +131,21 @@ def read_html(source: Source, part: Part, meter: Meter, faults: Faults) -> Itera
     """The document of a file."""
     path, shown = Path(part.path), readable(part.path)
     packing = unpack.packing_of(path)
+    held, most = bytearray(), text.LONGEST_LINE_BYTES
     with opened(path) as file:
-        if packing is None:
-            data = file.read()
-        else:
-            pieces = list(unpack.pieces(file, packing, meter))
-            for piece in pieces:
-                if isinstance(piece, Damage):
-                    sentence = f"{shown} {piece.what}; fetch it again (压缩文件损坏或不完整)"
-                    faults(Fault(piece.kind, shown, "its end", sentence, ""))
-                    return
-            data = b"".join(piece for piece in pieces if isinstance(piece, bytes))
+        plain: Pieces = iter(lambda: file.read(1 << 20), b"")
+        for piece in unpack.pieces(file, packing, meter) if packing else plain:
+            if isinstance(piece, Damage):
+                sentence = f"{shown} {piece.what}; fetch it again (压缩文件损坏或不完整)"
+                faults(Fault(piece.kind, shown, "its end", sentence, ""))
+                return
+            held += piece
+            if len(held) > most:
+                what = f"the page has more than {most:,} bytes, more than can be held"
+                sentence = f"{shown}: {what} (此页无法使用)"
+                faults(Fault("long_line", shown, "byte 0", sentence, excerpt(bytes(held[:4000]))))
+                return
+    data = bytes(held)
     if not data.strip():
         return
     try:
