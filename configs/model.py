@@ -11,8 +11,7 @@ factored axes and the residual stream that it reads or writes:
 The distinction between a reader and a writer matters to growth: of two matrices of one shape the
 writer is repeated and the reader is divided.
 
-Sources: CPM-1 (Zhang et al., CPM: A Large-scale Generative Chinese Pre-trained Language Model);
-T5 PEGASUS (Su, kexue.fm/archives/8209); RoFormer (Su, kexue.fm/archives/8265) and v2 (8998).
+Sources: CPM-1 (Zhang et al. 2020); T5 PEGASUS, RoFormer, v2 (Su, kexue.fm/archives/8209, 8265, 8998).
 """
 
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ class T5PegasusConfig:
         return _size_problems(
             self,
             ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "buckets", "bucket_spans"),
-        ) + bucket_problems(self.buckets, self.bucket_spans)
+        ) + bucket_problems(self.buckets, self.bucket_spans, self.max_distance)
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,8 @@ class RoFormerConfig:
             found.append("positions: RoFormer v2 has rotary ones, must be null (仅 v1 可学习)")
         if self.positions is None and self.head_dim % 2:
             found.append(f"head_dim: is {self.head_dim}, must be even to be rotary (须为偶数)")
+        if self.rope_base <= 1:
+            found.append(f"rope_base: is {self.rope_base:g}, must be above 1")
         if self.rope is not None and self.positions is not None:
             found.append("rope: positions are learned, nothing is turned; leave it out (非旋转)")
         return found + table_problems(self.position_table, self.positions)
@@ -443,7 +444,7 @@ def _size_problems(config: ModelConfig, names: tuple[str, ...]) -> list[str]:
         found.append(f"words_said: is {config.words_said}, must lie in [1, vocab] or be null")
     if config.log_n < 0 or config.log_n == 1:
         found.append(f"log_n: is {config.log_n}, must be 0 (off) or a number of keys from 2 on")
-    for name in ("norm_eps", "init_std"):
+    for name in ("norm_eps", "init_std", "logit_scale", "softmax_scale"):
         if getattr(config, name) is not None and getattr(config, name) <= 0:
             found.append(f"{name}: is {getattr(config, name)}, must be above 0")
     return found

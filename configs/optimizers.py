@@ -9,11 +9,13 @@ chosen rule does not read is refused, so that no page says something that does n
 
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from configs.grown import Growing
 from configs.model import ModelConfig, Tensor, local_shape, shape, tensors
 
+SMALLEST_EPS = 1e-30
+"""Far above the smallest float32, far below what any rule was published with."""
 Rule = Literal["adamw", "lamb", "rms_adamw", "adafactor", "muon"]
 ADAMS = ("adamw", "lamb", "rms_adamw", "muon")
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -27,6 +29,12 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "muon_scale": ("muon",),
 }
 """Keys that only some rules read."""
+SCHEDULED_BY: dict[str, tuple[str, ...]] = {
+    "decay_steps": ("wsd",),
+    "decay": ("wsd",),
+    "min_ratio": ("wsd", "cosine"),
+}
+"""Keys that only some schedules read. A stage that takes another one leaves them behind."""
 
 SIZES_ITS_STEPS = ("lamb", "rms_adamw", "adafactor", "muon")
 """Rules whose step in a matrix has the matrix's own size, or one that is set: what was divided
@@ -90,20 +98,33 @@ class Optimizer:
         for name in ("layer_decay", "lookahead_share"):
             if not 0 < getattr(self, name) <= 1:
                 found.append(f"{name}: is {getattr(self, name)}, must lie in (0, 1]")
-        if self.eps <= 0:
-            found.append(f"eps: is {self.eps}, must be above 0")
-        defaults = {field.name: field.default for field in fields(self)}
-        found += [
-            f"{key}: is {getattr(self, key)}, which {self.name} does not read, only "
-            f"{', '.join(rules)}; leave it out or change optimizer.name (该优化器不使用此项)"
-            for key, rules in READ_BY.items()
-            if self.name not in rules and getattr(self, key) != defaults[key]
-        ]
+        if self.eps < SMALLEST_EPS:
+            found.append(
+                f"eps: is {self.eps:g}, must be at least {SMALLEST_EPS:g}: it keeps float32 from "
+                "dividing 0 by 0 (过小)"
+            )
+        found += _unread(self, READ_BY, "optimizer.name (该优化器不使用此项)")
+        if not self.lookahead_every and self.lookahead_share != 0.5:
+            found.append(
+                f"lookahead_share: is {self.lookahead_share}, lookahead_every is 0, so that "
+                "nothing looks ahead; set both or neither (未启用)"
+            )
         if self.lazy_rows and self.name != "adamw":
             found.append(
                 f"lazy_rows: is built for adamw, optimizer.name is {self.name} (只用于 adamw)"
             )
         return found
+
+
+def _unread(section: Any, read_by: dict[str, tuple[str, ...]], name: str) -> list[str]:
+    """Keys that say something which the chosen name does not read."""
+    defaults = {field.name: field.default for field in fields(section)}
+    return [
+        f"{key}: is {getattr(section, key)}, which {section.name} does not read, only "
+        f"{', '.join(names)}; leave it out or change {name}"
+        for key, names in read_by.items()
+        if section.name not in names and getattr(section, key) != defaults[key]
+    ]
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,7 @@ class Schedule:
             for name in ("warmup_steps", "decay_steps", "steps")
             if getattr(self, name) < 0
         ]
+        found += _unread(self, SCHEDULED_BY, "schedule.name (该学习率方案不使用此项)")
         if not 0 <= self.min_ratio <= 1:
             found.append(f"min_ratio: is {self.min_ratio}, must lie in [0, 1]")
         if (self.name == "piecewise") != bool(self.points):

@@ -30,6 +30,18 @@ class Parallel:
         return [f"{key}: is {n}, must be at least 1" for key, n in numbers.items() if n < 1]
 
 
+def overlap_problems(parallel: Parallel, precision: str) -> list[str]:
+    """Why gradients cannot travel during the backward pass: DeepSpeed's optimizers without ZeRO
+    and, in bf16, of ZeRO 1 send them behind it."""
+    zero = 1 if parallel.zero == 0 and precision != "fp32" else parallel.zero
+    if not parallel.overlap or zero > 1 or (zero == 1 and precision != "bf16"):
+        return []
+    why = (
+        f"is true, and ZeRO {parallel.zero} in {precision} sends gradients after the backward pass"
+    )
+    return [f"parallel.overlap: {why}; take parallel.zero=2 or leave it out (此级别不能重叠通信)"]
+
+
 def problems_on(parallel: Parallel, world: int) -> list[str]:
     """Why a run cannot live on `world` processes."""
     key, by = "tensor", parallel.tensor

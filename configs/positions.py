@@ -159,9 +159,14 @@ def table_problems(table: PositionTable | None, positions: int | None) -> list[s
     return []
 
 
-def bucket_problems(buckets: int, spans: int) -> list[str]:
+def bucket_problems(buckets: int, spans: int, max_distance: int) -> list[str]:
     """Why T5's buckets cannot be so many spans: one exact part and `spans` logarithmic ones, each
-    of two sides in the encoder."""
+    of two sides in the encoder; and why they cannot reach so far."""
+    if buckets < 2 * (1 + spans):
+        return [f"buckets: is {buckets}, must be at least {2 * (1 + spans)} (桶数过少)"]
+    if max_distance <= (exact := buckets // (1 + spans)):
+        why = f"must be above {exact}, up to which the decoder has a bucket for each distance"
+        return [f"max_distance: is {max_distance}, {why} (最大距离过小)"]
     if spans > 1 and buckets % (2 * (1 + spans)):
         unit = 2 * (1 + spans)
         return [

@@ -5,6 +5,8 @@
 
 The whole page is opened once, in train(); every other room gets its own section. A run is a list of
 stages; a file that names none has one. Progress is not here: it lives in the run folder.
+
+Long because what no single section can see is said here, beside the sections.
 """
 
 import dataclasses
@@ -20,8 +22,14 @@ from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, tensors
 from configs.monitoring import Monitoring
 from configs.objectives import Causal, Objective, data_problems, head_problems
-from configs.optimizers import Optimizer, Schedule, moments, problems_with_model
-from configs.parallel import Parallel, layout_problems, problems_on, row_problems
+from configs.optimizers import SCHEDULED_BY, Optimizer, Schedule, moments, problems_with_model
+from configs.parallel import (
+    Parallel,
+    layout_problems,
+    overlap_problems,
+    problems_on,
+    row_problems,
+)
 from configs.recompute import Recompute
 
 
@@ -160,10 +168,7 @@ class Stage:
                 "extend: needs data.seq_len of the same stage, the length to reach (须给出新长度)"
             )
         if "skips" in self.data:
-            found.append(
-                "data.skips: counts samples of the whole run; say it in the page's own data.skips "
-                "(只能写在页首的 data 里)"
-            )
+            found.append("data.skips: is of the whole run; say it in the page's `data` (写在页首)")
         if self.extend is not None and self.model:
             found.append("extend, model: one stage extends or grows; make two of it (分为两阶段)")
         return found
@@ -223,6 +228,7 @@ class RunConfig:
                 f"run.steps: is {self.run.steps}, the stages add up to {total}; leave one out "
                 "(步数不一致)"
             )
+        found += overlap_problems(self.parallel, self.precision)
         for number in range(len(stages(self))):
             try:
                 page = at_stage(self, number)
@@ -387,8 +393,9 @@ def at_stage(config: RunConfig, number: int) -> RunConfig:
             changes, before = getattr(stage, key), to_dict(getattr(config, key))
             if not changes:
                 continue
-            if changes.get("name", before.get("name")) != before.get("name"):
-                before = {} if key == "objective" else before
+            if (now := changes.get("name", before.get("name"))) != before.get("name"):
+                read = {k: v for k, v in before.items() if now in SCHEDULED_BY.get(k, (now,))}
+                before = {} if key == "objective" else read
             if key == "batch" and changes.keys() & {"samples", "tokens"}:
                 before = {"micro": before["micro"]}  # one of them, and the stage names it
             section = from_dict(kinds[key], {**before, **changes}, f"stages.{index}.{key}")

@@ -13,6 +13,8 @@ memory (with ZeRO 0 DeepSpeed does not scale the loss of fp16 and cannot accumul
 """
 
 import contextlib
+import gc
+import inspect
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +30,12 @@ from configs.model import ModelConfig, local_shape, tensors
 from pretrain import optimizer as optimizers
 from pretrain import parallel, sequence
 from pretrain.by_source import BySource
+from pretrain.ds_config import ds_config, quiet
 from pretrain.growth.moments import rewarm as rewarm_groups
 from pretrain.parallel import Mesh
 from pretrain.partitions import Partitions
 from pretrain.state import State, seed_of
 from pretrain.step import Step, StepResult
-from pretrain.transient import BUCKET, bucket_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,7 +122,7 @@ class Engine:
         )
         self._zero = self._deepspeed.optimizer
         self._partitions = Partitions(self._zero, parameters, config, mesh, self.born)
-        if self._quiet():
+        if quiet(self._zero_stage, precision):
             self._partitions.base.judge = self._judge
         _alive.add(self)
 
@@ -317,70 +319,36 @@ class Engine:
     # -- the end -------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """Give the memory and DeepSpeed's global names back; the engine is of no use afterwards."""
+        """Give the memory and DeepSpeed's global names back; the engine is of no use afterwards.
+
+        Weights, masters and gradients go at once, not when Python next looks for rings of
+        references: at the border of two stages the next engine needs their place.
+        """
         from deepspeed.utils import groups
 
         _alive.discard(self)
-        if self.__dict__.pop("_destroyed", False):
+        if not hasattr(self, "_deepspeed"):
             return
         self._deepspeed.destroy()
         groups.mpu = None
         for p in self.model.parameters():
             p.grad = None
+        del p
         self._partitions.base.state.clear()
-        self.__dict__["_destroyed"] = True
+        del self._deepspeed, self._zero, self._partitions, self._step, self.model
+        if self._zero_stage == 3:
+            _forget_modules()
+        gc.collect()  # DeepSpeed's engine has a finalizer: the first round ends with that,
+        gc.collect()  # the second one frees what it held
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _json(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
-        sizes = [
-            int(np.prod(local_shape(self.config, t, self.mesh.tensor)))
-            for t in tensors(self.config)
-        ]
-        most = BUCKET.get(self.mesh.device.type, BUCKET["cuda"])
-        bucket = bucket_values(sizes, self._zero_stage, self.mesh.device.type)
-        return {
-            # We scale the loss and set the boundaries of accumulation ourselves.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "steps_per_print": 2**31,
-            "gradient_clipping": 0.0,  # ours, by tensor: pretrain/optimizers/update.py
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": self._zero_stage,
-                # ours, and without waiting for the device: pretrain/optimizers/update.py
-                "compute_grad_norm": not self._quiet() or self._zero_stage == 0,
-                "overlap_comm": self._overlap,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": 2 * ((most + 1) // 2),
-                "stage3_prefetch_bucket_size": bucket,
-                "stage3_param_persistence_threshold": 10 * self.config.hidden,
-                "memory_efficient_linear": False,  # it would replace F.linear for the whole process
-            },
-            "bf16": {
-                "enabled": self.precision == "bf16",
-                "check_grad_overflow": not self._quiet(),
-            },
-            "fp16": {
-                "enabled": self.precision == "fp16",
-                "loss_scale": 0,
-                "initial_scale_power": 16,
-                "loss_scale_window": 1000,
-                "hysteresis": 2,
-                "min_loss_scale": 1,
-            },
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-            "timers": {"throughput": {"enabled": False}},  # it would wait for the device every step
-        }
-
-    def _quiet(self) -> bool:
-        """Whether our update judges gradients, on the device, and DeepSpeed does not.
-
-        Where it cannot be told not to, under ZeRO 3, in ZeRO 1 for bf16 and with a loss scaler, it
-        does, and waits for the device at every update.
-        """
-        noisy = self._zero_stage == 3 or (self._zero_stage == 1 and self.precision == "bf16")
-        return not noisy and self.precision != "fp16"
+        local = [local_shape(self.config, t, self.mesh.tensor) for t in tensors(self.config)]
+        sizes = [int(np.prod(one)) for one in local]
+        stage, device = self._zero_stage, self.mesh.device.type
+        return ds_config(stage, self.precision, sizes, self.config.hidden, device, self._overlap)
 
 
 def materialise(model: nn.Module, json: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
@@ -414,6 +382,19 @@ def materialise(model: nn.Module, json: dict[str, Any], mesh: Mesh, dtype: torch
                 module.register_buffer(name, buffer.to(mesh.device))
 
 
+def _forget_modules() -> None:
+    """Clear what ZeRO 3 remembers for the life of the process, an engine's parameters with it: a
+    stack of modules that begins with the whole model, a cache of what to release behind each."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    kind = partitioned_param_coordinator.PartitionedParameterCoordinator
+    for method in filter(inspect.isfunction, vars(kind).values()):
+        inner = inspect.getclosurevars(method).nonlocals.get("func")  # behind a decorator
+        if clear := getattr(inner, "cache_clear", None):
+            clear()
+
+
 def reset() -> None:
     """Destroy the engines that are left in this process."""
     for engine in list(_alive):
@@ -433,8 +414,14 @@ def _check_precision(precision: str, device: torch.device) -> None:
     from deepspeed.accelerator import get_accelerator
 
     known = {"fp16": "is_fp16_supported", "bf16": "is_bf16_supported"}
-    if precision in known and not getattr(get_accelerator(), known[precision])():
+    if precision not in known:
+        return
+    computes = getattr(get_accelerator(), known[precision])()
+    if precision == "bf16" and device.type == "cuda":  # else cards that only emulate it say yes
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not computes:
+        others = {"fp16": "bf16 or fp32", "bf16": "fp16 or fp32"}[precision]
         raise ValueError(
             f"precision: is {precision}, which this device ({device.type}) does not compute; "
-            f"take bf16 or fp32 (该设备不支持 {precision})"
+            f"take {others} (该设备不支持 {precision})"
         )

@@ -217,6 +217,8 @@ class Monitor:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Time spent here (validation, saving) is not training time."""
+        if self.device.type == "cuda":  # steps that were asked for and not yet made are
+            torch.cuda.synchronize(self.device)
         began = time.monotonic()
         try:
             yield

@@ -156,8 +156,8 @@ def memory(
     a_row = row.targets if isinstance(model, T5PegasusConfig) else row.seq_len
     tokens = micro * a_row * row.predicted / sequence
     parts = {
-        # under ZeRO 3 the largest matrix is whole while it is used
-        "weights": width * (values / data + max(sizes) if zero == 3 else values),
+        # under ZeRO 3 the largest matrix is whole while it is used, and as much is fetched ahead
+        "weights": width * (values / data + min(2 * max(sizes), values) if zero == 3 else values),
         "gradients (fp32)": 4 * values / (data if zero >= 2 else 1),
         "masters (fp32)": 4 * values / data if zero else 0.0,
         "moments (fp32)": spread / (data if zero else 1) + whole,
@@ -176,14 +176,13 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     (key, found), (peak, peak_note) = card(gpu), device_peak(gpu, config.precision)
     pages = [at_stage(config, number) for number in range(len(stages(config)))]
     models = [stage_model(config, number) for number in range(len(pages))]
-    last, data = models[-1], gpus // config.parallel.tensor
-    readers = data // config.parallel.sequence
+    last, data, readers = models[-1], gpus // config.parallel.tensor, _readers(config, gpus)
     samples, micro = step_samples(pages[-1]), pages[-1].batch.micro
     tokens, budget = samples * pages[-1].data.seq_len, found.memory_gib * 2**30
     rate = gpus * peak * mfu
-    each = [_stage(config, n, model, pages[n], rate) for n, model in enumerate(models)]
+    each = [_stage(config, n, model, pages[n], rate, gpus) for n, model in enumerate(models)]
     with_model = [
-        [_stage(config, n, model, page, rate)["flops"] for n, page in enumerate(pages)]
+        [_stage(config, n, model, page, rate, gpus)["flops"] for n, page in enumerate(pages)]
         for model in (models[0], last)
     ]
     needs = [
@@ -230,12 +229,27 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
     }
 
 
+def _readers(config: RunConfig, gpus: int) -> int:
+    """Ranks, or groups of them, that read rows of their own."""
+    return gpus // config.parallel.tensor // config.parallel.sequence
+
+
+def _idle(samples: int, readers: int) -> list[str]:
+    """What a step leaves undone by the devices."""
+    if samples >= readers:
+        return []
+    why = f"{readers - samples} of {readers} ranks have no row of a step's {samples}"
+    return [f"batch: {why}; fewer devices are as fast (部分设备空闲)"]
+
+
 def _stage(
-    config: RunConfig, number: int, model: ModelConfig, page: RunConfig, rate: float
+    config: RunConfig, number: int, model: ModelConfig, page: RunConfig, rate: float, gpus: int
 ) -> dict[str, Any]:
     """One stage at `rate` FLOP/s of all devices together."""
     full, causal = flops_per_token(model, row_of(page))
     tokens = stage_samples(config, number) * page.data.seq_len
+    samples, readers = step_samples(page), _readers(config, gpus)
+    waits = readers * ceil(samples / readers) / samples  # the rank with the most rows decides
     return {
         "steps": stages(config)[number].steps,
         "seq_len": page.data.seq_len,
@@ -245,9 +259,9 @@ def _stage(
         "tokens": tokens,
         "flops_per_token": {"full": full, "causal": causal},
         "flops": tokens * full,
-        "step_s": step_samples(page) * page.data.seq_len * full / rate,
-        "days": tokens * full / rate / 86400,
-        "remarks": staged.idle_options(config, number),
+        "step_s": samples * page.data.seq_len * full * waits / rate,
+        "days": tokens * full * waits / rate / 86400,
+        "remarks": [*staged.idle_options(config, number), *_idle(samples, readers)],
     }
 
 

@@ -32,6 +32,8 @@ STOPPED = "stopped"
 """On the roll: this rank was told to stop, and saved before its run was at its end."""
 WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
 """A main thread inside these waits for another rank."""
+MOST_NAMED = 8
+"""Ranks that a sentence names; of more it says how many."""
 ANSWER_S = 3.0
 """How long the ranks wait for each other's accounts; a rank that gives none is frozen or dead."""
 
@@ -211,10 +213,16 @@ class Watch:
         silent = [rank for rank in range(self.ranks) if rank not in accounts]
         stuck = [e for e in accounts.values() if e["state"] == "stuck"]
         slow = min(e["step"] for e in accounts.values())
+        if len(stuck) == len(accounts):
+            # Nobody is in a collective: on GPUs that call returns at once, and ranks wait where
+            # they next read a value. Those that lag behind are the ones that are waited for.
+            stuck = [e for e in stuck if e["step"] == slow]
         named = [f"rank {e['rank']} on {e['host']} is stuck in {e['where']}" for e in stuck]
         for rank in silent:
             host = _entry(self._entry.with_name(f"rank-{rank:04d}.json")).get("host", "its host")
             named.append(f"rank {rank} on {host} answers no more (frozen or dead)")
+        if more := len(named) - MOST_NAMED:
+            named = [*named[:MOST_NAMED], f"and {more} more"] if more > 0 else named
         blame = "; ".join(named) or f"all ranks wait for each other after step {slow}"
         return (
             f"bajie: no step was finished for {self.stall_s:.0f} s (faults.stall_s): {blame}; the "

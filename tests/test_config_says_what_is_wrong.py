@@ -6,13 +6,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.load import ConfigError, dump, from_dict, load, read_yaml, to_dict
-from configs.model import CPMConfig, ModelConfig, parameter_count
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, parameter_count
 from configs.run import (
     RunConfig,
+    at_stage,
     stage_model,
     stages,
     step_samples,
@@ -223,12 +225,44 @@ def test_what_sections_say_of_themselves_is_gathered_too() -> None:
         (["run.steps=null", "stages=[{steps: 9000, extend: {}}]"], "extend: needs data.seq_len"),
         (
             ["run.steps=null", "stages=[{steps: 9000, data: {skips: [[1, 2]]}}]"],
-            "stages.0.data.skips: counts samples of the whole run",
+            "stages.0.data.skips: is of the whole run",
         ),
+        (["schedule.name=constant"], "schedule.decay_steps: is 4000, which constant does not read"),
+        (["schedule.name=cosine", "schedule.decay_steps=0", "schedule.decay=sqrt"], "only wsd"),
+        (["optimizer.eps=1e-60"], "optimizer.eps: is 1e-60, must be at least 1e-30"),
+        (["optimizer.lookahead_share=0.3"], "lookahead_every is 0, so that nothing looks ahead"),
+        (["parallel.overlap=true"], "parallel.overlap: is true, and ZeRO 1 in bf16 sends"),
+        (["parallel.overlap=true", "parallel.zero=0", "precision=fp32"], "take parallel.zero=2"),
+        (["model.logit_scale=0"], "model.logit_scale: is 0"),
     ],
 )
 def test_each_mistake_is_a_sentence_with_its_key(overrides: list[str], says: str) -> None:
     assert says in "\n".join(said(SMALL, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, buckets=1), "buckets: is 1, must be"),
+        (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, max_distance=16), "must be above 16"),
+        (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, max_distance=0), "max_distance: is 0"),
+        (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, softmax_scale=-1.0), "above 0"),
+        (RoFormerConfig("roformer", 1, 96, 32, 1, 4, 8, 64, rope_base=0.0), "rope_base: is 0"),
+        (RoFormerConfig("roformer", 1, 96, 32, 1, 4, 8, 64, rope_base=-5.0), "must be above 1"),
+    ],
+)
+def test_numbers_that_make_no_function_are_refused(model: Any, says: str) -> None:
+    """An infinite angle, the logarithm of 0, an index of nowhere: on a GPU they are heard of far
+    from their cause."""
+    assert says in "\n".join(model.problems())
+
+
+def test_a_stage_with_another_schedule_leaves_the_old_ones_keys_behind() -> None:
+    stages = "stages=[{steps: 9000}, {steps: 9000, schedule: {name: constant}}]"
+    config = load(SMALL, RunConfig, ["run.steps=null", stages])
+    assert (config.schedule.name, config.schedule.decay_steps) == ("wsd", 4000)
+    later = at_stage(config, 1).schedule
+    assert (later.name, later.decay_steps, later.warmup_steps) == ("constant", 0, 1000)
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,25 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
         assert ends == []
         time.sleep(1.0)
     assert ends == [STALLED]
+
+
+def told_of(tmp_path: Path, **states: tuple[str, int]) -> str:
+    """The sentence about ranks r0, r1 ... of these states and steps."""
+    watch = Watch(tmp_path, 0, len(states), 60.0, lambda _: None)
+    return watch._sentence(
+        {
+            n: {"rank": n, "host": "a", "where": f"file.py:{n} f()", "state": state, "step": step}
+            for n, (state, step) in enumerate(states.values())
+        }
+    )
+
+
+def test_on_gpus_the_rank_that_lags_behind_is_named(tmp_path: Path) -> None:
+    """NCCL's calls return at once: every rank is found where it reads a value, none in a
+    collective. With collectives that wait it is the stack that tells, whatever the step."""
+    said = told_of(tmp_path, a=("stuck", 12), b=("stuck", 10), c=("stuck", 12))
+    assert "rank 1 on a is stuck in file.py:1 f()" in said and said.count("is stuck") == 1
+    said = told_of(tmp_path, a=("waits", 10), b=("stuck", 12), c=("stuck", 12))
+    assert said.count("is stuck") == 2 and "rank 0" not in said
+    said = told_of(tmp_path, **{f"r{n}": ("stuck", 5) for n in range(800)})
+    assert said.count("is stuck") == 8 and "and 792 more" in said

@@ -189,7 +189,7 @@ def test_zero_stages_divide_what_they_say() -> None:
     assert one["weights"] == two["weights"] == 2 * n
     assert one["gradients (fp32)"] == 4 * n and two["gradients (fp32)"] == n
     assert one["masters (fp32)"] == n and one["moments (fp32)"] == 2 * n
-    assert three["weights"] == 2 * (n / 4 + 30000 * 768)
+    assert three["weights"] == 2 * (n / 4 + 2 * 30000 * 768)  # in use, and fetched ahead
     plain = plan.memory(page(SMALL, "precision=fp32"), config.model, 0, 4)
     assert plain["weights"] == 4 * n and plain["masters (fp32)"] == 0
     assert plain["moments (fp32)"] == 8 * n
@@ -238,12 +238,24 @@ def test_a_gpu_is_planned_by_its_own_turns() -> None:
 def test_messages_have_two_buffers_wherever_gradients_travel_during_the_backward_pass() -> None:
     """Left out, ZeRO 3 does so as if asked to; its bucket holds the largest matrix at most."""
     left, asked = (
-        [plan.memory(page(SMALL, f"parallel.overlap={said}"), page().model, zero, 4)["messages"]
-         for zero in range(4)]
+        [plan.memory(config, page().model, zero, 4)["messages"] for zero in range(4)]
         for said in ("null", "true")
-    )  # fmt: skip
+        for config in [page(SMALL, f"parallel.overlap={said}", "parallel.zero=2")]
+    )
     assert left[3] == asked[3] == 2 * 4 * 30000 * 768
     assert asked[:3] == [2 * size for size in left[:3]] == [2 * 4 * 108_882_432] * 3
+
+
+def test_a_step_takes_as_long_as_its_fullest_rank() -> None:
+    """512 rows on 800 devices are as slow as on 512, and 801 as 1,600; the idle ones are told."""
+    took = {}
+    for samples in (512, 800, 801):
+        config = page(SMALL, f"batch={{samples: {samples}, micro: 1}}")
+        (stage,) = plan.plan(config, 800, "h800")["stages"]
+        took[samples] = stage["step_s"], [line for line in stage["remarks"] if "no row" in line]
+    assert took[512][0] == pytest.approx(took[800][0])
+    assert took[801][0] == pytest.approx(2 * took[800][0])
+    assert "288 of 800 ranks" in took[512][1][0] and not took[800][1] and not took[801][1]
 
 
 def test_tensor_parallelism_divides_the_matrices() -> None:

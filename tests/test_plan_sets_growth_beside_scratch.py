@@ -37,11 +37,12 @@ def test_a_run_that_grows_is_counted_beside_scratch() -> None:
 def test_the_disk_holds_both_checkpoints_of_a_growth() -> None:
     """The small run's end and the grown start stay (tests/test_run_grows.py: they do); beside them
     the newest two, and one being written."""
-    found = plan.plan(page("run.steps=null", STAGES), 1, "h200")
+    found = plan.plan(page("run.steps=null", "run.keep_every_steps=0", STAGES), 1, "h200")
     small, large = (12 * stage["parameters"] for stage in found["stages"])
     assert found["disk"]["checkpoints_kept"] == 4
     assert found["disk"]["run_bytes"] == small + large + 3 * large
-    same = page("run.steps=null", "stages=[{steps: 15000}, {steps: 5000, batch: {micro: 8}}]")
+    stages = "stages=[{steps: 15000}, {steps: 5000, batch: {micro: 8}}]"
+    same = page("run.steps=null", "run.keep_every_steps=0", stages)
     found = plan.plan(same, 1, "h200")["disk"]  # the same model goes on: one at the border
     assert found["run_bytes"] == (1 + 3) * small and found["checkpoints_kept"] == 3
 
