@@ -11,7 +11,7 @@ factored axes and the residual stream that it reads or writes:
 The distinction between a reader and a writer matters to growth: of two matrices of one shape the
 writer is repeated and the reader is divided.
 
-Sources: CPM-1 (Zhang et al. 2020); T5 PEGASUS, RoFormer, v2 (Su, kexue.fm/archives/8209, 8265, 8998).
+Sources: CPM-1 (Zhang et al. 2020); T5 PEGASUS, RoFormer, v2 (kexue.fm/archives/8209, 8265, 8998).
 """
 
 from collections.abc import Iterator

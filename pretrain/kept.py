@@ -161,9 +161,9 @@ def kept_of(
     gated one: gate, its activation, up and their product), and a byte for each value that dropout
     may have cut (Korthikanti et al. 2022: 34 s b h). With document boundaries (`masked`) there is
     one mask of [T, T] a row for all layers; T5's position bias is one tensor for a stack, and has a
-    gradient of its size. Of the `sequence` devices that share a row each keeps its tokens, in
-    attention its heads (and their bias), and the whole of the mask. ConfigError for a budget that
-    nothing fits.
+    gradient of its size; ReRoPE keeps the scores of every head. Of the `sequence` devices that
+    share a row each keeps its tokens, in attention its heads (and their bias), and the whole of the
+    mask. ConfigError for a budget that nothing fits.
     """
     row = Row(row) if isinstance(row, int) else row
     how = Recompute(recompute) if isinstance(recompute, str) else recompute  # type: ignore[arg-type]
@@ -310,13 +310,21 @@ class _Sizes:
         matrix = 2.0 * self.config.hidden * self.config.heads // self.tensor * self.config.head_dim
         inner = self.config.heads // self.tensor * self.config.head_dim
         products = matrix * 2 * (queries + keys) + 4.0 * queries * keys * self.sequence * inner
-        kept: float = queries * self.attention
-        if (
-            mixed
-        ):  # a decoder's token keeps its query and what comes out, an encoder's key and value
+        kept: float = queries * self.attention + self.scores(queries, keys)
+        if mixed:  # a decoder's token keeps its query and the output, an encoder's key and value
             kept += 2 * self.inner * (keys - queries)
         name = "cross_sublayer" if mixed else "self_sublayer"
         return Unit(name, kept, products, queries * matrix * self._idle_end)
+
+    def scores(self, queries: int, keys: int) -> float:
+        """ReRoPE's probabilities, which no fused kernel computes: before dropout, behind it, and
+        the mask between; of the whole row, for this device's heads."""
+        rope = getattr(self.config, "rope", None)
+        if rope is None or not rope.windowed:
+            return 0.0
+        heads = self.config.heads // self.tensor / self.sequence
+        each = 2 * self.width + 1 if self.config.attention_dropout else self.width
+        return heads * queries * keys * self.sequence**2 * each
 
     def feeding(self, tokens: int) -> Unit:
         """The feed-forward sub-layer."""

@@ -23,6 +23,7 @@ from configs.model import (
     T5PegasusConfig,
     parameter_count,
 )
+from configs.positions import Rope
 from configs.run import RunConfig
 from launch import cli
 from pretrain import models, parallel, plan, transient
@@ -244,6 +245,37 @@ def test_messages_have_two_buffers_wherever_gradients_travel_during_the_backward
     )
     assert left[3] == asked[3] == 2 * 4 * 30000 * 768
     assert asked[:3] == [2 * size for size in left[:3]] == [2 * 4 * 108_882_432] * 3
+
+
+REROPE = RoFormerConfig(
+    "roformer", 1, 96, 64, 3, 4, 16, 128, dropout=0.0, attention_dropout=0.0,
+    rope=Rope("rerope", 128, window=64),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rerope_keeps_a_matrix_for_every_head(precision: str) -> None:
+    """It goes by products on a GPU too. Beside the scores are three kinds of queries and keys."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model, given = models.build(REROPE).to(dtype), rows_of(REROPE, Row(512), 2)
+    counted = saved_bytes(model, lambda: model(*given))
+    estimate = kept_of(REROPE, 512, 2, precision, "none").device
+    assert counted == pytest.approx(estimate, rel=0.1)
+    plain = dataclasses.replace(REROPE, rope=Rope("linear", 128, 4.0))
+    assert kept_of(plain, 512, 2, precision, "none").device < 0.5 * estimate
+
+
+@pytest.mark.parametrize(("dropout", "each"), [(0.0, 2), (0.1, 5)])
+def test_its_scores_are_shared_by_heads(dropout: float, each: int) -> None:
+    """bf16: the softmax, what dropout leaves of it, a byte of mask; half the heads on each of two
+    devices that share a row."""
+    config = dataclasses.replace(REROPE, attention_dropout=dropout)
+    plain = dataclasses.replace(config, rope=Rope("linear", 128, 4.0))
+    for sequence in (1, 2):
+        windowed, fused_ = (
+            kept_of(c, 512, 2, "bf16", "none", sequence=sequence).device for c in (config, plain)
+        )
+        assert windowed - fused_ == 2 * 3 * (4 / sequence) * 512**2 * each
 
 
 def test_a_step_takes_as_long_as_its_fullest_rank() -> None:
