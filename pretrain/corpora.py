@@ -168,7 +168,8 @@ def open_stages(readings: Sequence[Reading], seed: int, vocab: int) -> list[Corp
         if last is None or (last.data, last.objective) != (reading.data, reading.objective):
             stretches.append(reading)
         numbers.append(len(stretches) - 1)
-    opened = [_open(reading, vocab) for reading in stretches]
+    checked: set[tuple[Path, tuple[Side, ...]]] = set()
+    opened = [_open(reading, vocab, checked) for reading in stretches]
     prints = {part.tokenizer.fingerprint: part.tokenizer_folder for part in opened}
     if len(prints) > 1:
         raise ConfigError(_tokenizers_differ(prints))
@@ -193,7 +194,8 @@ class _Opened:
     record: list[dict[str, Any]]
 
 
-def _open(reading: Reading, vocab: int) -> _Opened:
+def _open(reading: Reading, vocab: int, checked: set[tuple[Path, tuple[Side, ...]]]) -> _Opened:
+    """Open the corpora of a stretch; what was `checked` for another is not read again."""
     data, objective = reading.data, reading.objective
     folders = [Path(share.corpus) for share in data.train]
     sides = needs(objective, data)
@@ -209,7 +211,9 @@ def _open(reading: Reading, vocab: int) -> _Opened:
         )
     for folder, manifest in zip(folders, manifests, strict=True):
         check_sides(folder, manifest, sides)
-        _check_content(folder, manifest, sides)
+        if (what := (folder, tuple(sides))) not in checked:
+            _check_content(folder, manifest, sides)
+            checked.add(what)
 
     def rows(split: str) -> tuple[Rows, ...]:
         return tuple(open_rows(f / split, data, objective, tokenizer, vocab) for f in folders)
