@@ -41,11 +41,11 @@ def main(argv: list[str]) -> int:
                 "--average: is for runs of ours, not for DeepSpeed's folders (仅用于本项目的运行)"
             )
         tensors = deepspeed.read(found)
-        weights = [(name, read()) for name, read in tensors.items() if name.startswith("weights/")]
+        names = [name for name in tensors if name.startswith("weights/")]
         out.mkdir(parents=True)
         dtype = getattr(torch, args.dtype)
-        files.write(out, ((name[8:], tensor) for name, tensor in weights), dtype)
-        print(f"{out}: {len(weights)} tensors out of {found} ({args.dtype}, 已导出)")
+        files.write(out, ((name[8:], tensors[name]()) for name in names), dtype)
+        print(f"{out}: {len(names)} tensors out of {found} ({args.dtype}, 已导出)")
         return 0
     paths = newest_good(source, args.average)
     state = exported([checkpoint.read(path) for path in paths], args.dtype)
