@@ -121,7 +121,8 @@ def _unread(section: Any, read_by: dict[str, tuple[str, ...]], name: str) -> lis
     defaults = {field.name: field.default for field in fields(section)}
     return [
         f"{key}: is {getattr(section, key)}, which {section.name} does not read, only "
-        f"{', '.join(names)}; leave it out or change {name}"
+        f"{', '.join(names)}; leave it out (set it to {defaults[key]} where a base page has it) or "
+        f"change {name}"
         for key, names in read_by.items()
         if section.name not in names and getattr(section, key) != defaults[key]
     ]
@@ -174,6 +175,18 @@ class Schedule:
                 "(预热写在 points 中)"
             )
         return found
+
+
+def read_by_schedule(before: dict[str, Any], name: str, unread: dict[str, Any]) -> dict[str, Any]:
+    """What a schedule of that name takes over from the one `before`; what it does not read is
+    kept in `unread`, for a later stage that reads it again."""
+    own = {k: v for k, v in before.items() if before["name"] in SCHEDULED_BY.get(k, ())}
+    unread |= own
+    return {
+        key: value
+        for key, value in {**before, **unread}.items()
+        if name in SCHEDULED_BY.get(key, (name,))
+    }
 
 
 def moments(section: Optimizer) -> frozenset[str]:

@@ -162,6 +162,8 @@ def table_problems(table: PositionTable | None, positions: int | None) -> list[s
 def bucket_problems(buckets: int, spans: int, max_distance: int) -> list[str]:
     """Why T5's buckets cannot be so many spans: one exact part and `spans` logarithmic ones, each
     of two sides in the encoder; and why they cannot reach so far."""
+    if spans < 1:
+        return []  # is said of its own
     if buckets < 2 * (1 + spans):
         return [f"buckets: is {buckets}, must be at least {2 * (1 + spans)} (桶数过少)"]
     if max_distance <= (exact := buckets // (1 + spans)):

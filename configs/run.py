@@ -22,7 +22,7 @@ from configs.load import ConfigError, from_dict, to_dict
 from configs.model import ModelConfig, longest_row, tensors
 from configs.monitoring import Monitoring
 from configs.objectives import Causal, Objective, data_problems, head_problems
-from configs.optimizers import SCHEDULED_BY, Optimizer, Schedule, moments, problems_with_model
+from configs.optimizers import Optimizer, Schedule, moments, problems_with_model, read_by_schedule
 from configs.parallel import (
     Parallel,
     layout_problems,
@@ -388,14 +388,16 @@ def at_stage(config: RunConfig, number: int) -> RunConfig:
     ConfigError, with the stage's own keys, for changes that make no section.
     """
     kinds, config = get_type_hints(RunConfig), _with_known(config)
+    unread: dict[str, Any] = {}
     for index, stage in enumerate(stages(config)[: number + 1]):
         for key in SECTIONS:
             changes, before = getattr(stage, key), to_dict(getattr(config, key))
             if not changes:
                 continue
-            if (now := changes.get("name", before.get("name"))) != before.get("name"):
-                read = {k: v for k, v in before.items() if now in SCHEDULED_BY.get(k, (now,))}
-                before = {} if key == "objective" else read
+            if key == "objective" and changes.get("name", before["name"]) != before["name"]:
+                before = {}
+            if key == "schedule":
+                before = read_by_schedule(before, changes.get("name", before["name"]), unread)
             if key == "batch" and changes.keys() & {"samples", "tokens"}:
                 before = {"micro": before["micro"]}  # one of them, and the stage names it
             section = from_dict(kinds[key], {**before, **changes}, f"stages.{index}.{key}")

@@ -32,7 +32,7 @@ FORMAT = "bajie-corpus-1"
 def folder_of(config: CorpusConfig) -> Path:
     """data.out with its variables. CorpusError for one that is not set: the corpus would lie in a
     folder that is called so."""
-    for name in re.findall(r"\$\{?(\w+)", config.data.out):
+    for name in re.findall(r"\$\{?(\w+)", config.data.out, re.ASCII):
         if name not in os.environ:
             raise CorpusError(
                 f"data.out: the variable ${name} is not set; set it, or write the folder itself "

@@ -55,7 +55,6 @@ def opened(checkpoint: str | Path, gpu: bool = False) -> tuple[nn.Module, Any]:
 # ---------------------------------------------------------------- masked tokens
 
 
-@torch.no_grad()
 def check_says_words(model: Mapping[str, Any], asked: str) -> None:
     """TaskError for a model whose head is over labels."""
     if labels := model.get("labels"):
@@ -65,6 +64,7 @@ def check_says_words(model: Mapping[str, Any], asked: str) -> None:
         )
 
 
+@torch.no_grad()
 def masked(
     checkpoint: str | Path,
     corpus: str | Path,

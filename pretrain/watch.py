@@ -216,11 +216,12 @@ class Watch:
         if len(stuck) == len(accounts):
             # Nobody is in a collective: on GPUs that call returns at once, and ranks wait where
             # they next read a value. Those that lag behind are the ones that are waited for.
-            stuck = [e for e in stuck if e["step"] == slow]
-        named = [f"rank {e['rank']} on {e['host']} is stuck in {e['where']}" for e in stuck]
+            stuck = [e for e in stuck if e["step"] == slow and not silent]
+        named = []
         for rank in silent:
             host = _entry(self._entry.with_name(f"rank-{rank:04d}.json")).get("host", "its host")
             named.append(f"rank {rank} on {host} answers no more (frozen or dead)")
+        named += [f"rank {e['rank']} on {e['host']} is stuck in {e['where']}" for e in stuck]
         if more := len(named) - MOST_NAMED:
             named = [*named[:MOST_NAMED], f"and {more} more"] if more > 0 else named
         blame = "; ".join(named) or f"all ranks wait for each other after step {slow}"

@@ -245,6 +245,7 @@ def test_each_mistake_is_a_sentence_with_its_key(overrides: list[str], says: str
     [
         (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, buckets=1), "buckets: is 1, must be"),
         (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, max_distance=16), "must be above 16"),
+        (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, bucket_spans=-1), "spans: is -1"),
         (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, max_distance=0), "max_distance: is 0"),
         (T5PegasusConfig("t5_pegasus", 96, 32, 1, 3, 8, 48, softmax_scale=-1.0), "above 0"),
         (RoFormerConfig("roformer", 1, 96, 32, 1, 4, 8, 64, rope_base=0.0), "rope_base: is 0"),
@@ -263,6 +264,20 @@ def test_a_stage_with_another_schedule_leaves_the_old_ones_keys_behind() -> None
     assert (config.schedule.name, config.schedule.decay_steps) == ("wsd", 4000)
     later = at_stage(config, 1).schedule
     assert (later.name, later.decay_steps, later.warmup_steps) == ("constant", 0, 1000)
+    there_and_back = (
+        "stages=[{steps: 6000}, {steps: 7000, schedule: {name: constant}}, "
+        "{steps: 7000, schedule: {name: wsd}}]"
+    )
+    given = ["run.steps=null", "schedule.min_ratio=0.01", there_and_back]
+    last = at_stage(load(SMALL, RunConfig, given), 2).schedule
+    assert (last.name, last.decay_steps, last.min_ratio) == ("wsd", 4000, 0.01)
+
+
+def test_a_stage_with_another_optimizer_keeps_what_it_reads() -> None:
+    """`decay` is a key of both sections."""
+    stages = "stages=[{steps: 9000}, {steps: 9000, optimizer: {name: rms_adamw, lr: 0.01}}]"
+    config = load(SMALL, RunConfig, ["run.steps=null", "optimizer.decay=all", stages])
+    assert at_stage(config, 1).optimizer.decay == "all"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from configs.sources import Source
 from data_pipeline.shards import CorpusError
-from data_pipeline.sources.places import files, named_files
+from data_pipeline.sources.places import files, named_files, reaches
 
 TREE = (
     *("a.txt", "b/a.txt", "b/c.txt", "b/d/e.txt", "b.txt", "b/d/f/g.txt", "b-c/a.txt", "说/明.txt"),
@@ -64,6 +64,29 @@ def test_names_in_capitals_are_read(tmp_path: Path) -> None:
     assert found(top, top) == ["A.TXT", "b.txt", "c.Txt.GZ"]
     tree(tmp_path / "j", ("A.JSONL", "b.Json"))
     assert len(files(Source("jsonl", str(tmp_path / "j"), "s"))) == 2
+
+
+def test_a_corpus_behind_a_link_is_found_out(tmp_path: Path) -> None:
+    """A link from the sources to a folder above data.out: the build would read what it writes."""
+    top = tree(tmp_path / "t", ("a.jsonl",))
+    (tmp_path / "scratch").mkdir()
+    out = tmp_path / "scratch" / "corpus"
+    source = Source("jsonl", str(top), "s")
+    assert not reaches(source, out)
+    (top / "more").symlink_to(tmp_path / "scratch")
+    assert reaches(source, out)
+    (top / "more").unlink()
+    (top / "back").symlink_to(tmp_path)  # leads above the source, and is not followed
+    assert not reaches(source, out)
+    assert reaches(source, top / "inside")
+
+
+def test_a_disks_own_folder_holds_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lost+found at the root of a disk: root's alone, and never text; elsewhere it is a folder."""
+    top = tree(tmp_path / "t", ("a.txt", "lost+found/b.txt", "c/lost+found/d.txt"))
+    assert len(found(top, top)) == 3
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == top)
+    assert found(top, top) == ["a.txt", "c/lost+found/d.txt"]
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*/*.txt"])

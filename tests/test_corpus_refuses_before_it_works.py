@@ -91,7 +91,11 @@ def test_a_variable_that_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert said.startswith("data.out: the variable $SCRATCH is not set") and "环境变量" in said
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
     monkeypatch.setenv("SCRATCH", str(tmp_path / "text" / "a.jsonl"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "text" / "a.jsonl"))
     assert "is a file" in refused(tmp_path, data={"out": "$SCRATCH/corpus"})
+    (tmp_path / "x语料").write_text("")
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "x"))  # a name is of ASCII
+    assert "x语料 is a file" in refused(tmp_path, data={"out": "$SCRATCH语料/corpus"})
 
 
 def test_what_is_not_there_is_called_by_its_name(tmp_path: Path) -> None:

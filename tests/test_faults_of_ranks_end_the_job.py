@@ -139,12 +139,14 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
 
 
 def told_of(tmp_path: Path, **states: tuple[str, int]) -> str:
-    """The sentence about ranks r0, r1 ... of these states and steps."""
+    """The sentence about ranks r0, r1 ... of these states and steps; of the "silent" none has an
+    account."""
     watch = Watch(tmp_path, 0, len(states), 60.0, lambda _: None)
     return watch._sentence(
         {
             n: {"rank": n, "host": "a", "where": f"file.py:{n} f()", "state": state, "step": step}
             for n, (state, step) in enumerate(states.values())
+            if state != "silent"
         }
     )
 
@@ -158,3 +160,9 @@ def test_on_gpus_the_rank_that_lags_behind_is_named(tmp_path: Path) -> None:
     assert said.count("is stuck") == 2 and "rank 0" not in said
     said = told_of(tmp_path, **{f"r{n}": ("stuck", 5) for n in range(800)})
     assert said.count("is stuck") == 8 and "and 792 more" in said
+    frozen = {f"r{n}": ("silent" if n == 11 else "stuck", 5) for n in range(16)}
+    said = told_of(tmp_path, **frozen)
+    assert "rank 11 on its host answers no more" in said and "is stuck" not in said
+    frozen["r3"], frozen["r4"] = ("waits", 5), ("stuck", 4)
+    said = told_of(tmp_path, **frozen)
+    assert said.index("rank 11") < said.index("is stuck") and "and 7 more" in said

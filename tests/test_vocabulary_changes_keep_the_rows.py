@@ -177,6 +177,15 @@ def test_a_ramp_stands_where_it_stood(tmp_path: Path) -> None:
     assert torch.allclose(first, second, atol=1e-6) and first.std() > 0.1
 
 
+def test_labels_keep_their_names() -> None:
+    """A head over labels has no rows of the vocabulary; what its labels are called stays."""
+    config = RoFormerConfig("roformer", 1, len(OLD), 24, 2, 2, 12, 32, labels=2)
+    state_ = random_state(config)
+    known = state.State(state_.entries, state_.record | {"labels": ["坏", "好"]})
+    after = applied(known, config, plan(seen(OLD), seen(NEW)))
+    assert after.record["labels"] == ["坏", "好"] and after.record["model"]["labels"] == 2
+
+
 def mt5(tokens: Sequence[str], pieces: dict[str, list[int]]) -> Vocabulary:
     return Vocabulary(
         "\u2581", tuple(tokens), {"unknown": 2}, {}, str, lambda t: [pieces[x] for x in t]

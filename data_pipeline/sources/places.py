@@ -103,6 +103,8 @@ def _folders(top: Path, hidden: bool) -> Iterator[tuple[Path, list[str]]]:
                 continue
             seen.add(real)
             folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+            if os.path.ismount(here) and "lost+found" in folders:
+                folders.remove("lost+found")  # of a disk's own check: no text, and root's alone
             inside = [os.path.join(here, name) for name in folders]
             waiting += [path for path in inside if os.path.islink(path)]
             yield Path(here), [name for name in names if hidden or not name.startswith(".")]
@@ -134,13 +136,21 @@ def reaches(source: Source, folder: Path) -> bool:
     ends = tuple(s + packing for s in SUFFIXES[source.kind] for packing in PACKINGS)
     for pattern in source.paths:
         for candidate in map(Path.absolute, places(pattern)):
-            inside = folder.resolve().is_relative_to(candidate.resolve())
-            if candidate.is_dir() and inside and any(name.endswith(ends) for name in WRITTEN):
+            holds = any(name.endswith(ends) for name in WRITTEN)
+            if candidate.is_dir() and holds and _walks_into(candidate, folder):
                 return True
             written = (folder.absolute() / name for name in WRITTEN)
             if any(_fit(path.parts, candidate.parts) for path in written):
                 return True
     return False
+
+
+def _walks_into(top: Path, folder: Path) -> bool:
+    """Whether a walk from `top` down, links included, comes by a folder, made or not yet."""
+    inside = [folder.resolve(), *folder.resolve().parents]
+    return top.resolve() in inside or any(
+        here.is_symlink() and here.resolve() in inside for here, _ in _folders(top, True)
+    )
 
 
 def _fit(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:

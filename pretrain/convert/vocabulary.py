@@ -18,6 +18,7 @@ from torch import Tensor
 from configs.load import to_dict
 from configs.model import ModelConfig, RoFormerConfig, shape, tensors
 from pretrain.convert.rules import ConversionError, masked
+from pretrain.labelled import label_names
 from pretrain.mixing import Mixture, mixed
 from pretrain.state import Entry, State
 
@@ -181,7 +182,8 @@ def applied(state: State, config: ModelConfig, made: Plan) -> State:
         assert tensor.out == ("vocab",), f"{tensor.name}: the vocabulary is a part of an axis"
         key = f"weights/{tensor.name}"
         entries[key] = Entry(shape(to, tensor), "float32", _reader(entries[key], made))
-    return State(entries, {"model": to_dict(to)})
+    names = label_names(state.record)
+    return State(entries, {"model": to_dict(to)} | ({"labels": names} if names else {}))
 
 
 def _reader(entry: Entry, made: Plan) -> Callable[[], Tensor]:
