@@ -222,8 +222,8 @@ class Watch:
             host = _entry(self._entry.with_name(f"rank-{rank:04d}.json")).get("host", "its host")
             named.append(f"rank {rank} on {host} answers no more (frozen or dead)")
         named += [f"rank {e['rank']} on {e['host']} is stuck in {e['where']}" for e in stuck]
-        if more := len(named) - MOST_NAMED:
-            named = [*named[:MOST_NAMED], f"and {more} more"] if more > 0 else named
+        if (more := len(named) - MOST_NAMED) > 0:
+            named = [*named[:MOST_NAMED], f"and {more} more"]
         blame = "; ".join(named) or f"all ranks wait for each other after step {slow}"
         return (
             f"bajie: no step was finished for {self.stall_s:.0f} s (faults.stall_s): {blame}; the "

@@ -262,9 +262,9 @@ def carry_tokenizer(folder: Path, frozen: Path | None) -> list[str]:
 def write_tokenizer(folder: Path, frozen: Path | None) -> list[str]:
     """The tokenizer's files for transformers where it has that tokenizer, and in bajie_tokenizer/
     as they are; returns what a user must know."""
+    missing = carry_tokenizer(folder, frozen)
     if frozen is None:
-        return carry_tokenizer(folder, frozen)
-    carry_tokenizer(folder, frozen)
+        return missing
     kind = json.loads((frozen / "tokenizer.json").read_text("utf-8"))
     vocabulary = next(iter(sorted(frozen.glob("vocab.txt"))), None)
     if vocabulary is not None and not kind.get("word"):
