@@ -43,35 +43,20 @@ def _tensor(handle: Any, name: str) -> Callable[[], torch.Tensor]:
 
 def pickled(path: Path) -> dict[str, Any]:
     """What a pickle of torch's holds: tensors and plain values. Objects of other classes (a
-    framework's own arguments) become `Stub`s by name: nothing of theirs is imported or run."""
-    if not zipfile.is_zipfile(path):
-        return _as_dict(path, _before_zip(path))
+    framework's own arguments) become `Stub`s by name: nothing of theirs is imported or run. A file
+    from before torch 1.6 is no zip: it cannot be mapped, nor asked for its classes, so that one of
+    tensors alone is read, whole."""
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        mapped = zipfile.is_zipfile(path)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
         stubs: list[Any] = [(type("Stub", (Stub,), {}), name) for name in unknown]
         with torch.serialization.safe_globals(stubs):
-            page = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            page = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises almost anything
         reason = " ".join(str(error).split())[:200]
         raise ConversionError(
             f"{path}: cannot be read as tensors alone ({reason}) (文件无法安全读取)"
         ) from None
-    return _as_dict(path, page)
-
-
-def _before_zip(path: Path) -> Any:
-    """What torch wrote until its 1.6, read whole: nothing in such a file can be mapped, and no
-    class in it is looked at before it is loaded, so that one of tensors alone is read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises almost anything
-        reason = " ".join(str(error).split())[:200]
-        raise ConversionError(
-            f"{path}: cannot be read as tensors alone ({reason}) (文件无法安全读取)"
-        ) from None
-
-
-def _as_dict(path: Path, page: Any) -> dict[str, Any]:
     if not isinstance(page, dict):
         raise ConversionError(
             f"{path}: holds a {type(page).__name__}, must be a dict of tensors (须为张量字典)"
