@@ -153,7 +153,8 @@ class Watch:
     def busy(self) -> Iterator[None]:
         """Look away while this rank waits for another, which may take hours: a large model's proof.
 
-        A rank that dies meanwhile still ends the others, who wait for it in a collective.
+        The roll says so ("patient"): such a silence is no one's fault. A rank that dies meanwhile
+        still ends the others, who wait for it in a collective.
         """
         self._heard = math.inf
         try:
@@ -162,11 +163,12 @@ class Watch:
             self._heard = time.monotonic()
 
     def _look(self) -> None:
-        pause = min(1.0, self.stall_s / 10)
+        pause, said = min(1.0, self.stall_s / 10), False
         while not self._done.wait(pause):
-            if time.monotonic() - self._told > 10.0:
-                self._told = time.monotonic()
-                told(self._entry, step=self._step)
+            patient = self._heard == math.inf
+            if time.monotonic() - self._told > 10.0 or patient != said:
+                self._told, said = time.monotonic(), patient
+                told(self._entry, step=self._step, patient=patient)
             if time.monotonic() - self._heard > self.stall_s:
                 self._stalled()
                 return
@@ -210,7 +212,8 @@ class Watch:
         return found
 
     def _sentence(self, accounts: dict[int, dict[str, Any]]) -> str:
-        silent = [rank for rank in range(self.ranks) if rank not in accounts]
+        roll = [_entry(self._entry.with_name(f"rank-{n:04d}.json")) for n in range(self.ranks)]
+        silent = [n for n in range(self.ranks) if n not in accounts and not roll[n].get("patient")]
         stuck = [e for e in accounts.values() if e["state"] == "stuck"]
         slow = min(e["step"] for e in accounts.values())
         if len(stuck) == len(accounts):
@@ -219,7 +222,7 @@ class Watch:
             stuck = [e for e in stuck if e["step"] == slow and not silent]
         named = []
         for rank in silent:
-            host = _entry(self._entry.with_name(f"rank-{rank:04d}.json")).get("host", "its host")
+            host = roll[rank].get("host", "its host")
             named.append(f"rank {rank} on {host} answers no more (frozen or dead)")
         named += [f"rank {e['rank']} on {e['host']} is stuck in {e['where']}" for e in stuck]
         if (more := len(named) - MOST_NAMED) > 0:
