@@ -83,6 +83,11 @@ class Corpora:
         for."""
         return tuple(getattr(self.train[0], "labels", ()))
 
+    @property
+    def segments(self) -> int:
+        """How many kinds of tokens a document has: two where two of its fields are read."""
+        return max(getattr(rows, "segments", 1) for rows in self.train)
+
     def keys(self, samples: np.ndarray) -> Keys:
         """What seeds the draws in each of some samples of the run."""
         places = stream_places(samples, self.order.skips)

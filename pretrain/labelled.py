@@ -66,18 +66,18 @@ class LabelRows:
                 f"{len(offsets) - 1}; build the corpus again (附属文件与索引不符)"
             )
         names = list(fields or known)
-        self._base_D, self._sides = offsets[:-1], max(len(names), 1)
+        self._base_D, self.segments = offsets[:-1], max(len(names), 1)
         self._start_D2, self._size_D2 = _sides(tables, known, names, np.diff(offsets))
-        self.cut = fit(self._size_D2, seq_len - 1 - self._sides)
-        there = (self._size_D2[:, : self._sides] > 0).all(1) & (self._label_D >= 0)
+        self.cut = fit(self._size_D2, seq_len - 1 - self.segments)
+        there = (self._size_D2[:, : self.segments] > 0).all(1) & (self._label_D >= 0)
         items = np.flatnonzero(there)
-        if not len(items) or seq_len < 2 + 2 * self._sides:
+        if not len(items) or seq_len < 2 + 2 * self.segments:
             raise ValueError(
                 f"data: the index of {len(offsets) - 1} documents has none with a label and "
                 f"{' and '.join(names) or 'text'} that goes into data.seq_len={seq_len}; name the "
                 "fields in objective.fields, or raise data.seq_len (没有带标签的文本)"
             )
-        sizes = (self._size_D2[items].sum(1) + 1 + self._sides).astype(np.int32)
+        sizes = (self._size_D2[items].sum(1) + 1 + self.segments).astype(np.int32)
         self.plan, self._filled = one_each(items), int(sizes.sum())
         if packing == "best_fit":
             packed = best_fit(sizes, seq_len)
@@ -114,7 +114,7 @@ class LabelRows:
                 canvas.targets_BT[b, t], canvas.counts_BT[b, t] = self._label_D[item], True
                 segments_T[t] = 0
                 t += 1
-                for side in range(self._sides):
+                for side in range(self.segments):
                     size = int(self._size_D2[item, side])
                     source = int(self._base_D[item] + self._start_D2[item, side])
                     tokens_T[t : t + size] = self._stream[source : source + size]

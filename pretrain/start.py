@@ -102,10 +102,16 @@ def _clear(checkpoints: Path) -> None:
 
 def check_ahead(config: RunConfig, corpora: Corpora) -> None:
     """ConfigError for what would end the run at a later stage or at its first validation."""
-    found = heads.problems(stage_model(config, 0), corpora.labels)
+    model = stage_model(config, 0)
+    found = heads.problems(model, corpora.labels)
+    if corpora.segments > (has := getattr(model, "segments", corpora.segments)):
+        found.append(
+            f"model.segments: is {has}, a document of the corpus has {corpora.segments} fields; "
+            "set it to that, or name one of them in objective.fields (段类型数不足)"
+        )
     if config.run.prompt:
         tokens = len(corpora.tokenizer.encode(config.run.prompt))
-        room = longest_row(stage_model(config, 0)) or tokens
+        room = longest_row(model) or tokens
         if not 0 < tokens <= room:
             found.append(
                 f"run.prompt: is {tokens} tokens long, must be 1 to {room} "

@@ -381,6 +381,8 @@ def test_what_does_not_fit_is_a_sentence(tmp_path: Path, corpus: Path, world1: W
         open_corpora(config.data, config.objective, 1, 600)
     with pytest.raises(ConfigError, match=r"model\.labels: is 5, the corpus has 2 labels \(0, 1\)"):
         world1.run(GO, config=page(tmp_path / "five", corpus, labels=5))
+    with pytest.raises(ConfigError, match=r"model\.segments: is 1, .* has 2 fields"):
+        world1.run(GO, config=page(tmp_path / "one-segment", corpus, segments=1))
     with pytest.raises(ValueError, match="has none with a label"):
         LabelRows(
             Index([7]), tables([[(0, 0, 3)]], [-1]), ("a",), ("x", "y"), (), 9, IDS, "documents"
