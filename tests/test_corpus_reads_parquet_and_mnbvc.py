@@ -13,6 +13,7 @@ from configs.sources import Source
 from data_pipeline import ingest, unreadable
 from data_pipeline.ingest import CorpusError, Document, Fault, Meter
 
+datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -72,8 +73,8 @@ def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
     assert set(range(5000)) - set(kept) == set(range(2100, 2800))
 
 
-@pytest.mark.parametrize("dictionary", [False, True])
-def test_a_text_that_is_no_utf_8_costs_no_other_row(dictionary: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["parquet", "parquet of a dictionary", "datasets"])
+def test_a_text_that_is_no_utf_8_costs_no_other_row(kind: str, tmp_path: Path) -> None:
     """Of 2,500 rows, three batches, two cannot be used, in whatever column the bytes stand."""
     texts = [f"第{n}篇".encode() for n in range(2500)]
     notes = [b"note"] * 2500
@@ -82,10 +83,14 @@ def test_a_text_that_is_no_utf_8_costs_no_other_row(dictionary: bool, tmp_path: 
         name: pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
         for name, values in (("text", texts), ("note", notes))
     }
-    if dictionary:
+    if kind == "parquet of a dictionary":
         columns = {name: column.dictionary_encode() for name, column in columns.items()}
-    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    documents, faults, _ = read_all(Source("parquet", str(tmp_path / "a.parquet"), "s"))
+    path, kind = tmp_path / "a", kind.split()[0]
+    if kind == "datasets":
+        datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns))).save_to_disk(path)
+    else:
+        parquet.write_table(pyarrow.table(columns), path)
+    documents, faults, _ = read_all(Source(kind, str(path), "s"))
     good = [text.decode() for n, text in enumerate(texts) if n not in (1200, 2400)]
     assert [document.text for document in documents] == good
     assert [(fault.kind, fault.place) for fault in faults] == [

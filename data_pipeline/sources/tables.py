@@ -172,10 +172,14 @@ def read_dataset(source: Source, part: Part, meter: Meter, faults: Faults) -> It
     """The documents of a range of rows."""
     rows = dataset(source)
     _known(source, rows.column_names, "the dataset")
+    names = [field.name for field in rows.features.arrow_schema if _is_wanted(source, field)]
+    table = rows.with_format("arrow", columns=names)
     first, last = (len(rows) * n // part.of for n in (part.number, part.number + 1))
     for start in range(first, last, ROWS):
         stop = min(start + ROWS, last)
-        yield from _rows(source, rows[start:stop], start, part, faults)
+        batch = table[start:stop]
+        columns = {name: _values(batch.column(name)) for name in names}
+        yield from _rows(source, columns, start, part, faults)
         meter.share = (stop - first) / (last - first)
 
 
