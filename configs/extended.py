@@ -3,8 +3,9 @@
     config + seq_len + Extend --extended()--> config with position_table | rope | bucket_spans
                               --promise()--> up to how many tokens the logits stay what they were
 
-    learned positions   interpolated   dynamic: a document longer than the table stretches it
-      (CPM, BERT)       hierarchical   Su's decomposition; the table stays the parameter
+    learned positions   hierarchical   Su's decomposition; the table stays the parameter
+      (CPM, BERT)       interpolated   the table stretched: BERT's by each document that is longer,
+                                       CPM's for all alike (a document's length is its future)
                         hierarchical_rows, random, last, repeat: rows are added to the table
     rotary (RoFormer)   the methods of configs/positions.py, static or dynamic; log n
     T5's buckets        buckets        logarithmic buckets appended, each stack by its own rule
@@ -13,6 +14,7 @@ No tensor is touched here; pretrain/growth/positions.py does that.
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -23,7 +25,7 @@ from configs.positions import PositionTable, Rope, RopeMethod
 
 ROWS = ("hierarchical_rows", "random", "last", "repeat")
 """Methods that add rows to a table of positions."""
-LEARNED = ("interpolated", "hierarchical", *ROWS)
+LEARNED = ("hierarchical", "interpolated", *ROWS)
 ROTARY = get_args(RopeMethod)
 Method = Literal[
     "auto", "interpolated", "hierarchical", "hierarchical_rows", "random", "last", "repeat",
@@ -37,18 +39,20 @@ class Extend:
     """How a model is taken to longer rows."""
 
     method: Method = "auto"
-    """auto: interpolated (learned positions), rerope with log n (rotary), buckets (T5). rows that
-    are added to a table: hierarchical_rows, random, last (copies of the last), repeat (the table
-    again). as_it_is: nothing but log n."""
-    alpha: float = 0.4
-    """Of hierarchical: see position_table.alpha."""
-    dynamic: bool = True
-    """Of the methods that change rotary frequencies: by each document's length, so that short ones
-    stay as they were; false: for all alike."""
+    """auto: hierarchical (CPM), interpolated (BERT), rerope with log n (rotary), buckets (T5). rows
+    that are added to a table: hierarchical_rows, random, last (copies of the last), repeat (the
+    table again). as_it_is: nothing but log n."""
+    alpha: float = 0.0
+    """Of hierarchical: see position_table.alpha; 0: the model's own, else 0.4."""
+    dynamic: bool | None = None
+    """Of the methods that change rotary frequencies, of interpolated: by each document's length, so
+    that short ones stay as they were; false: for all alike; null: the model's own, else true.
+    ReRoPE needs no length, and CPM must not know it: false."""
     window: int = 0
-    """Of ReRoPE: distances beyond it count as it; 0: half of the length that the model knew."""
-    leak: float = 16.0
-    """Of leaky ReRoPE: tokens beyond the window that count as one."""
+    """Of ReRoPE: distances beyond it count as it; 0: the model's own, else half of the length that
+    it knew."""
+    leak: float = 0.0
+    """Of leaky ReRoPE: tokens beyond the window that count as one; 0: the model's own, else 16."""
     log_n: bool | None = None
     """Scores x max(1, log n / log known); null: with ReRoPE only."""
     known: int | None = None
@@ -56,7 +60,8 @@ class Extend:
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""
-        found = [] if self.window >= 0 else [f"window: is {self.window}, must not be negative"]
+        numbers = {"alpha": self.alpha, "window": self.window, "leak": self.leak}
+        found = [f"{k}: is {v}, must not be negative" for k, v in numbers.items() if not v >= 0]
         if self.known is not None and self.known < 2:
             found.append(f"known: is {self.known}, must be at least 2")
         return found
@@ -68,6 +73,8 @@ def extended(now: ModelConfig, seq_len: int, how: Extend, known: int | None = No
     known: the length of the rows so far, where neither `how` nor the model says it. Raises
     ConfigError with a sentence for a method that the model cannot use.
     """
+    if seq_len < 2:
+        raise ConfigError(f"seq_len: is {seq_len}, must be at least 2 (至少为二)")
     how = resolved(now, how)
     room = longest_row(now)
     rope = getattr(now, "rope", None)
@@ -99,7 +106,9 @@ def resolved(now: ModelConfig, how: Extend) -> Extend:
     allowed = ("buckets",) if isinstance(now, T5PegasusConfig) else allowed
     method = how.method
     if method == "auto":
-        method = "rerope" if allowed is ROTARY else allowed[0]  # type: ignore[assignment]
+        method = cast(Method, "rerope" if allowed is ROTARY else allowed[0])
+        if allowed is LEARNED and not isinstance(now, CPMConfig):
+            method = "interpolated"
     if method not in (*allowed, "as_it_is"):
         raise ConfigError(
             f"method: is {method}, this {now.family} can be extended by {', '.join(allowed)} "
@@ -107,7 +116,18 @@ def resolved(now: ModelConfig, how: Extend) -> Extend:
         )
     by_itself = method in ("rerope", "leaky_rerope")
     log_n = (by_itself if how.log_n is None else how.log_n) and not now.log_n
-    return dataclasses.replace(how, method=method, log_n=log_n)
+    table, rope = getattr(now, "position_table", None), getattr(now, "rope", None)
+    own = table or rope
+    dynamic = own.dynamic if own is not None and how.dynamic is None else how.dynamic is not False
+    return dataclasses.replace(
+        how,
+        method=method,
+        log_n=log_n,
+        alpha=how.alpha or (table.alpha if table else 0.4),
+        leak=how.leak or (rope.leak if rope else 16.0),
+        window=how.window or (rope.window if rope else 0),
+        dynamic=dynamic and not by_itself and not isinstance(now, CPMConfig),
+    )
 
 
 def _learned(now: ModelConfig, seq_len: int, how: Extend) -> ModelConfig:
@@ -122,11 +142,14 @@ def _learned(now: ModelConfig, seq_len: int, how: Extend) -> ModelConfig:
             )
         kept = table if how.method == "as_it_is" else None
         return dataclasses.replace(now, positions=max(seq_len, rows), position_table=kept)
-    if table is not None and (table.method, table.alpha) == (how.method, how.alpha):
-        return dataclasses.replace(now, positions=seq_len)
-    if table is not None and table.method == "interpolated":
+    made = PositionTable(how.method, rows, how.alpha, bool(how.dynamic))  # type: ignore[arg-type]
+    if table is not None and table.method == how.method:
+        made = dataclasses.replace(made, rows=table.rows)
+        if made != table:
+            key = "alpha" if made.alpha != table.alpha else "dynamic"
+            raise ConfigError(_own(key, getattr(made, key), getattr(table, key)))
+    elif table is not None and table.method == "interpolated":
         raise ConfigError(_fixed("position_table", "interpolated", how.method))
-    made = PositionTable(how.method, rows, how.alpha)  # type: ignore[arg-type]
     return dataclasses.replace(now, positions=seq_len, position_table=made)
 
 
@@ -137,13 +160,15 @@ def _rotary_config(now: ModelConfig, seq_len: int, how: Extend, known: int) -> M
     if seq_len <= known:
         raise ConfigError(f"seq_len: is {seq_len}, the model knows {known} already (无需扩展)")
     windowed = how.method in ("rerope", "leaky_rerope")
-    dynamic = how.dynamic and not windowed
+    dynamic = bool(how.dynamic)
     factor = 1.0 if dynamic or windowed else seq_len / known
     window = (how.window or max(known // 2, 1)) if windowed else 0
     rope = Rope(how.method, known, factor, dynamic, window, how.leak)  # type: ignore[arg-type]
     before = now.rope
-    if before is not None and (before.method, before.dynamic) != (rope.method, rope.dynamic):
+    if before is not None and before.method != rope.method:
         raise ConfigError(_fixed("rope", before.method, how.method))
+    if before is not None and before.dynamic != dynamic:
+        raise ConfigError(_own("dynamic", dynamic, before.dynamic))
     return dataclasses.replace(now, rope=rope)
 
 
@@ -152,6 +177,11 @@ def _fixed(section: str, old: str, new: str) -> str:
         f"method: is {new}, the model was extended by {old} before ({section}.method), which no "
         f"other can take over; go on with {old} (只能沿用原方法)"
     )
+
+
+def _own(key: str, new: Any, old: Any) -> str:
+    new, old = (json.dumps(value) for value in (new, old))
+    return f"{key}: is {new}, the model was extended with {old} before; leave it out (须沿用原值)"
 
 
 def _buckets(now: T5PegasusConfig, seq_len: int) -> T5PegasusConfig:
@@ -168,11 +198,14 @@ def promise(now: ModelConfig, to: ModelConfig, seq_len: int) -> int:
     longest = longest_row(now) or seq_len
     if to.log_n and not now.log_n:
         longest = min(longest, to.log_n)
-    rope = getattr(to, "rope", None)
-    if rope is None or rope == getattr(now, "rope", None):
+    table = getattr(to, "position_table", None)
+    if table and table.method == "interpolated" and not table.dynamic and longest < seq_len:
+        return 0
+    rope, before = getattr(to, "rope", None), getattr(now, "rope", None)
+    if rope is None or rope == before:
         return longest
     if rope.windowed:
-        return min(longest, rope.window)
+        return min(longest, rope.window, before.window if before else rope.window)
     if rope.dynamic:
-        return longest if getattr(now, "rope", None) else min(longest, rope.known)
+        return longest if before else min(longest, rope.known)
     return longest if rope.factor == 1.0 else 0

@@ -68,7 +68,7 @@ class CPMConfig:
         """Sizes that make no model."""
         return _size_problems(
             self, ("vocab", "hidden", "layers", "heads", "head_dim", "ffn", "positions")
-        ) + table_problems(self.position_table, self.positions)
+        ) + table_problems(self.position_table, self.positions, causal=True)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,14 @@ class PositionTable:
 
     method: Literal["hierarchical", "interpolated"]
     """hierarchical: position i n + j is p_j + r (p_i - p_0), r = alpha / (1 - alpha), up to n x n;
-    interpolated: a document of L > n tokens reads the table in steps of (n - 1) / (L - 1)."""
+    interpolated: L tokens, if more than n, read the table in steps of (n - 1) / (L - 1)."""
     rows: int
     """n, the rows of the table: the positions that the model learnt."""
     alpha: float = 0.4
     """Of hierarchical: between 0 and 1, not 1/2 (there (i, j) and (j, i) would be one position)."""
+    dynamic: bool = True
+    """Of interpolated: L is the length of a token's own document, so that short ones stay as they
+    were. A model that reads from left to right must not know it: false, L is `positions`."""
 
     def problems(self) -> list[str]:
         """Numbers outside their range."""
@@ -144,10 +147,15 @@ class Rope:
         return found
 
 
-def table_problems(table: PositionTable | None, positions: int | None) -> list[str]:
+def table_problems(
+    table: PositionTable | None, positions: int | None, causal: bool = False
+) -> list[str]:
     """Why a table does not serve `positions` (None: they are rotary)."""
     if table is None:
         return []
+    if causal and table.method == "interpolated" and table.dynamic:
+        why = "tells every token how long its document will be, which is the future"
+        return [f"position_table.dynamic: is true, this {why}; set it to false (会泄漏未来)"]
     if positions is None:
         return ["position_table: positions are rotary, there is no table; leave it out (无位置表)"]
     if positions < table.rows:

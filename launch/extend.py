@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seq-len", type=int, required=True, help="tokens of a row (新的行长)")
     parser.add_argument("--method", choices=get_args(Method), default="auto", help="how (方法)")
     parser.add_argument("--out", required=True, help="the folder to write; must not exist")
-    parser.add_argument("--alpha", type=float, default=0.4, help="of hierarchical, not 0.5")
-    parser.add_argument("--static", action="store_true", help="frequencies alike for all lengths")
-    parser.add_argument("--window", type=int, default=0, help="of ReRoPE; default: half of --known")
-    parser.add_argument("--leak", type=float, default=16.0, help="of leaky_rerope")
+    parser.add_argument("--alpha", type=float, default=0.0, help="of hierarchical: 0.4, never 0.5")
+    parser.add_argument("--static", action="store_true", help="the same for all lengths")
+    parser.add_argument("--window", type=int, default=0, help="of ReRoPE: half of --known")
+    parser.add_argument("--leak", type=float, default=0.0, help="of leaky_rerope: 16")
     parser.add_argument(
         "--log-n", action=argparse.BooleanOptionalAction, help="scores x max(1, log n / log known)"
     )
@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="decides random rows")
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     words = parser.parse_args(argv)
-    given = {"method": words.method, "alpha": words.alpha, "dynamic": not words.static}
-    given |= {"window": words.window, "leak": words.leak, "log_n": words.log_n}
-    how = from_dict(Extend, given | {"known": words.known})
+    keys = ("method", "alpha", "window", "leak", "log_n", "known")
+    given = {key: getattr(words, key) for key in keys}
+    how = from_dict(Extend, given | {"dynamic": False if words.static else None})
     found = extend(Path(words.source), words.seq_len, how, Path(words.out), words.seed)
     print(json.dumps(found, ensure_ascii=False, indent=1) if words.json else _table(found))
     if not found["kept"]:
@@ -67,6 +67,10 @@ def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dic
     before = checkpoint.read(folder)
     now, rows = model_config(before), trained_length(before.record)
     to = extended(now, seq_len, how, rows)
+    if to == now:
+        raise ValueError(
+            f"--seq-len: is {seq_len}, {origin} reads such rows as it is; name more (无需扩展)"
+        )
     known = how.known or rows
     how = dataclasses.replace(resolved(now, how), known=known)
     words = folder / "tokenizer"

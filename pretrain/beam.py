@@ -222,7 +222,7 @@ def _published(row: _Row, candidates: list[_Hypothesis], decoding: Decoding, bou
     """The best one ends the search if it has ended; if not, all that have are dropped."""
     row.live = []
     if not candidates:
-        raise _nothing()
+        raise nothing_left()
     best = candidates[0]
     if best.ended or len(best.ids) == row.room:
         row.finished = [(best.score, best)]
@@ -250,7 +250,7 @@ def _penalised(row: _Row, candidates: list[_Hypothesis], decoding: Decoding, bou
     row.finished = row.finished[: row.width]
     if not row.live:
         if not row.finished:
-            raise _nothing()
+            raise nothing_left()
         return
     reach = row.room if decoding.patient and penalty > 0 else length
     promise = row.live[0].score / reach**penalty
@@ -258,7 +258,8 @@ def _penalised(row: _Row, candidates: list[_Hypothesis], decoding: Decoding, bou
         row.live = []
 
 
-def _nothing() -> ValueError:
+def nothing_left() -> ValueError:
+    """Every allowed output is shorter than min_new_tokens."""
     return ValueError(
         "min_new_tokens: forbids the end where an allowed output has it; lower it (没有可写的输出)"
     )

@@ -2,6 +2,7 @@
 decoding (sampling in generate.py, beams in beam.py).
 """
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -42,6 +43,7 @@ class Decoding:
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
             ("beams", self.beams >= 0, "must be 0 (no beam search) or more"),
             ("min_ends", self.min_ends >= 1, "must be 1 up"),
+            ("length_penalty", math.isfinite(self.length_penalty or 0), "must be a number"),
         )
         wrong = [
             f"{name}: is {getattr(self, name)}, {must}" for name, fine, must in checks if not fine

@@ -32,7 +32,7 @@ from configs.load import from_dict
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig
 from pretrain import checkpoint, models
 from pretrain.allowed import AllowedOutputs, Node, read_lines
-from pretrain.beam import Ahead, BranchingCache, search
+from pretrain.beam import Ahead, BranchingCache, nothing_left, search
 from pretrain.decoding import Decoding, Written
 from pretrain.device import place
 from pretrain.state import State
@@ -115,15 +115,10 @@ def write(
         allowed.check_room(min(rooms), "max_new_tokens, or the model's positions,")
     held = BranchingCache(max(lengths) + max(rooms)) if cache else None
     given = _padded(prompts, pad_id, device)
-    # What positions are stretched to must not change while a row is written.
-    ends = [length + room for length, room in zip(lengths, rooms, strict=True)]
-    lengths_B = torch.tensor(ends, device=device)
-    stretches = getattr(model.config, "position_table", None) is not None
 
     def ahead(next_B: Tensor | None, kept_B: Tensor | None = None) -> Tensor:
-        nonlocal given, lengths_B
+        nonlocal given
         if kept_B is not None:
-            lengths_B = lengths_B[kept_B]
             tokens_BT, positions_BT, documents_BT = given
             if documents_BT is not None:
                 documents_BT = documents_BT[kept_B]
@@ -132,7 +127,7 @@ def write(
                 held.select(kept_B)
         if next_B is not None:
             given = _grown(given, next_B, capacity, cache)
-        hidden_BTD: Tensor = model(*given, held, *([lengths_B] if stretches else []))
+        hidden_BTD: Tensor = model(*given, held)
         return hidden_BTD[:, -1]
 
     return spell(model, ahead, prompts, rooms, decoding, eod_id, vocab, allowed)
@@ -166,8 +161,10 @@ def spell(
             logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
             if allowed is not None:
                 logits_BV = allowed.only(logits_BV, nodes)
-            elif step < decoding.min_new_tokens:
-                logits_BV[:, eod_id] = -torch.inf
+            if step < decoding.min_new_tokens:
+                logits_BV[:, eod_id] = logits_BV[:, eod_id].where(ended_B, -torch.inf)
+                if allowed is not None and bool(logits_BV.isneginf().all(1).any()):
+                    raise nothing_left()
             next_B = choose(logits_BV, decoding, eod_id, None if draws is None else draws[:, step])
             next_B = next_B.where(~ended_B, eod_id)  # a row that ended goes on unread
             written.append(next_B)

@@ -18,7 +18,7 @@ import torch
 from configs.extended import Extend, promise
 from configs.grown import said
 from configs.load import from_dict
-from configs.model import ModelConfig
+from configs.model import ModelConfig, longest_row
 from pretrain import proof
 from pretrain.growth import model_config
 from pretrain.growth.positions import extend
@@ -40,7 +40,8 @@ def prove(before: State, after: State, tokenizer: Path | None) -> dict[str, Any]
     exact = extend(before, to, how, seq_len, line["seed"], rounded=False)
     odd = _odd(exact, after)
     promised = promise(now, to, seq_len)
-    rows = [(proof.PROBE_ROWS, min(proof.PROBE_TOKENS, promised or proof.PROBE_TOKENS))]
+    read = promised or longest_row(now) or seq_len
+    rows = [(proof.PROBE_ROWS, min(proof.PROBE_TOKENS, read))]
     if promised > rows[0][1]:
         rows.append((1, min(promised, LONGEST)))
     compared: list[dict[str, Any]] = []

@@ -296,6 +296,7 @@ def test_what_a_user_gets_wrong_is_a_sentence() -> None:
     for wrong, said in (
         ({"length_penalty": 1.0}, "length_penalty: needs beams"),
         ({"min_ends": 2}, "min_ends: needs beams"),
+        ({"beams": 2, "length_penalty": float("nan")}, "length_penalty: is nan"),
         ({"beams": -1}, "beams: is -1"),
         ({"beams": 2, "patient": True}, "patient: needs a length_penalty"),
     ):
@@ -307,8 +308,12 @@ def test_what_a_user_gets_wrong_is_a_sentence() -> None:
         decode(given, Decoding(4, beams=2), allowed=allowed)
     with pytest.raises(ValueError, match="allowed outputs end once"):
         decode(given, Decoding(6, beams=2, min_ends=2), allowed=allowed)
-    with pytest.raises(ValueError, match="min_new_tokens: forbids the end"):
-        decode(given, Decoding(6, 5, beams=2), allowed=AllowedOutputs([[20]], end))
+    for beams in (0, 2):
+        with pytest.raises(ValueError, match="min_new_tokens: forbids the end"):
+            decode(given, Decoding(6, 5, beams=beams), allowed=AllowedOutputs([[20]], end))
+        both = AllowedOutputs([[20], [20, 21, 22]], end)  # the short one is forbidden
+        wrote = decode(given, Decoding(6, 2, beams=beams, greedy=not beams), allowed=both)
+        assert [one.ids for one in wrote] == [[20, 21, 22]] * len(given)
     with pytest.raises(ValueError, match="holds no output"):
         AllowedOutputs([], end)
     reader = roformer.build(roformer.TINY)

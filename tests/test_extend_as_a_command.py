@@ -61,12 +61,12 @@ def test_the_rows_of_the_last_stage_are_what_is_known(
     assert rope["known"] == 96 and found["promised"] <= 96
 
 
-def test_the_default_is_interpolation_and_json_is_the_proof(
+def test_the_default_is_decomposition_and_json_is_the_proof(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(run, "--seq-len", "96", "--out", str(run.parent / "long"), "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["kept"] and found["method"] == "interpolated"
+    assert found["kept"] and found["method"] == "hierarchical"
     assert found["at_the_new_length"] == {"tokens": 96, "finite": True}
 
 
@@ -101,10 +101,11 @@ def test_a_broken_promise_exits_non_zero(
     ("words", "sentence"),
     [
         (["--seq-len", "48"], "the model has 48 positions already"),
-        (["--seq-len", "96", "--method", "yarn"], "this cpm can be extended by interpolated"),
+        (["--seq-len", "96", "--method", "yarn"], "this cpm can be extended by hierarchical"),
         (["--seq-len", "9999", "--method", "hierarchical"], "48 rows reach 2304 at most"),
         (["--seq-len", "96", "--method", "hierarchical", "--alpha", "0.5"], "not be 0.5"),
         (["--seq-len", "96", "--window", "-3"], "window: is -3, must not be negative"),
+        (["--seq-len", "-5"], "seq_len: is -5, must be at least 2"),
     ],
 )
 def test_mistakes_are_sentences(

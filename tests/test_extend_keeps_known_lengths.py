@@ -57,6 +57,9 @@ def test_every_known_length_is_unchanged(family: str, method: str) -> None:
     before = trained(FAMILIES[family])
     after = longer(before, method)
     found = proof_of_length.prove(before, after, None)
+    if (family, method) == ("cpm", "interpolated"):  # stretched for all alike: it sees no future
+        assert found["kept"] and found["promised"] == 0 and far(before, after, KNOWN) > 1e-3
+        return
     assert found["kept"] and found["promised"] == KNOWN
     assert [part["tokens"] for part in found["lengths"]] == [KNOWN]
     for length in (1, 2, 17, KNOWN - 1):
@@ -66,7 +69,7 @@ def test_every_known_length_is_unchanged(family: str, method: str) -> None:
 
 def test_another_position_is_found() -> None:
     """Negative controls: a stretch of all lengths, one row too few, a row that was not computed."""
-    before = trained()
+    before = trained(BERT)
     stretched = longer(before, "interpolated")
     always = under(stretched, position_table=to_dict(PositionTable("interpolated", KNOWN - 1)))
     always = changed(always, **{TABLE: before.read(f"weights/{TABLE}")[: KNOWN - 1]})
@@ -84,7 +87,7 @@ def test_masked_words_widen_no_tolerance() -> None:
     config = dataclasses.replace(TINY, vocab=2 * TINY.vocab)
     masked = grow(trained(), config, 1, Growing(new_words="masked"))
     found, plain = (
-        proof_of_length.prove(state, longer(state, "interpolated"), None)
+        proof_of_length.prove(state, longer(state, "hierarchical"), None)
         for state in (masked, trained())
     )
     assert found["kept"]
@@ -95,7 +98,7 @@ def test_masked_words_widen_no_tolerance() -> None:
 def test_hierarchical_is_the_published_formula() -> None:
     """u_i = (p_i - a p_0) / (1 - a), q = a u_i + (1 - a) u_j (bert4keras), up to n x n."""
     p = torch.randn(7, 5, dtype=torch.float64)
-    module = LearnedPositions(7, 5, PositionTable("hierarchical", 7, 0.4)).double()
+    module = LearnedPositions(7, 5, PositionTable("hierarchical", 7, 0.4), 49).double()
     module.weight.data = p
     at = torch.arange(49)
     u = (p - 0.4 * p[:1]) / 0.6
@@ -113,20 +116,41 @@ def test_hierarchical_is_the_published_formula() -> None:
 
 def test_interpolated_reads_between_two_rows() -> None:
     p = torch.randn(7, 5, dtype=torch.float64)
-    module = LearnedPositions(7, 5, PositionTable("interpolated", 7)).double()
-    module.weight.data = p
-    for length in (3, 7, 8, 13, 30):
-        for position in range(length):
-            place = position * 6 / (length - 1) if length > 7 else float(position)
-            low = min(int(place + 1e-12), 6)
-            expected = p[low] + (place - low) * (p[min(low + 1, 6)] - p[low])
-            row = module(torch.arange(length)[None])[0, position]
-            assert (row - expected).abs().max() < 1e-13, (length, position)
+    for dynamic in (True, False):
+        table = PositionTable("interpolated", 7, dynamic=dynamic)
+        module = LearnedPositions(7, 5, table, 30).double()
+        module.weight.data = p
+        for length in (3, 7, 8, 13, 30):
+            whole = length if dynamic else 30
+            for position in range(length):
+                place = position * 6 / (whole - 1) if whole > 7 else float(position)
+                low = min(int(place + 1e-12), 6)
+                expected = p[low] + (place - low) * (p[min(low + 1, 6)] - p[low])
+                row = module(torch.arange(length)[None])[0, position]
+                assert (row - expected).abs().max() < 1e-13, (dynamic, length, position)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_a_causal_model_sees_no_future(method: str) -> None:
+    """What a token's logits are does not depend on how long its document will be."""
+    after = longer(trained(), method)
+    text = tokens(LONG, 1)
+    whole = proof.logits(after, text, torch.float64)
+    for length in (1, KNOWN, KNOWN + 1, 100):
+        cut = proof.logits(after, text[:, :length], torch.float64)
+        assert (whole[:, :length] - cut).abs().max() < 1e-12, length
+    if method == "interpolated":  # negative control: a stretch by each document's own length
+        assert (
+            "will be"
+            in dataclasses.replace(
+                model_config(after), position_table=PositionTable("interpolated", KNOWN)
+            ).problems()[0]
+        )
 
 
 @pytest.mark.parametrize("method", ["interpolated", "hierarchical"])
 def test_a_document_in_a_pack_is_what_it_is_alone(method: str) -> None:
-    model = load_model(longer(trained(), method)).double()
+    model = load_model(longer(trained(BERT), method)).double()
     long, short = tokens(120, 1), tokens(30, 1)
     packed = torch.cat([long, short, tokens(10, 1)], 1)
     positions = torch.cat([torch.arange(120), torch.arange(30), torch.zeros(10).long()])[None]
@@ -137,8 +161,8 @@ def test_a_document_in_a_pack_is_what_it_is_alone(method: str) -> None:
     brief = model(short, torch.arange(30)[None])
     assert (together[:, 120:150] - brief).abs().max() < 1e-12
     if method == "interpolated":  # the lengths of the documents matter, so that this can fail
-        other = model(long, torch.arange(120)[None], None, None, torch.tensor([LONG]))
-        assert (other - alone).abs().max() > 1e-3
+        other = model(packed, positions, torch.zeros_like(documents))
+        assert (other[:, :120] - alone).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", ["interpolated", "hierarchical"])
@@ -161,7 +185,7 @@ def test_extended_again() -> None:
     first = longer(trained(), "hierarchical")
     again = longer(first, "hierarchical", 2000)
     assert far(first, again, LONG) == 0.0 and again.record["model"]["positions"] == 2000
-    for method in ("interpolated", "last", "hierarchical_rows"):
+    for method in ("last", "hierarchical_rows"):
         exact = longer(first, method, 2 * LONG, rounded=False)
         assert far(first, exact, LONG) < 1e-13
         written = longer(first, method, 2 * LONG)
@@ -170,10 +194,18 @@ def test_extended_again() -> None:
         assert [part["tokens"] for part in found["lengths"]] == [64, LONG]
         rounding = far(first, written, LONG)
         assert 0.0 < rounding < 1e-5
-    stretched = longer(trained(), "interpolated")
+    stretched = longer(trained(BERT), "interpolated")
     assert far(stretched, longer(stretched, "interpolated", 400), LONG) == 0.0
     with pytest.raises(ConfigError, match="extended by interpolated before"):
         longer(stretched, "hierarchical", 400)
+    with pytest.raises(ConfigError, match="dynamic: is false, the model was extended with true"):
+        extended(model_config(stretched), 400, Extend("interpolated", dynamic=False))
+    narrow = extended(TINY, LONG, Extend("hierarchical", alpha=0.3))
+    assert isinstance(narrow, CPMConfig) and narrow.position_table is not None
+    again_too = extended(narrow, 400, Extend())  # by the numbers that it has
+    assert again_too == dataclasses.replace(narrow, positions=400)
+    with pytest.raises(ConfigError, match=r"alpha: is 0\.4, the model was extended with 0\.3"):
+        extended(narrow, 400, Extend(alpha=0.4))
 
 
 @pytest.mark.parametrize("method", LEARNED)
@@ -223,7 +255,7 @@ def test_new_rows_are_those_named() -> None:
 def test_what_cannot_be_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="48 positions already"):
         extended(TINY, 48, Extend())
-    with pytest.raises(ConfigError, match="method: is yarn, this cpm can be extended by inter"):
+    with pytest.raises(ConfigError, match="method: is yarn, this cpm can be extended by hier"):
         extended(TINY, 99, Extend("yarn"))
     config = dataclasses.replace(BERT, position_table=PositionTable("interpolated", 48))
     assert not config.problems()
@@ -234,11 +266,11 @@ def test_what_cannot_be_is_one_sentence() -> None:
 
 
 def test_log_n_leaves_known_lengths_alone() -> None:
-    before, how = trained(), Extend("interpolated", log_n=True)
+    before, how = trained(), Extend("hierarchical", log_n=True)
     to = extended(TINY, LONG, how)
     assert isinstance(to, CPMConfig) and (to.log_n, to.log_n_least) == (KNOWN, 1.0)
     after = extend(before, to, how, LONG, 1)
     assert promise(TINY, to, LONG) == KNOWN and far(before, after, KNOWN) == 0.0
-    plain = longer(before, "interpolated")
+    plain = longer(before, "hierarchical")
     assert far(plain, after, LONG) > 1e-3
     assert far(before, under(after, log_n_least=0.0), KNOWN) > 1e-3

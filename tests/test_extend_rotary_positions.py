@@ -192,8 +192,12 @@ def test_the_default_is_rerope_with_log_n() -> None:
     assert plain.log_n == 0
     again = extended(to, 4 * LONG, Extend("rerope"))
     assert again == to  # nothing of ReRoPE depends on the length
+    narrow = extended(V1, LONG, Extend("leaky_rerope", window=9, leak=4.0, known=KNOWN))
+    assert extended(narrow, 4 * LONG, Extend("leaky_rerope")) == narrow  # its own numbers
+    wide = extended(narrow, LONG, Extend("leaky_rerope", window=20))
+    assert promise(narrow, wide, LONG) == promise(wide, narrow, LONG) == 9
     grown = extended(V1, LONG, Extend("linear", known=KNOWN, dynamic=False))
-    twice = extended(grown, 2 * LONG, Extend("linear", dynamic=False))
+    twice = extended(grown, 2 * LONG, Extend("linear"))
     assert isinstance(twice, RoFormerConfig) and twice.rope is not None
     assert (twice.rope.known, twice.rope.factor) == (KNOWN, 8.0)
     only = extended(V1, LONG, Extend("as_it_is", known=KNOWN, log_n=True))
@@ -210,6 +214,8 @@ def test_what_cannot_be_is_one_sentence() -> None:
     yarn = extended(V1, LONG, Extend("yarn", known=KNOWN))
     with pytest.raises(ConfigError, match="was extended by yarn before"):
         extended(yarn, 2 * LONG, Extend("linear"))
+    with pytest.raises(ConfigError, match="dynamic: is false, the model was extended with true"):
+        extended(yarn, 2 * LONG, Extend("yarn", dynamic=False))
     for rope, said in (
         (Rope("rerope", 32), "window: is 0"),
         (Rope("linear", 32, 0.5), "factor: is 0.5"),

@@ -42,7 +42,8 @@ def extend(
     Old rows keep their values, moments and `born`. The record gets the new config and a line in
     `extensions`. `seed` decides random rows; `rounded` as in grow().
     """
-    now, given = model_config(state), state
+    now, given, asked = model_config(state), state, how
+    how = resolved(now, how)
     entries = dict((state := unfactored(given, weighed=False)).entries)
     for kind in ("weights", *slots(state)):
         for name, axis, rounds, make in _changes(state, now, to, how, seed, kind):
@@ -54,8 +55,8 @@ def extend(
         "step": state.record.get("step", 0),
         "updates": state.record.get("updates", 0),
         "seq_len": seq_len,
-        "method": resolved(now, how).method,
-        "how": to_dict(how),
+        "method": how.method,
+        "how": to_dict(asked),
         "from": to_dict(now),
         "to": to_dict(to),
         "seed": seed,
@@ -95,13 +96,12 @@ def _changes(
         ]
     if now.positions is None or axis_size(now, "positions") == axis_size(to, "positions"):
         return []
-    method = resolved(now, how).method
-    rounds = now.position_table is not None or method == "hierarchical_rows"
-    return [(TABLE, "positions", rounds, _table_maker(state, kind, now, to, how, method, seed))]
+    rounds = now.position_table is not None or how.method == "hierarchical_rows"
+    return [(TABLE, "positions", rounds, _table_maker(state, kind, now, to, how, seed))]
 
 
 def _table_maker(
-    state: State, kind: str, now: ModelConfig, to: ModelConfig, how: Extend, method: str, seed: int
+    state: State, kind: str, now: ModelConfig, to: ModelConfig, how: Extend, seed: int
 ) -> Callable[[], torch.Tensor]:
     reach, rows = int(now.positions or 0), axis_size(to, "positions")  # type: ignore[union-attr]
     old_table = now.position_table  # type: ignore[union-attr]
@@ -113,16 +113,16 @@ def _table_maker(
             return torch.cat([old, fill.expand(rows - len(old), -1)])
         written = old if old_table is None else decomposed(old, old_table, reach)
         more = rows - reach
-        if more == 0 or method not in ROWS:
+        if more == 0 or how.method not in ROWS:
             return written
-        if method == "hierarchical_rows":
+        if how.method == "hierarchical_rows":
             table = PositionTable("hierarchical", reach, how.alpha)
             return decomposed(written, table, rows)
-        if method == "random":
+        if how.method == "random":
             tensor = next(t for t in tensors(to) if t.name == TABLE)
             label = f"{TABLE}.extension.{reach}-{rows}"
             new = draw(label, seed, (more, old.shape[1]), init_std(to, tensor))
-        elif method == "last":
+        elif how.method == "last":
             new = written[-1:].expand(more, -1)
         else:
             new = written[torch.arange(reach, rows) % reach]

@@ -73,7 +73,9 @@ class Embeddings(nn.Module):
         super().__init__()
         self.tokens = TokenEmbedding(config.vocab, config.hidden)
         rows = axis_size(config, "positions")
-        self.positions = LearnedPositions(rows, config.hidden, config.position_table)
+        self.positions = LearnedPositions(
+            rows, config.hidden, config.position_table, config.positions
+        )
 
 
 class Decoder(nn.Module):
@@ -103,21 +105,15 @@ class CPM(nn.Module):
         positions_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        lengths_B: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] behind the final norm.
 
         A token sees itself and what is before it in its own document (None: a row is one document).
         With a cache the tokens continue those that it holds, whose document ids it holds too.
-        lengths_B: tokens that each row will have when it is written, where a table of positions is
-        stretched to that; None: those of each document here, with a cache its capacity.
         Where a rank holds a part of the rows (models/part.py) tokens and hidden states are of that
         part, positions and document ids of whole rows; so in every family.
         """
-        if lengths_B is None and cache is not None:
-            lengths_B = positions_BT.new_full((1,), cache.capacity)
-        lengths_B1 = None if lengths_B is None else lengths_B[:, None]
-        place_BTD = self.embed.positions(positions_BT, document_ids_BT, lengths_B1, self.part)
+        place_BTD = self.embed.positions(positions_BT, document_ids_BT, self.part)
         x_BTD = self.dropout(self.embed.tokens(tokens_BT) + place_BTD)
         T = positions_BT.shape[1]
         past, keys_BS = 0, document_ids_BT

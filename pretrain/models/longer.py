@@ -1,6 +1,6 @@
 """Rows longer than those that a model learnt on: what positions become there.
 
-    positions [B, T], lengths [B, T] -> rows of the table, mixed -> x_BTD        (learned positions)
+    positions [B, T] -> rows of the table, mixed -> x_BTD                        (learned positions)
     lengths -> s -> frequencies [B, T, P] -> angles -> turn                      (rotary positions)
     positions -> distances cut at a window -> two turns, chosen by distance      (ReRoPE)
 
@@ -45,21 +45,18 @@ def document_lengths(positions_BT: Tensor, documents_BT: Tensor | None) -> Tenso
 class LearnedPositions(nn.Module):
     """A row for each position; or, with a PositionTable, rows that positions are made of."""
 
-    def __init__(self, rows: int, hidden: int, table: PositionTable | None) -> None:
+    def __init__(self, rows: int, hidden: int, table: PositionTable | None, positions: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, hidden))
-        self.table = table
+        self.table, self.positions = table, positions
 
     def forward(
         self,
         positions_BT: Tensor,
         documents_BT: Tensor | None = None,
-        lengths_BT: Tensor | None = None,
         part: Part = WHOLE,
     ) -> Tensor:
-        """positions_BT -> x_BTD; lengths_BT ([B, T] or [B, 1]), where they are not those of the
-        documents as they stand here: a text that is being written has the length it will have.
-        Of a part of the rows' tokens, x_BTD is of those."""
+        """positions_BT -> x_BTD. Of a part of the rows' tokens, x_BTD is of those."""
         if self.table is None:
             return F.embedding(part.tokens(positions_BT), self.weight)
         if self.table.method == "hierarchical":
@@ -68,8 +65,10 @@ class LearnedPositions(nn.Module):
             block_BTD = F.embedding(blocks_BT, self.weight) - self.weight[0]
             # in the first block this is p_0 - p_0: nothing is added to what was learnt
             return F.embedding(positions_BT % rows, self.weight) + self.table.ratio * block_BTD
-        if lengths_BT is None:
+        if self.table.dynamic:
             lengths_BT = document_lengths(positions_BT, documents_BT)
+        else:
+            lengths_BT = torch.full_like(positions_BT[:, :1], self.positions)
         places = stretched(positions_BT, lengths_BT, self.weight.shape[0])
         low_BT, share_BT = (part.tokens(of_BT) for of_BT in places)
         share_BTD = share_BT.to(self.weight.dtype)[..., None]

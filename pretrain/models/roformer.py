@@ -111,7 +111,9 @@ class Embeddings(nn.Module):
         self.segments = nn.Embedding(config.segments, config.hidden)
         if config.positions is not None:
             rows = axis_size(config, "positions")
-            self.positions = LearnedPositions(rows, config.hidden, config.position_table)
+            self.positions = LearnedPositions(
+                rows, config.hidden, config.position_table, config.positions
+            )
         self.norm = _norm(config)
 
 
