@@ -225,13 +225,20 @@ def idle(
     if how.rewarm_steps and not divided:
         found.append(f"rewarm_steps: {how.rewarm_steps}, but no learning rate was divided")
     found = [f"{sentence} (该选项不起作用)" for sentence in found]
-    drops = to.dropout or to.attention_dropout
-    parted = how.noise or how.split != EXACT.split or drops
-    fresh = (units and how.added != "copied" and how.method != "su") or how.draws_layers
-    if copies and how.method in PRESERVING and not (parted or fresh):
+    # Copies are parted by what falls on each of them alone: dropout of the stream on its width, of
+    # probabilities on heads, of units in T5 only; fresh layers read every row of the stream alone.
+    units_drop = to.dropout if isinstance(to, T5PegasusConfig) else 0.0
+    locked = {
+        "hidden": tiled and not (to.dropout or (begun and how.draws_layers)),
+        "ffn": inner and not units_drop,
+        "heads": inner and not to.attention_dropout,
+    }
+    alike = " and ".join(size for size in locked if size in more and locked[size])
+    if alike and how.method in PRESERVING and not (how.noise or how.split != EXACT.split):
         found.append(
-            "noise: 0, and no dropout: copies stay each other's equals, so that the larger model "
-            "remains the small one; set noise (0.05) or split (0.7) (副本永远相同)"
+            f"noise: 0, and no dropout falls between the copies of {alike}: they stay each other's "
+            "equals, so that the larger model remains the small one there; set noise (0.05) or "
+            "split (0.7) (副本永远相同)"
         )
     if divided and left is not None and how.rewarm_steps > left:
         why = f"the run ends {left} steps later"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.grown import Growing
+from configs.grown import Growing, idle, refusal
 from configs.model import ModelConfig, tensors
 from pretrain import proof
 from pretrain.growth import grow, model_config
@@ -37,9 +37,10 @@ def larger(family: str, sizes: dict[str, int]) -> ModelConfig:
     return dataclasses.replace(FAMILIES[family], **sizes, dropout=0.0, attention_dropout=0.0)
 
 
-def gradients(state: State) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def gradients(state: State, **drops: float) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The float64 model of a state, and the gradient of its loss on the probes by name."""
-    config = dataclasses.replace(model_config(state), dropout=0.0, attention_dropout=0.0)
+    none = {"dropout": 0.0, "attention_dropout": 0.0}
+    config = dataclasses.replace(model_config(state), **{**none, **drops})
     with torch.device("meta"):
         model = build(config)
     model.to_empty(device="cpu").double()
@@ -56,9 +57,9 @@ def backward(model: Any, config: ModelConfig) -> None:
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), PROBES[:, 1:].flatten()).backward()
 
 
-def trained_on(state: State, steps: int) -> dict[str, torch.Tensor]:
+def trained_on(state: State, steps: int, **drops: float) -> dict[str, torch.Tensor]:
     """The weights after Adam steps in float64."""
-    model, _ = gradients(state)
+    model, _ = gradients(state, **drops)
     config = model_config(state)
     adam = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(steps):
@@ -114,6 +115,34 @@ def test_copies_part(family: str, sizes: dict[str, int]) -> None:
         weights = {n: parted.read(f"weights/{n}").double() for n in parted.names()}
         assert apart(weights, sizes, config) == 0
         assert apart(trained_on(parted, STEPS), sizes, config) > 1e-3
+
+
+@pytest.mark.parametrize("drops", [{}, {"dropout": 0.1}, {"attention_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ({"hidden": 64}, LOCKED),
+        ({"hidden": 64, "ffn": 128, "heads": 8}, Growing()),  # new units are copied with the width
+        ({"hidden": 64, "layers": 4}, Growing(new_layers="paired")),
+        ({"ffn": 128}, LOCKED),
+        ({"ffn": 128, "layers": 4}, Growing(added="copied", new_layers="paired")),
+        ({"heads": 8}, LOCKED),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_nothing_parts_is_told(
+    family: str, sizes: dict[str, int], how: Growing, drops: dict[str, float]
+) -> None:
+    if family == "t5" and "ffn" in sizes:
+        sizes = {**sizes, "ffn": 96}
+    to = dataclasses.replace(larger(family, sizes), **drops)
+    if refusal(FAMILIES[family], to, how):
+        pytest.skip("the family cannot grow so")
+    grown = grow(small(family), to, 1, how, rounded=False)
+    alike = apart(trained_on(grown, STEPS, **drops), sizes, model_config(grown)) < 1e-9
+    told = [s for s in idle(FAMILIES[family], to, how, False) if "copies of" in s]
+    assert bool(told) == alike
 
 
 def stream_rank(weights: dict[str, torch.Tensor], config: ModelConfig) -> int:
