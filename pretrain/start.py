@@ -206,21 +206,25 @@ def unlike(config: RunConfig, state: State, stage: int) -> list[tuple[str, Any, 
 
 def _otherwise(config: RunConfig, state: State) -> list[str]:
     """Where the page tells a change of the model that lies behind the checkpoint unlike it was."""
-    done: list[tuple[str, int, Growing | Extend]]
-    done = [("grow", line["step"], told(line)) for line in state.record.get("growth", [])]
+    # By step the last: a model that was grown by command may have begun at a stage's border.
+    done: dict[tuple[str, int], Growing | Extend]
+    done = {("grow", line["step"]): told(line) for line in state.record.get("growth", [])}
     lines = state.record.get("extensions", [])
-    done += [("extend", line["step"], from_dict(Extend, line["how"])) for line in lines]
+    done |= {("extend", line["step"]): from_dict(Extend, line["how"]) for line in lines}
     found = []
     for number in range(1, state.record["stage"] + 1):
         border, stage = first_step(config, number), stages(config)[number]
         told_here = {"grow": stage.grow if stage.model else None, "extend": stage.extend}
-        for kind, was in [(kind, how) for kind, step, how in done if step == border]:
-            have, want = to_dict(was), to_dict(told_here[kind] or was)
+        for kind, here in told_here.items():
+            if (was := done.get((kind, border))) is None:
+                continue
+            have, want = to_dict(was), to_dict(here or was)
+            left_open = (None,) if kind == "grow" else (None, 0)  # set by what was there
             found += [
                 f"stages.{number}.{kind}.{key}: is {want[key]}, the checkpoint was made with "
                 f"{have[key]} at step {border} (模型已按原设置改变)"
                 for key in have
-                if want[key] not in (have[key], None)  # left open, it was set by what was there
+                if want[key] not in (have[key], *left_open)
             ]
     return found
 

@@ -116,6 +116,9 @@ def test_only_what_a_stage_tells_of_its_own_border_is_compared() -> None:
     config["stages"][1] = {"steps": 2, "model": {"layers": 4}}
     (sentence,) = _otherwise(from_dict(RunConfig, config), there)
     assert "stages.1.grow.noise: is 0.0, the checkpoint was made with 0.05 at step 9" in sentence
+    wider = grow(there, replace(TINY, layers=4, ffn=96), 1, Growing())  # at the same step, by stage
+    config["model"], config["stages"][1]["model"] = to_dict(TINY) | {"layers": 4}, {"ffn": 96}
+    assert _otherwise(from_dict(RunConfig, config), wider) == []
 
 
 def test_stacking_in_a_run_is_allowed_and_named(
