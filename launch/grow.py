@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from configs.grown import CARRIED, EXACT, FREE, Growing, completed, said
 from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
-from configs.run import RunConfig, at_stage
+from configs.run import RunConfig, at_stage, schedule_span
 from launch import grammar
 
 if TYPE_CHECKING:
@@ -142,10 +142,12 @@ def grow(
             "seed": seed,
             "probes_from": "fixed sentences" if tokenizer else "random ids (no tokenizer)",
             "how": to_dict(how),
-            "remarks": growth.remarks(before, grown, how),
+            "remarks": [*growth.remarks(before, grown, how), *_fallen(before.record)],
             **proof.prove(before, after, probes, batch=batch, precision=precision, pieces=pieces),
             "init": "all" if before.names("optim") else "weights",
         }
+        page = to_dict(to)
+        found["numbers"] = {k: v for k, v in found["to"].items() if k in CARRIED and page[k] != v}
         if made:
             found["new_words"] = made
         return found
@@ -224,6 +226,24 @@ def _recorded(record: dict[str, Any]) -> "Recorded | str":
     return proof.recorded(corpora, objectives.build(page.objective), page.batch.micro)
 
 
+def _fallen(record: dict[str, Any]) -> list[str]:
+    """Said of a checkpoint behind its peak rate, to which a run from it would jump back."""
+    from pretrain.schedules import schedule
+
+    try:
+        page, stage = from_dict(RunConfig, record["config"]), int(record["stage"])
+    except (KeyError, ConfigError):
+        return []  # not a run's, or of a page that is refused today
+    rate, (begin, span) = at_stage(page, stage).schedule, schedule_span(page, stage)
+    done = int(record["step"]) - begin
+    if rate.name not in ("wsd", "cosine") or done <= rate.warmup_steps:
+        return []
+    share, before = schedule(done - 1, rate, 1.0, span), begin + span - rate.decay_steps
+    where = f"of step {before} or before" if rate.name == "wsd" else "of a run under wsd"
+    fallen = f"schedule: the rate has fallen to {share:.2g} of its peak, to which it jumps back"
+    return [f"{fallen}; grow from a checkpoint {where} (学习率将跳回峰值)"] if share < 1 else []
+
+
 def _table(proof: dict[str, Any]) -> str:
     from pretrain.proof import holds, verdict
 
@@ -236,8 +256,7 @@ def _table(proof: dict[str, Any]) -> str:
         relation = "<=" if part["within"] else "ABOVE"
         return f"{part['max_difference']:.2e} {relation} {part['tolerance']:.2e}"
 
-    changed = [k for k in CARRIED if proof["from"].get(k) != proof["to"].get(k)]
-    follow = "; ".join(f"model.{k}: {proof['to'][k]!r}" for k in changed)
+    follow = "; ".join(f"model.{key}: {json.dumps(v)}" for key, v in proof["numbers"].items())
     batch = proof["batch"]
     losses = batch.get("none") or (
         "{float64[before]:.6f} -> {float64[after]:.6f} ({rows} {of})".format(**batch)

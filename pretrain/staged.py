@@ -9,7 +9,7 @@ is new too little rate (zero/one-layer expansion, arXiv 2511.04981; SPARKLING gr
 half); and before the decay there must be room for what is new to settle. What was measured here
 (docs/growth.md) says that the share matters less than what the small model can still learn: one
 layer that grew to four was not worth its steps beyond some ten tokens a parameter. So the table
-says how many both models will have read, and for a run beyond ten of the large one's names no step.
+says how many both models will have read, and for a run beyond WORTH of the large one's no step.
 """
 
 from itertools import pairwise

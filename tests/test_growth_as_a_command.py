@@ -178,3 +178,40 @@ def test_the_tokenizer_is_carried_and_asked(
     assert sorted(p.name for p in (out / "tokenizer").iterdir()) == sorted(
         p.name for p in words.iterdir()
     )
+
+
+def test_a_page_gets_every_number_that_it_lacks(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an earlier growth too: the page that grows again may know the sizes alone."""
+    padded, again = run.parent / "padded", run.parent / "again"
+    assert call(run, "--set", "hidden=48", "--out", str(padded)) == 0
+    assert f"model.norm_eps: {TINY.norm_eps * (32 / 48)}" in capsys.readouterr().out
+    words = ["--to", str(run.parent / "tiny.yaml"), "--set", "hidden=96", "--out", str(again)]
+    assert main(["grow", str(padded), *words]) == 0
+    assert f"model.norm_eps: {TINY.norm_eps * (32 / 48)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("step", "share"), [(8, None), (9, None), (12, "0.55"), (14, "0.25")])
+def test_a_rate_that_has_fallen_is_told(
+    run: Path, step: int, share: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = {
+        "model": to_dict(TINY),
+        "data": {"train": [{"corpus": "none"}], "seq_len": 32},
+        "batch": {"samples": 8, "micro": 8},
+        "optimizer": {"lr": 1e-3, "layer_decay": 0.9},
+        "schedule": {"name": "wsd", "warmup_steps": 2, "decay_steps": 6},
+        "run": {"out": "none", "steps": 15},
+    }
+    state = trained()
+    record = {**state.record, "step": step, "stage": 0, "config": page}
+    checkpoint.write_state(run.parent / "there", State(state.entries, record))
+    words = ["--to", str(run.parent / "tiny.yaml"), "--set", "layers=5"]
+    out = str(run.parent / "grown")
+    assert main(["grow", str(run.parent / "there"), *words, "--out", out]) == 0
+    said = capsys.readouterr().out
+    told = "fallen to {} of its peak, to which it jumps back; grow from a checkpoint of step 9 or"
+    assert ("has fallen" in said) == (share is not None)
+    assert share is None or told.format(share) in said
+    assert "what lies below 2 new ones learns at up to 0.81 of its rate" in said

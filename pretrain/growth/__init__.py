@@ -134,7 +134,8 @@ def remarks(before: State, after: State, how: Growing, left: int | None = None) 
     was = settled(before.record).get("scales", {})
     any_divided = not all(s["lr"] == s["wd"] == 1 for s in divided.values())
     found = idle(model_config(before), model_config(after), how, any_divided, left)
-    if how.rewarm_steps and any_divided and (rule := _rule(before)) in SIZES_ITS_STEPS:
+    rule = _trained_by(before).get("name", "")
+    if how.rewarm_steps and any_divided and rule in SIZES_ITS_STEPS:
         found.append(
             f"rewarm_steps: {how.rewarm_steps}, and under {rule}, which sizes its steps by the "
             "matrix, no rate was divided: only the decay comes back (只恢复权重衰减)"
@@ -148,12 +149,18 @@ def remarks(before: State, after: State, how: Growing, left: int | None = None) 
             f"rewarm_steps: 0, but an earlier way back has {rewarm['steps']} steps left and takes "
             "along what is divided now; give it steps of its own (随之前的恢复一同进行)"
         )
+    new = model_config(after).layers - model_config(before).layers
+    if new and (share := _trained_by(before).get("layer_decay", 1.0)) < 1:
+        found.append(
+            f"layer_decay: {share:g}, which counts layers from the last: what lies below {new} new "
+            f"ones learns at up to {share**new:.2g} of its rate so far (旧层学习率随之降低)"
+        )
     return found
 
 
-def _rule(state: State) -> str:
-    """The update rule that a state was trained by, as far as its record tells."""
-    return str(state.record.get("config", {}).get("optimizer", {}).get("name", ""))
+def _trained_by(state: State) -> dict[str, Any]:
+    """The optimizer section that a state was trained by, as far as its record tells."""
+    return dict(state.record.get("config", {}).get("optimizer", {}))
 
 
 def _ordered(state: State, model: ModelConfig, kinds: Sequence[str]) -> dict[str, Entry]:
