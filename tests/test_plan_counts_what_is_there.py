@@ -313,6 +313,31 @@ def test_time_is_flops_over_peak() -> None:
     assert found["time"]["flops"] == pytest.approx(20000 * 524288 * full)
 
 
+def test_steps_that_are_done_are_not_paid_again(tmp_path: Path) -> None:
+    """`init: all`, from a checkpoint or the newest of a run; one that is not here is told."""
+    stages = "stages=[{steps: 15000}, {steps: 5000, model: {layers: 24}}]"
+    for name, step in (("stage-00-step-00009000", 9000), ("stage-01-step-00016000", 16000)):
+        (tmp_path / "run/checkpoints" / name).mkdir(parents=True)
+        state = tmp_path / "run/checkpoints" / name / "state.json"
+        state.write_text(json.dumps({"step": step}), "utf-8")
+    for origin, step in (
+        ("run", 16000),
+        ("run/checkpoints/stage-00-step-00009000", 9000),
+        ("none", None),
+    ):
+        init = f"init={{from: {tmp_path / origin}, what: all}}"
+        found = plan.plan(page(SMALL, "run.steps=null", stages, init), 1, "h200")
+        (first, second), left = found["stages"], found["time"]["left"]
+        assert left["step"] == step
+        if step is None:
+            assert "cannot be read here: its steps count too" in plan.text(found)
+            continue
+        shares = (max(0, 15000 - step) / 15000, min(1.0, (20000 - step) / 5000))
+        want = sum(s * one["flops"] for s, one in zip(shares, (first, second), strict=True))
+        assert left["flops"] == pytest.approx(want) and left["steps"] == 20000 - step
+        assert f"left from step {step:,} on" in plan.text(found)
+
+
 def test_a_run_that_grows_is_planned_stage_by_stage() -> None:
     found = plan.plan(
         page(
