@@ -8,14 +8,17 @@
              machines, which are nobody's children here, look for RUN/stop themselves
 
 DeepSpeed's launcher, told to stop, kills rank after rank with up to 30 s for each. So it is not
-told: the ranks are, all at once. Whoever is left after the grace is killed with everything that
-belongs to the job, also when a rank has failed and its peers wait for it, or when the launcher
-itself has died. If this process is killed, a keeper (its fork, which waits for nothing else) does
-the same in its place.
+told: the ranks are, all at once. If somebody tells it nevertheless (a scheduler that signals every
+process), it is ended, and the roll says how the ranks did. Whoever is left after the grace is
+killed with everything that belongs to the job, also when a rank has failed and its peers wait for
+it, or when the launcher itself has died. If this process is killed, a keeper (its fork, which waits
+for nothing else) does the same in its place.
 """
 
 import argparse
 import contextlib
+import fcntl
+import io
 import os
 import re
 import selectors
@@ -37,6 +40,7 @@ from configs.run import RunConfig, world_problems
 from launch.machines import Machines, deepspeed_line
 from pretrain.device import ON_CPU
 from pretrain.stopping import StopFile
+from pretrain.watch import died, ends, halted
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
@@ -80,6 +84,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grace-s", type=float, default=GRACE_S, help="for saving, when stopped")
     parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
     args = parser.parse_intermixed_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     config = load(args.config, RunConfig, args.overrides)
     machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
     if problems := world_problems(config, machines.processes(args.devices)):
@@ -94,7 +101,7 @@ def main(argv: list[str]) -> int:
         return 0
     machines.write(args.devices, log.parent, gpu)
     if args.node_rank == 0:
-        Path(config.run.out, "stop").unlink(missing_ok=True)
+        _forget_stop(Path(config.run.out))
     ranks = None if args.hostfile else args.devices
     # The launchers of several machines do not know of one another: whoever started them all does.
     restarts = 0 if machines.several else config.faults.restarts
@@ -124,6 +131,19 @@ def main(argv: list[str]) -> int:
             f"starting again, {left - 1} more times at most (faults.restarts, 自动重启)", flush=True
         )
     return args.stopped_code if job.stopped and not code else code
+
+
+def _forget_stop(run: Path) -> None:
+    """Take RUN/stop of another time away; not one that is meant for a job at work."""
+    try:
+        with open(run / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError:
+        pass  # no such folder yet, or a file system without locks
+    with contextlib.suppress(OSError):
+        (run / "stop").unlink()
 
 
 def environment(gpu: bool) -> dict[str, str]:
@@ -175,7 +195,9 @@ class Job:
         """Start, forward signals, show marked lines; returns the exit code of the job."""
         if self.folder is not None:
             self._stop_file = StopFile(self.folder, left_counts=False)
-        before = {number: signal.signal(number, self._note) for number in STOPS}
+        # Who ignores a signal goes on ignoring it: nohup, a script's background job.
+        heard = [n for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heard}
         self._process = subprocess.Popen(
             self.command,
             env=self.env,
@@ -187,6 +209,9 @@ class Job:
         keeper, leash = self._start_keeper()
         try:
             self._watch(self._process)
+        except BaseException:
+            self._let_save()
+            raise
         finally:
             self._kill_all()  # whatever happened above, nothing of the job stays behind
             os.write(leash, b"done")
@@ -200,8 +225,6 @@ class Job:
     @property
     def stopped(self) -> bool:
         """Whether somebody told us to stop, or ranks of ours by way of another machine."""
-        from pretrain.watch import halted
-
         told = self.folder is not None and halted(self.folder, self._began - 1)
         return bool(self._signals) or told
 
@@ -221,12 +244,14 @@ class Job:
             os.setsid()  # what is sent to our group, Ctrl-C too, is ours alone
             os.close(leash)
             if not os.read(held, 4):
-                self._end_as_keeper()
+                self._let_save()
+                self._kill_all()
         finally:
             os._exit(0)
 
-    def _end_as_keeper(self) -> None:
-        """In the keeper, our process dead: let the ranks save, keep their pipe empty, then kill."""
+    def _let_save(self) -> None:
+        """Nobody watches any more: the ranks save, within the grace, and their pipe is kept
+        empty."""
         assert self._process is not None and self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         deadline = time.monotonic() + self.grace_s
@@ -234,7 +259,6 @@ class Job:
         while self._family() and time.monotonic() < deadline:
             self._keep(self._process.stdout.read(1 << 16) or b"")
             time.sleep(0.1)
-        self._kill_all()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
@@ -245,7 +269,7 @@ class Job:
         told = 0
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            while process.poll() is None:
+            while process.poll() is None or (self._signals and self._outlived()):
                 if selector.select(0.2):
                     self._read(process.stdout)
                 if not self._signals and self._stop_file is not None and self._stop_file.asked():
@@ -259,6 +283,16 @@ class Job:
         self._kill_all()  # the launcher is gone; a rank that outlived it is an orphan
         self._read(process.stdout)
         self._line(self._rest.decode("utf-8", "replace"))
+
+    def _outlived(self) -> bool:
+        """Whether ranks live on after DeepSpeed's runner, which was told to stop as they were. What
+        it left behind would kill them after 30 s: it is ended."""
+        ranks = self._rank_processes()
+        known = {rank.pid for rank in ranks}
+        for process in self._family():
+            if process.pid not in known and _parent(process) not in known:
+                _signal(process, signal.SIGKILL)
+        return bool(ranks)
 
     def _stop(self, again: bool) -> None:
         """A signal came: the ranks are told at once; a second one means now."""
@@ -308,7 +342,7 @@ class Job:
             except psutil.Error:
                 continue
         proper = [p for p in ranks.values() if _parent(p) not in ranks]
-        if not proper and self._process is not None:
+        if not proper and self._process is not None and self._process.poll() is None:
             proper = [psutil.Process(self._process.pid)]
         return proper
 
@@ -341,8 +375,14 @@ class Job:
     def _code(self, code: int) -> int:
         if self._killed:
             return 1 if self._failed else 128 + signal.SIGKILL
-        if code < 0:
-            return 128 - code
+        died = not 0 <= code < 128  # of a signal, whose negative number DeepSpeed passes on
+        if self._signals and (died or code == 1) and self.folder is not None:
+            # Who told us has told DeepSpeed too, whose end says nothing: the roll does. Ranks that
+            # are not on it had not begun, and nothing is lost.
+            begun, well = ends(self.folder, self._began - 1)
+            return 0 if begun == well else 1
+        if died:
+            return 1
         if code == 0 and self.ranks is not None and self._good_ends < self.ranks:
             # deepspeed answers 0 when its own launch.py is killed: count the good ends instead.
             self.last_error = f"{self._good_ends} of {self.ranks} processes ended well"
@@ -350,8 +390,6 @@ class Job:
         return code
 
     def _dead(self) -> str:
-        from pretrain.watch import died
-
         gone = died(self.folder, self._began - 1) if self.folder else []
         return f"{', '.join(gone)} died" if gone else ""
 
@@ -376,7 +414,7 @@ class Job:
             self._show(text)
         if "exits successfully" in chatter:
             self._good_ends += 1
-        elif "Killing subprocess" in chatter and self._deadline is None:
+        elif "Killing subprocess" in chatter and self._deadline is None and not self._signals:
             self._failed = True
             self.dead = self._dead()
             self._deadline = time.monotonic() + FAILED_PEER_GRACE_S
@@ -393,11 +431,11 @@ class Job:
         if text.startswith("bajie: "):
             self.complained = True
             self._finish_line()
-            print(text, file=sys.stderr, flush=True)
+            _put(sys.stderr, text + "\n")
         elif text.startswith("\r"):
             if sys.stdout.isatty():  # a line that the next one replaces
                 width = shutil.get_terminal_size().columns - 1
-                self._write("\r\x1b[2K" + text[1 : width + 1])
+                _put(sys.stdout, "\r\x1b[2K" + text[1 : width + 1])
                 self._passing = True
             elif time.monotonic() > self._shown_s + LOGGED_EVERY_S:  # a file: some of them
                 self._shown_s = time.monotonic()
@@ -406,21 +444,22 @@ class Job:
             self._say(text)
 
     def _say(self, text: str) -> None:
-        self._write(("\r\x1b[2K" if self._passing else "") + text + "\n")
+        _put(sys.stdout, ("\r\x1b[2K" if self._passing else "") + text + "\n")
         self._passing = False
 
     def _finish_line(self) -> None:
         if self._passing:
-            self._write("\n")
+            _put(sys.stdout, "\n")
             self._passing = False
 
-    def _write(self, text: str) -> None:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader has left (| head). The job goes on, its words are in the log.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def _put(stream: IO[str], text: str) -> None:
+    """Write to the terminal, if it is still there: the job goes on without, and the log has it."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:  # the reader has left (| head), the connection is lost, the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parent(process: psutil.Process) -> int:

@@ -60,10 +60,12 @@ def train(
     config: RunConfig,
     out: "Terminal | None" = None,
     interrupted: Callable[[], bool] = lambda: False,
+    begins: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Train, or resume, the run that `config` describes; every process of the job calls this.
 
     `interrupted` is asked at each step border: once any process says yes, all save and return.
+    `begins` is called when the run folder is this job's alone.
     Returns {"step", "stage", "loss" (of the last step), "checkpoint", "stopped"}. Raises
     ConfigError, CheckpointError and NotFinite with a sentence for the user.
     """
@@ -112,6 +114,7 @@ def train(
         watch(),
         checkpoint.Saver.open(tidy, waits) as saver,
     ):
+        begins()
         models = [stage_model(config, number) for number in range(len(pages))]
         most = max(int(disk.checkpoint_bytes(config, model)) for model in models)
         for sentence in flight.check(run, most, dump(config), mesh.device):
@@ -338,16 +341,20 @@ def main(argv: Sequence[str]) -> int:
     """The command; the exit code is 0, 2 where a sentence says what to change, or IO_FAILED."""
     import signal
 
-    words = _words(argv)
-    many_files()
-    if words.launched and not words.gpu:
-        os.environ.update(ON_CPU)
-    rank = int(os.environ.get("RANK", "0"))
     flag = {"raised": False}
 
     def raise_flag(number: int, frame: object) -> None:
         flag["raised"] = True
 
+    # First of all: a stop while the rest is imported is heard too, at the first border.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, raise_flag)
+    words = _words(argv)
+    many_files()
+    if words.launched and not words.gpu:
+        os.environ.update(ON_CPU)
+    rank = int(os.environ.get("RANK", "0"))
     try:
         config = load(words.config, RunConfig, words.overrides)
     except ConfigError as error:
@@ -362,23 +369,27 @@ def main(argv: Sequence[str]) -> int:
         if rank == 0:
             print(f"bajie: run.out: {error} (无法写入运行目录)", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, raise_flag)
     from pretrain.checkpoint import StorageError
     from pretrain.loop import SIGNAL
     from pretrain.stopping import StopFile
     from pretrain.watch import STOPPED, enlist, told
 
     run = Path(config.run.out)
-    entry = enlist(run, rank)
+    entries: list[Path] = []  # on the roll, once the run folder is ours: not over another job's
     asking = StopFile(run, left_counts=words.launched)  # the launcher took away an old one
     try:
         if words.gpu:
             check_gpu()
-        summary = train(config, out, lambda: flag["raised"] or (rank == 0 and asking.asked()))
-        told(entry, state=STOPPED if summary["stopped"] == SIGNAL else "ended")
+        summary = train(
+            config,
+            out,
+            lambda: flag["raised"] or (rank == 0 and asking.asked()),
+            lambda: entries.append(enlist(run, rank)),
+        )
+        told(entries[0], state=STOPPED if summary["stopped"] == SIGNAL else "ended")
     except BaseException as error:
-        told(entry, state=f"{type(error).__name__}: {error}"[:300])
+        for entry in entries:
+            told(entry, state=f"{type(error).__name__}: {error}"[:300])
         if not isinstance(error, ValueError | OSError) or os.environ.get("BAJIE_TRACEBACK") == "1":
             raise
         import traceback

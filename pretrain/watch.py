@@ -79,6 +79,13 @@ def halted(run: Path, since: float) -> bool:
     return any(e.get("state") == STOPPED and e.get("born", 0.0) >= since for e in entries)
 
 
+def ends(run: Path, since: float) -> tuple[int, int]:
+    """How many ranks born after `since` are on the roll, and how many of them saved and ended."""
+    entries = [_entry(path) for path in (run / "logs").glob("rank-*.json")]
+    states = [e.get("state") for e in entries if e.get("born", 0.0) >= since]
+    return len(states), sum(state in (STOPPED, "ended") for state in states)
+
+
 def _gone(entry: dict[str, Any]) -> bool:
     if entry["host"] != socket.gethostname():
         return False

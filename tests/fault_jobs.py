@@ -1,5 +1,6 @@
 """Jobs of the fault tests: runs in which something is made to go wrong, on purpose."""
 
+import fcntl
 import io
 import time
 from datetime import timedelta
@@ -13,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from configs.load import from_dict
 from configs.run import RunConfig
-from pretrain import parallel, proof
+from pretrain import checkpoint, parallel, proof, start
 from pretrain.corpora import open_corpora
 from pretrain.engine import Engine
 from pretrain.monitor import Terminal
@@ -139,3 +140,21 @@ def saved_by_deepspeed(folder: str, zero: int) -> list[tuple[str, Any, Any]]:
     zero_jobs.run_steps(engine, 0, 3)
     engine._deepspeed.save_checkpoint(folder)
     return zero_jobs.pieces_of(engine)
+
+
+def go_beginning(config: dict[str, Any]) -> list[Any]:
+    """Train where another job is at work, then where none is: what was said, and how often it had
+    begun by then."""
+    page = from_dict(RunConfig, config)
+    begun: list[int] = []
+    run = Path(page.run.out)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as lock, mock.patch.object(start, "PATIENCE_S", 0.1):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            train(page, begins=lambda: begun.append(1))
+        except checkpoint.StorageError as error:
+            said = str(error)
+    found = ["another job is at work" if "another job is at work" in said else said, len(begun)]
+    train(page, begins=lambda: begun.append(1))
+    return [*found, len(begun)]

@@ -1,8 +1,11 @@
 """RUN/stop and signals: what counts as being asked, and how ranks on other machines are reached."""
 
 import errno
+import fcntl
 import io
 import os
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +20,9 @@ from launch.train import Job
 from pretrain import parallel, stopping
 from pretrain.stopping import StopFile
 from pretrain.watch import STOPPED, enlist, halted, told
+from tests.run_jobs import page
 from tests.test_command_line import Stage
+from tests.worlds import World
 
 FAR_RANK = """
 import os, sys, time
@@ -75,7 +80,7 @@ def test_a_log_that_cannot_be_written_ends_no_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("far", [("node01",), ()], ids=["far", "here"])
 def test_ranks_of_other_machines_are_told_by_the_file(tmp_path: Path, far: tuple[str, ...]) -> None:
     """They are children of an sshd: a signal would reach DeepSpeed's launcher alone, which kills.
-    The control: on this machine there is no file, and the played rank is killed unsaved."""
+    The control: on this machine there is no file, and the played rank, not on the roll, is lost."""
     (tmp_path / "rank.py").write_text(FAR_RANK)
     line = ["python3", str(tmp_path / "rank.py"), str(tmp_path)]
     job = Job(line, dict(os.environ), io.BytesIO(), far=far, grace_s=10.0, folder=tmp_path)
@@ -86,8 +91,7 @@ def test_ranks_of_other_machines_are_told_by_the_file(tmp_path: Path, far: tuple
         job._signals.append(15)
 
     threading.Thread(target=stop, daemon=True).start()
-    code = job.run()
-    assert (code == 0, (tmp_path / "saved").exists()) == (bool(far), bool(far))
+    assert job.run() == 0 and (tmp_path / "saved").exists() == bool(far)
     assert job.stopped
 
 
@@ -102,6 +106,111 @@ def test_what_hangs_on_other_machines_is_ended_and_nothing_else(tmp_path: Path) 
     assert job.run() == 137
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["-S", "-w", "a.lab,b.lab", "pkill -f '[m]aster_port=29517'"]
+
+
+RANK = """
+import signal, sys, time
+from pathlib import Path
+from pretrain.watch import STOPPED, enlist, told
+told_to = []
+signal.signal(signal.SIGTERM, lambda *_: told_to.append(1))
+out = Path(sys.argv[1])
+entry = enlist(out, 0)
+(out / "begun").touch()
+while not told_to: time.sleep(0.02)
+time.sleep(1.5)
+(out / "saved").touch()
+told(entry, state=STOPPED)
+"""
+RUNNER = """
+import subprocess, sys
+sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:], "--local_rank=0"]).wait())
+"""
+
+
+def _played(tmp_path: Path) -> Job:
+    """A runner and the rank that it started, which takes its time to save."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "runner.py").write_text(RUNNER)
+    words = [str(tmp_path / "runner.py"), str(tmp_path / "rank.py"), str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(launcher.ROOT)}
+    return Job([sys.executable, *words], env, io.BytesIO(), ranks=1, grace_s=20.0, folder=tmp_path)
+
+
+def test_a_signal_to_every_process_lets_the_ranks_save(tmp_path: Path) -> None:
+    """As a scheduler sends it: DeepSpeed's runner dies of it at once, the ranks are saving."""
+    job = _played(tmp_path)
+
+    def stop() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        for process in job._family():
+            process.terminate()
+        job._signals.append(15)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert job.run() == 0 and job.stopped and (tmp_path / "saved").exists()
+    assert not job._family()
+
+
+def test_an_error_of_the_launcher_lets_the_ranks_save(tmp_path: Path) -> None:
+    job = _played(tmp_path)
+
+    def fails(process: Any) -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        raise RuntimeError("of ours")
+
+    with mock.patch.object(job, "_watch", fails), pytest.raises(RuntimeError):
+        job.run()
+    assert (tmp_path / "saved").exists() and not job._family()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_who_ignores_a_hang_up_goes_on_ignoring_it(ignored: bool, tmp_path: Path) -> None:
+    """nohup: the launcher is not told by the end of its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        job = Job(["sh", "-c", "kill -HUP $PPID; sleep 0.5"], dict(os.environ), io.BytesIO())
+        job.run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert bool(job._signals) == (not ignored)
+
+
+def test_a_terminal_that_is_gone_ends_nothing() -> None:
+    master, slave = os.openpty()
+    os.close(master)
+    with open(slave, "w", encoding="utf-8") as lost:
+        for _ in range(3):
+            launcher._put(lost, "step 1/100\n")  # EIO, then into nothing
+
+
+@pytest.mark.parametrize(("code", "told"), [(-9, 1), (247, 1), (2, 2), (69, 69), (74, 74)])
+def test_a_death_by_a_signal_is_code_1(code: int, told: int) -> None:
+    """DeepSpeed passes a rank's negative number on; the table in docs/faults.md knows one code."""
+    assert Job([], {}, io.BytesIO())._code(code) == told
+
+
+def test_a_stop_for_a_job_at_work_is_left(tmp_path: Path) -> None:
+    """One that is refused, for the run is another's, takes nothing away from it."""
+    (tmp_path / "stop").touch()
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        launcher._forget_stop(tmp_path)
+        assert (tmp_path / "stop").exists()
+    launcher._forget_stop(tmp_path)
+    assert not (tmp_path / "stop").exists()
+    launcher._forget_stop(tmp_path / "none")
+
+
+def test_who_is_refused_is_not_on_the_roll(
+    tmp_path: Path, tiny_corpus: Path, world1: World
+) -> None:
+    config = page(tmp_path / "run", tiny_corpus, run__steps=1, schedule={})
+    assert world1.run("tests.fault_jobs:go_beginning", config=config) == [
+        ["another job is at work", 0, 1]
+    ]
 
 
 @pytest.mark.parametrize("late", [False, True])
