@@ -18,6 +18,7 @@ if __name__ == "__main__":  # the launcher put pretrain/ first: the root takes i
     sys.path[0] = ROOT
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import fnmatch  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
@@ -109,10 +110,17 @@ def train(
         except OSError as error:
             out.say(f"{error.filename}: cannot be removed: {error.strerror} (旧检查点未能删除)")
 
+    def failed(folder: Path, error: BaseException) -> None:
+        out.say(
+            f"{error}; it is tried once more at the next save, or the end (保存失败，将再试一次)"
+        )
+        with contextlib.suppress(OSError):  # the same disk
+            monitor.event("checkpoint failed", int(folder.name[-8:]), name=folder.name)
+
     with (
         start.held(run),
         watch(),
-        checkpoint.Saver.open(tidy, waits) as saver,
+        checkpoint.Saver.open(tidy, failed, waits) as saver,
     ):
         begins()
         models = [stage_model(config, number) for number in range(len(pages))]

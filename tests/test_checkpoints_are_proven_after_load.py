@@ -120,7 +120,12 @@ def test_the_next_save_waits_and_a_failed_write_is_said_there(
     def pieces() -> Any:
         return [(k, state.read(k).reshape(-1), [(0, 0, state.read(k).numel())]) for k in shapes]
 
-    with checkpoint.Saver.open(lambda folder: None) as behind:
+    told: list[str] = []
+    monkeypatch.setattr(saver, "AGAIN_S", 0.0)
+    open_saver = checkpoint.Saver.open(
+        lambda folder: None, lambda folder, _: told.append(folder.name)
+    )
+    with open_saver as behind:
         began = time.monotonic()
         one = behind.save(run / "stage-00-step-00000001", shapes, pieces(), dict(state.record))
         assert time.monotonic() - began < 5 and not one.exists(), "the training does not wait"
@@ -130,8 +135,42 @@ def test_the_next_save_waits_and_a_failed_write_is_said_there(
         with pytest.raises(checkpoint.CheckpointError, match="the disk is full"):
             behind.wait()
         assert not two.exists() and checkpoint.newest(tmp_path) == (one, [])
+        assert told == [two.name], "once: the second failure is raised"
         behind.save(run / "stage-00-step-00000003", shapes, pieces(), dict(state.record))
     assert checkpoint.newest(tmp_path)[0] == run / "stage-00-step-00000003"
+
+
+def test_a_write_that_fails_once_is_made_again_from_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk was full for a moment: neither the run nor that checkpoint is lost."""
+    state = trained()
+    shapes = {key: (entry.shape, entry.dtype) for key, entry in state.entries.items()}
+    honest, tries = saver.save, []
+
+    def save(folder: Path, *arguments: Any, **keywords: Any) -> Path:
+        tries.append(folder.name)
+        if len(tries) == 1:
+            raise checkpoint.CheckpointError("the disk is full")
+        return honest(folder, *arguments, **keywords)
+
+    monkeypatch.setattr(saver, "save", save)
+    monkeypatch.setattr(saver, "AGAIN_S", 0.0)
+    values = {key: state.read(key).reshape(-1).clone() for key in shapes}
+    names = [f"stage-00-step-0000000{step}" for step in (1, 2)]
+    told: list[str] = []
+    with checkpoint.Saver.open(
+        lambda folder: None, lambda _, error: told.append(str(error))
+    ) as behind:
+        for name in names:
+            pieces = [(key, flat, [(0, 0, flat.numel())]) for key, flat in values.items()]
+            behind.save(tmp_path / "checkpoints" / name, shapes, pieces, dict(state.record))
+            for flat in values.values():  # the training goes on
+                flat += 1
+    assert tries == [names[0], names[0], names[1]] and told == ["the disk is full"]
+    for number, name in enumerate(names):
+        written = checkpoint.read(tmp_path / "checkpoints" / name)
+        assert all(torch.equal(written.read(k), state.read(k) + number) for k in shapes)
 
 
 def test_retention_keeps_what_the_page_says(tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """Saving behind the training: a copy in host memory now, written by a thread while steps go on.
 
     save(): wait for the last one -> copy this rank's pieces -> return
-    thread: write, sum, hash, fsync, manifest, rename (writing.py) -> rotate
-    wait(): the next save, a stage's border, the end; a write that failed is said here
+    thread: write, sum, hash, fsync, manifest, rename (writing.py) -> rotate; a failure is told
+    wait(): the next save, a stage's border, the end; what failed is written once more, from the
+            copies, which are there still: a disk that was full or away may be back
 
 The threads of the ranks talk through a group of their own. They are asked at the same places of the
-loop on every rank, so a write that failed ends all of them alike, with one sentence; the previous
-checkpoint is good, and is no more than one interval old.
+loop on every rank, so a write that failed twice ends all of them alike, with one sentence; the
+previous checkpoint is good.
 """
 
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,34 +21,40 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.places import Piece
+from pretrain.checkpoint.places import CheckpointError, Piece
 from pretrain.checkpoint.ranks import Ranks, own_group
 from pretrain.checkpoint.writing import save
 
 NICE = 10
 """The thread yields the processor to the training."""
+AGAIN_S = 5.0
+"""Before a write that failed is tried once more."""
+
+Rotate = Callable[[Path], None]
+Failed = Callable[[Path, BaseException], None]
 
 
 class Saver:
-    """Writes one checkpoint at a time; `rotate` gets its folder after each, on the first rank, and
-    drops older ones."""
+    """Writes one checkpoint at a time; on the first rank `rotate` gets its folder after each, and
+    drops older ones; `failed` gets the folder and the error of one that will be tried again."""
 
-    def __init__(self, ranks: Ranks, rotate: Callable[[Path], None]) -> None:
-        self._ranks, self._rotate = ranks, rotate
+    def __init__(self, ranks: Ranks, rotate: Rotate, failed: Failed) -> None:
+        self._ranks, self._rotate, self._failed = ranks, rotate, failed
         self._thread: threading.Thread | None = None
+        self._arguments: tuple[Any, ...] = ()
         self._error: BaseException | None = None
         self._held: dict[tuple[str, int], torch.Tensor] = {}
 
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, rotate: Callable[[Path], None], waits: timedelta | None = None
+        cls, rotate: Rotate, failed: Failed, waits: timedelta | None = None
     ) -> Iterator["Saver"]:
         """For the length of a run; every rank calls this. Leaving waits for the last write.
 
         The ranks wait for one another as long as `waits`; None: gloo's half an hour."""
         with own_group(waits) as ranks:
-            saver = cls(ranks, rotate)
+            saver = cls(ranks, rotate, failed)
             try:
                 yield saver
             except BaseException:
@@ -66,22 +74,33 @@ class Saver:
         """Begin to write a checkpoint of the pieces as they are; arguments as writing.save()."""
         self.wait()
         copied = self._copied(pieces)
-        arguments = (folder, shapes, copied, record, tokenizer, replay)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="saver")
-        self._thread.start()
+        self._arguments = (folder, shapes, copied, record, tokenizer, replay)
+        self._begin()
         return folder
 
     def wait(self) -> None:
-        """Until the last one is a checkpoint. Raises its CheckpointError, the same on all ranks."""
-        self._join()
-        if (error := self._error) is not None:
-            self._error = None
+        """Until the last one is a checkpoint. Raises its CheckpointError, the same on all ranks, if
+        it fails again."""
+        error = self._join()
+        if isinstance(error, CheckpointError | OSError):
+            time.sleep(AGAIN_S)
+            self._begin(again=True)
+            error = self._join()
+        if error is not None:
             raise error
 
-    def _join(self) -> None:
+    def _begin(self, again: bool = False) -> None:
+        arguments = (again, *self._arguments)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="saver")
+        self._thread.start()
+
+    def _join(self) -> BaseException | None:
+        """Until nothing is being written; what went wrong with it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        error, self._error = self._error, None
+        return error
 
     def _copied(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The pieces in memory of their own, kept from save to save: page faults cost more than
@@ -106,6 +125,7 @@ class Saver:
 
     def _write(
         self,
+        again: bool,
         folder: Path,
         shapes: dict[str, tuple[tuple[int, ...], str]],
         pieces: list[Piece],
@@ -121,3 +141,5 @@ class Saver:
                 self._rotate(folder)
         except BaseException as error:  # it belongs to whoever waits
             self._error = error
+            if self._ranks.rank == 0 and not again:
+                self._failed(folder, error)
