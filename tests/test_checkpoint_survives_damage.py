@@ -144,6 +144,32 @@ def test_a_folder_that_is_no_checkpoint_is_told_so(tmp_path: Path) -> None:
         checkpoint.resolve(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("number", "times"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.ESTALE, 99)]
+)
+def test_a_file_system_that_is_away_is_no_damage(
+    run: Path, number: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One look that fails costs nothing; a run does not begin again at an older checkpoint because
+    the newest could not be read just now."""
+    newest, calls, honest = checkpoint.newest(run)[0], [], reading.describe
+    assert newest is not None
+
+    def describe(path: Path, sync: bool = False) -> dict[str, Any]:
+        calls.append(path)
+        if len(calls) <= times:
+            raise OSError(number, os.strerror(number))
+        return honest(path, sync)
+
+    monkeypatch.setattr(reading, "describe", describe)
+    monkeypatch.setattr(reading, "AGAIN_S", 0.0)
+    if times == 1:
+        assert checkpoint.newest(run) == (newest, [])
+    else:
+        with pytest.raises(checkpoint.StorageError, match="cannot be read: Stale file handle"):
+            checkpoint.newest(run)
+
+
 def test_a_disk_that_gives_out_is_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a file fails, as on a shared disk whose server is gone: the older one is taken."""
     newest, older = checkpoint.found_in(run)
@@ -155,6 +181,7 @@ def test_a_disk_that_gives_out_is_damage(run: Path, monkeypatch: pytest.MonkeyPa
         return honest(path)
 
     monkeypatch.setattr(reading, "describe", describe)
+    monkeypatch.setattr(reading, "AGAIN_S", 0.0)
     found, complaints = checkpoint.newest(run)
     assert found == older
     assert str(newest) in complaints[0] and "cannot be read: Input/output error" in complaints[0]

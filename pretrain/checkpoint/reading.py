@@ -4,10 +4,13 @@ A tensor is mapped when it is read, and its pages go when it goes: a process tha
 the other has only those that it holds. A map of whole files would keep all that it has seen.
 """
 
+import errno
 import json
 import mmap
 import os
+import time
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,22 @@ import torch
 import xxhash
 
 from pretrain.averaged import Averaged, averaged, unmarked
-from pretrain.checkpoint.places import DTYPES, FORMAT, NAME, CheckpointError, Slot, slots_of
+from pretrain.checkpoint.places import (
+    DTYPES,
+    FORMAT,
+    NAME,
+    CheckpointError,
+    Slot,
+    StorageError,
+    slots_of,
+)
 from pretrain.checkpoint.ranks import EVERYONE
 from pretrain.state import Entry, State
+
+AGAIN_S = 3.0
+"""Before a file that could not be read is looked at once more."""
+AWAY = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+"""Errors of a file system that is away, and may be back: no damage of a file."""
 
 
 def describe(path: Path, sync: bool = False) -> dict[str, Any]:
@@ -43,32 +59,57 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint: one sentence for each missing, cut or changed file.
 
     `part` of `parts` checks its share of the files, so that the ranks of a job share the reading.
+    Raises StorageError for a file system that is away: the checkpoint may be whole.
     """
     try:
         manifest = _manifest(folder)
+    except StorageError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     found = []
     for name, entry in list(manifest["files"].items())[part::parts]:
         path = folder / name
         try:
-            if not path.is_file():
-                found.append(f"{path}: is missing")
-            elif path.stat().st_size != entry["bytes"]:
-                found.append(
-                    f"{path}: has {path.stat().st_size} bytes, was written with {entry['bytes']}"
-                )
-            elif describe(path)["xxh3_128"] != entry["xxh3_128"]:
-                found.append(f"{path}: its content differs from its hash (文件已损坏)")
+            found += _again(path, partial(_wrong, path, entry))
         except OSError as error:  # a disk that gives out; an older checkpoint may lie on another
             found.append(f"{path}: cannot be read: {error.strerror} (无法读取)")
     return found
 
 
+def _wrong(path: Path, entry: dict[str, Any]) -> list[str]:
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return [f"{path}: is missing"]
+    if size != entry["bytes"]:
+        return [f"{path}: has {size} bytes, was written with {entry['bytes']}"]
+    if describe(path)["xxh3_128"] != entry["xxh3_128"]:
+        return [f"{path}: its content differs from its hash (文件已损坏)"]
+    return []
+
+
+def _again(path: Path, look: Callable[[], Any]) -> Any:
+    """What a look at a file says, or a second one after a while. Raises the OSError of the second;
+    StorageError if the file system is away."""
+    try:
+        return look()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        time.sleep(AGAIN_S)
+    try:
+        return look()
+    except OSError as error:
+        if error.errno in AWAY:
+            raise StorageError(f"{path}: cannot be read: {error.strerror} (无法读取)") from None
+        raise
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(_again(path, lambda: path.read_text("utf-8")))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: is no checkpoint, it has no manifest.json (不是检查点)"
@@ -183,9 +224,17 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def _damage_shared(path: Path) -> list[str]:
-    """damage(), each rank reading its part."""
-    parts = EVERYONE.gather(damage(path, EVERYONE.rank, EVERYONE.world))
-    return sorted({sentence for part in parts for sentence in part})
+    """damage(), each rank reading its part; the StorageError of one is everybody's."""
+    found, away = [], ""
+    try:
+        found = damage(path, EVERYONE.rank, EVERYONE.world)
+    except StorageError as error:
+        away = str(error)
+    parts = EVERYONE.gather((found, away))
+    for _, sentence in parts:
+        if sentence:
+            raise StorageError(sentence)
+    return sorted({sentence for part, _ in parts for sentence in part})
 
 
 def resolve(path: str | Path) -> Path:
