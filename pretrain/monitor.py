@@ -16,8 +16,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,6 +36,8 @@ MARK = "\x1eBAJIE "
 SKIPPED_IN_ROW = 64
 """fp16 skips a step when its loss scale was too large and halves it; so many halvings are no search
 any more."""
+KEPT_LINES = 100_000
+"""Lines that wait for a disk."""
 
 
 class NotFinite(ValueError):
@@ -147,7 +149,47 @@ def first_to_speak(run: Path) -> bool:
         os.close(os.open(run / "logs" / f".said-{launch}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
+    except OSError:
+        pass  # the disk may be what is to be reported: better twice than not at all
     return True
+
+
+class Lines:
+    """A file of JSON lines. What its disk refuses is kept, the newest KEPT_LINES of it, and written
+    when the disk is there again: no reason to end a training."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self._say = path, say
+        self._waiting: list[str] = []
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Append lines, behind those that wait."""
+        late = len(self._waiting)
+        self._waiting += [json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines]
+        try:
+            self._append("".join(self._waiting).encode("utf-8"))
+        except OSError as error:
+            if not late:
+                self._say(
+                    f"{self.path}: cannot be written: {error.strerror}; the training goes on, its "
+                    "lines are kept for later (日志暂时写不进去)"
+                )
+            self._waiting = self._waiting[-KEPT_LINES:]
+            return
+        if late:
+            self._say(f"{self.path}: is written again, with {late} lines that had waited (已恢复)")
+        self._waiting.clear()
+
+    def _append(self, data: bytes) -> None:
+        with open(self.path, "ab", buffering=0) as out:
+            before, done = out.tell(), 0
+            try:
+                while done < len(data):
+                    done += out.write(data[done:])
+            except OSError:
+                with suppress(OSError):
+                    out.truncate(before)  # no half line
+                raise
 
 
 class Monitor:
@@ -174,6 +216,8 @@ class Monitor:
         self._clock, self._rate = time.monotonic(), 0.0
         self._skipped_in_row = 0
         self._board: Any = None
+        self._metrics = Lines(run / "metrics.jsonl", out.say)
+        self._events = Lines(run / "events.jsonl", out.say)
 
     def watch(self, config: ModelConfig, row: plan.Row, sources: Sequence[str] = ()) -> None:
         """Count FLOPs for the model of the stage that begins, and what its rows are made of.
@@ -190,13 +234,21 @@ class Monitor:
             return
         self.run.mkdir(parents=True, exist_ok=True)
         cut_metrics(self.run / "metrics.jsonl", step)
-        if self._board is not None:  # a run that went back to an earlier step
-            self._board.close()
+        self._shut_board()  # of a run that went back to an earlier step
+        self._open_board(step)
+        self._clock = time.monotonic()
+
+    def _open_board(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, 1 s
 
         folder = str(self.run / "tensorboard")
         self._board = SummaryWriter(folder, purge_step=step + 1)  # type: ignore[no-untyped-call]
-        self._clock = time.monotonic()
+
+    def _shut_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with suppress(OSError):  # its thread's, of a disk that failed it
+                board.close()
 
     def record(self, values: dict[str, Any], result: Any) -> None:
         """Keep a step's values and its StepResult (tensors) until the next flush()."""
@@ -206,9 +258,7 @@ class Monitor:
         """Put on record, at once and for good, what is no number of a step."""
         if not self.writes:
             return
-        line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-        with open(self.run / "events.jsonl", "a", encoding="utf-8") as out:
-            out.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
+        self._events.add([{"event": kind, "step": step, "time": round(time.time(), 3), **values}])
 
     def note(self, step: int, **values: Any) -> None:
         """Add values (a validation, a sample) to the line of a step that is still pending."""
@@ -263,8 +313,7 @@ class Monitor:
         lines[-1] |= {"memory_gb": round(peak / 1e9, 4), "host_memory_gb": round(now / 1e9, 4)}
         self._pending.clear()
         if self.writes:
-            with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(plain(x), ensure_ascii=False) + "\n" for x in lines)
+            self._metrics.add(lines)
             self._curves(lines)
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
@@ -315,6 +364,18 @@ class Monitor:
         )
 
     def _curves(self, lines: list[dict[str, Any]]) -> None:
+        """What a failing disk takes of the curves stands in metrics.jsonl, if anywhere."""
+        try:
+            if self._board is None:
+                self._open_board(lines[0]["step"] - 1)
+            self._draw(lines)
+        except OSError as error:
+            if self._board is not None:
+                folder = self.run / "tensorboard"
+                self.out.say(f"{folder}: cannot be written: {error.strerror} (曲线暂时写不进去)")
+            self._shut_board()
+
+    def _draw(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             for name, value in line.items():
                 if name == "sample":
@@ -330,8 +391,7 @@ class Monitor:
     def close(self) -> None:
         """Write what is pending and close the files."""
         self.flush()
-        if self._board is not None:
-            self._board.close()
+        self._shut_board()
 
 
 def plain(value: Any) -> Any:

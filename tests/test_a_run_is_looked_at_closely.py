@@ -1,7 +1,10 @@
 """Promise: a slow reader is seen, a profile holds the steps asked for, events stay on record."""
 
+import errno
 import gzip
+import io
 import json
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 
 from configs.load import ConfigError, from_dict
 from configs.run import RunConfig
+from pretrain.monitor import Lines, Monitor, Terminal, first_to_speak, speed
 from pretrain.profiling import Profiler
 from tests.run_jobs import metrics, page
 from tests.worlds import World
@@ -143,3 +147,50 @@ def test_events_stay_on_record_over_restarts_and_stages(
     ends = [e["why"] for e in events(tmp_path) if e["event"] == "end"]
     assert ends == ["run.stop_at_step", "finished"]
     assert all(began <= e["time"] <= time.time() for e in events(tmp_path))
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
+    """A real limit, in the middle of a line: nothing is cut, nothing lost, it is said once."""
+    said: list[str] = []
+    lines = Lines(tmp_path / "metrics.jsonl", said.append)
+    lines.add([{"step": 1}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+        lines.add([{"step": 2}, {"step": 3}])
+        lines.add([{"step": 4}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
+    assert len(said) == 1 and "metrics.jsonl: cannot be written: File too large" in said[0]
+    lines.add([{"step": 5}])
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "is written again, with 3 lines that had waited" in said[1]
+    lines.add([{"step": 6}])
+    assert len(metrics(tmp_path)) == 6 and len(said) == 2
+
+
+def test_curves_that_cannot_be_written_end_no_training(tmp_path: Path) -> None:
+    heard = io.StringIO()
+    device = torch.device("cpu")
+    monitor = Monitor(
+        tmp_path, Terminal(heard), writes=True, total_steps=9, speed=speed(device, 1, "fp32")
+    )
+    monitor.begin(0)
+    good, monitor._board.add_scalar = monitor._board, _full
+    for step in (1, 2):
+        monitor._curves([{"step": step, "loss": 2.0}])
+    assert "tensorboard: cannot be written: No space left on device" in heard.getvalue()
+    assert monitor._board is not None and monitor._board is not good  # begun anew
+    monitor.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failure_is_told_where_no_file_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert [first_to_speak(tmp_path) for _ in range(2)] == [True, False]
+    assert first_to_speak(tmp_path / "gone")
