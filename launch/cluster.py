@@ -63,7 +63,7 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # from 22.05 on srun does not 
 # Before the time limit the shell hears USR1: all ranks save, the steps end well, and the job stands
 # in the queue again; one that was stopped by hand (touch RUN/stop) does not. On preemption Slurm
 # itself says TERM and puts the job back.
-# (A signal through srun or scancel would reach DeepSpeed's launcher too, which then kills.)
+# (Not by a signal through srun: the file reaches the ranks of all nodes, whatever else hears it.)
 stop={stop}
 rm -f "$stop"
 again=

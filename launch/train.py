@@ -17,7 +17,6 @@ for nothing else) does the same in its place.
 
 import argparse
 import contextlib
-import fcntl
 import io
 import os
 import re
@@ -38,8 +37,9 @@ import psutil
 from configs.load import ConfigError, load
 from configs.run import RunConfig, world_problems
 from launch.machines import Machines, deepspeed_line
+from launch.processes import family, parent, send
 from pretrain.device import ON_CPU
-from pretrain.stopping import StopFile
+from pretrain.stopping import StopFile, at_work
 from pretrain.watch import died, ends, halted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +84,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--grace-s", type=float, default=GRACE_S, help="for saving, when stopped")
     parser.add_argument("--dry-run", action="store_true", help="print the line, start nothing")
     args = parser.parse_intermixed_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+    _show_what_it_can()
     config = load(args.config, RunConfig, args.overrides)
     machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
     if problems := world_problems(config, machines.processes(args.devices)):
@@ -96,7 +94,7 @@ def main(argv: list[str]) -> int:
     name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"
     log = Path(config.run.out, "logs", name)
     command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
-    print("$ " + shlex.join(["deepspeed", *command[2:]]), flush=True)
+    _put(sys.stdout, "$ " + shlex.join(["deepspeed", *command[2:]]) + "\n")
     if args.dry_run:
         return 0
     machines.write(args.devices, log.parent, gpu)
@@ -120,30 +118,31 @@ def main(argv: list[str]) -> int:
             code = job.run()
         if code and not job.complained:
             why = "; ".join(filter(None, [job.dead, job.last_error])) or "no rank said why"
-            print(
-                f"bajie: the job ended with code {code}: {why}; see {log} (任务失败)",
-                file=sys.stderr,
+            _put(
+                sys.stderr, f"bajie: the job ended with code {code}: {why}; see {log} (任务失败)\n"
             )
         if not (left and code and job.may_restart):
             break
         command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
-        print(
-            f"starting again, {left - 1} more times at most (faults.restarts, 自动重启)", flush=True
+        _put(
+            sys.stdout,
+            f"starting again, {left - 1} more times at most (faults.restarts, 自动重启)\n",
         )
     return args.stopped_code if job.stopped and not code else code
 
 
+def _show_what_it_can() -> None:
+    """A sample may hold what the terminal cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _forget_stop(run: Path) -> None:
     """Take RUN/stop of another time away; not one that is meant for a job at work."""
-    try:
-        with open(run / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    except OSError:
-        pass  # no such folder yet, or a file system without locks
-    with contextlib.suppress(OSError):
-        (run / "stop").unlink()
+    if not at_work(run):
+        with contextlib.suppress(OSError):
+            (run / "stop").unlink()
 
 
 def environment(gpu: bool) -> dict[str, str]:
@@ -285,13 +284,13 @@ class Job:
         self._line(self._rest.decode("utf-8", "replace"))
 
     def _outlived(self) -> bool:
-        """Whether ranks live on after DeepSpeed's runner, which was told to stop as they were. What
-        it left behind would kill them after 30 s: it is ended."""
+        """Whether ranks live on after DeepSpeed's runner, which was told to stop as they were. Its
+        launch.py, their parent, would kill them after 30 s: it is ended."""
         ranks = self._rank_processes()
-        known = {rank.pid for rank in ranks}
+        parents = {parent(rank) for rank in ranks}
         for process in self._family():
-            if process.pid not in known and _parent(process) not in known:
-                _signal(process, signal.SIGKILL)
+            if process.pid in parents:
+                send(process, signal.SIGKILL)
         return bool(ranks)
 
     def _stop(self, again: bool) -> None:
@@ -313,24 +312,12 @@ class Job:
                 (self.folder / "stop").touch()
             return
         for process in self._rank_processes():
-            _signal(process, signal.SIGTERM)
+            send(process, signal.SIGTERM)
 
     def _family(self) -> list[psutil.Process]:
-        """Every process of the job: descendants, and who shares its session after a parent died."""
+        """Every process of the job."""
         assert self._process is not None
-        found: dict[int, psutil.Process] = {}
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self._process.pid:
-                    found[process.pid] = process
-            except (OSError, psutil.Error):
-                continue
-        try:
-            children = psutil.Process(self._process.pid).children(recursive=True)
-            found |= {child.pid: child for child in children}
-        except psutil.Error:
-            pass
-        return list(found.values())
+        return family(self._process.pid)
 
     def _rank_processes(self) -> list[psutil.Process]:
         """The ranks proper, not workers that they forked; the launcher if there are none yet."""
@@ -341,7 +328,7 @@ class Job:
                     ranks[process.pid] = process
             except psutil.Error:
                 continue
-        proper = [p for p in ranks.values() if _parent(p) not in ranks]
+        proper = [p for p in ranks.values() if parent(p) not in ranks]
         if not proper and self._process is not None and self._process.poll() is None:
             proper = [psutil.Process(self._process.pid)]
         return proper
@@ -351,14 +338,14 @@ class Job:
             # They hang: each leaves its stacks in RUN/logs before it goes.
             for process in self._rank_processes():
                 if process.pid != self._process.pid:
-                    _signal(process, signal.SIGUSR2)
+                    send(process, signal.SIGUSR2)
             time.sleep(0.5)
             self._end_far()
         for _ in range(3):  # a process may fork while we look
-            family = [process for process in self._family() if process.is_running()]
-            for process in family:
-                _signal(process, signal.SIGKILL)
-            if not psutil.wait_procs(family, timeout=2)[1]:
+            left = [process for process in self._family() if process.is_running()]
+            for process in left:
+                send(process, signal.SIGKILL)
+            if not psutil.wait_procs(left, timeout=2)[1]:
                 return
 
     def _end_far(self) -> None:
@@ -460,17 +447,3 @@ def _put(stream: IO[str], text: str) -> None:
         stream.flush()
     except OSError:  # the reader has left (| head), the connection is lost, the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _parent(process: psutil.Process) -> int:
-    try:
-        return int(process.ppid())
-    except psutil.Error:
-        return 0
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except (psutil.Error, OSError):
-        pass  # it has just ended by itself

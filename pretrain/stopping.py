@@ -7,6 +7,8 @@
 A launcher whose ranks stand on other machines (a hostfile) reaches them by the file alone.
 """
 
+import contextlib
+import fcntl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
 
 LOOKED_EVERY_S = 1.0
 """Between two looks for the file."""
+
+
+def at_work(run: Path) -> bool:
+    """Whether a job holds the run folder's lock (pretrain/start.py): what lies there is its own."""
+    with contextlib.suppress(OSError), open(run / ".lock", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False  # nor where there is no such folder yet, or a file system without locks
 
 
 class StopFile:

@@ -345,19 +345,25 @@ def _words(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command; the exit code is 0, 2 where a sentence says what to change, or IO_FAILED."""
+def _heard() -> list[int]:
+    """The signals that tell this rank to stop, as they come."""
     import signal
 
-    flag = {"raised": False}
+    numbers: list[int] = []
 
-    def raise_flag(number: int, frame: object) -> None:
-        flag["raised"] = True
+    def note(number: int, frame: object) -> None:
+        numbers.append(number)
 
-    # First of all: a stop while the rest is imported is heard too, at the first border.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(signal.SIGTERM, note)  # in any case: it is the launcher's word
+    for number in (signal.SIGINT, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, raise_flag)
+            signal.signal(number, note)
+    return numbers
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; the exit code is 0, 2 where a sentence says what to change, or IO_FAILED."""
+    heard = _heard()  # first of all: a stop while the rest is imported counts at the first border
     words = _words(argv)
     many_files()
     if words.launched and not words.gpu:
@@ -379,20 +385,28 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from pretrain.checkpoint import StorageError
     from pretrain.loop import SIGNAL
-    from pretrain.stopping import StopFile
+    from pretrain.stopping import StopFile, at_work
     from pretrain.watch import STOPPED, enlist, told
 
     run = Path(config.run.out)
-    entries: list[Path] = []  # on the roll, once the run folder is ours: not over another job's
-    asking = StopFile(run, left_counts=words.launched)  # the launcher took away an old one
+    busy = at_work(run)  # the roll and a stop file are that job's, until the folder is ours
+    entries = [] if busy else [enlist(run, rank)]
+    # Else the launcher took away an old one.
+    asking = StopFile(run, left_counts=words.launched and not busy)
+
+    def begins() -> None:
+        if busy:
+            entries.append(enlist(run, rank))
+        told(entries[0], begun=True)
+
     try:
         if words.gpu:
             check_gpu()
         summary = train(
             config,
             out,
-            lambda: flag["raised"] or (rank == 0 and asking.asked()),
-            lambda: entries.append(enlist(run, rank)),
+            lambda: bool(heard) or (rank == 0 and asking.asked()),
+            begins,
         )
         told(entries[0], state=STOPPED if summary["stopped"] == SIGNAL else "ended")
     except BaseException as error:
@@ -402,7 +416,8 @@ def main(argv: Sequence[str]) -> int:
             raise
         import traceback
 
-        traceback.print_exc()  # to RUN/logs
+        with contextlib.suppress(OSError):
+            traceback.print_exc()  # to RUN/logs
         if first_to_speak(Path(config.run.out)):
             out.complain(f"bajie: {error}")
         mistaken = isinstance(error, (ValueError, *MISTAKES))

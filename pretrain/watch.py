@@ -44,7 +44,8 @@ def enlist(run: Path, rank: int) -> Path:
     logs.mkdir(parents=True, exist_ok=True)
     entry = logs / f"rank-{rank:04d}.json"
     host, now = socket.gethostname(), time.time()
-    told(entry, rank=rank, host=host, pid=os.getpid(), step=0, state="running", born=now)
+    about = {"rank": rank, "host": host, "pid": os.getpid(), "step": 0, "born": now}
+    told(entry, **about, state="running", begun=False)
     stacks = _stacks(entry)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)  # the launcher, before it kills
@@ -80,9 +81,10 @@ def halted(run: Path, since: float) -> bool:
 
 
 def ends(run: Path, since: float) -> tuple[int, int]:
-    """How many ranks born after `since` are on the roll, and how many of them saved and ended."""
+    """How many ranks born after `since` had begun, the run folder theirs, and how many of them
+    saved and ended."""
     entries = [_entry(path) for path in (run / "logs").glob("rank-*.json")]
-    states = [e.get("state") for e in entries if e.get("born", 0.0) >= since]
+    states = [e.get("state") for e in entries if e.get("begun") and e["born"] >= since]
     return len(states), sum(state in (STOPPED, "ended") for state in states)
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,11 +18,12 @@ import torch
 
 from launch import train as launcher
 from launch.train import Job
-from pretrain import parallel, stopping
+from pretrain import parallel, stopping, train
+from pretrain.loop import SIGNAL
 from pretrain.stopping import StopFile
-from pretrain.watch import STOPPED, enlist, halted, told
-from tests.run_jobs import page
-from tests.test_command_line import Stage
+from pretrain.watch import STOPPED, ends, enlist, halted, told
+from tests.run_jobs import page, write
+from tests.test_command_line import RUN, Stage
 from tests.worlds import World
 
 FAR_RANK = """
@@ -109,30 +111,43 @@ def test_what_hangs_on_other_machines_is_ended_and_nothing_else(tmp_path: Path) 
 
 
 RANK = """
-import signal, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
 from pretrain.watch import STOPPED, enlist, told
 told_to = []
 signal.signal(signal.SIGTERM, lambda *_: told_to.append(1))
 out = Path(sys.argv[1])
 entry = enlist(out, 0)
+told(entry, begun=True)
+worker = subprocess.Popen(["sh", "-c", "sleep 30; true"])
 (out / "begun").touch()
 while not told_to: time.sleep(0.02)
 time.sleep(1.5)
-(out / "saved").touch()
-told(entry, state=STOPPED)
+if worker.poll() is None:
+    (out / "saved").touch()
+    told(entry, state=STOPPED)
+worker.kill()
 """
-RUNNER = """
-import subprocess, sys
-sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:], "--local_rank=0"]).wait())
+LAUNCH = """
+import signal, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, *sys.argv[1:], "--local_rank=0"])
+def end(*_):
+    time.sleep(1.0)
+    rank.kill()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+sys.exit(rank.wait())
 """
+RUNNER = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
 
 
 def _played(tmp_path: Path) -> Job:
-    """A runner and the rank that it started, which takes its time to save."""
-    (tmp_path / "rank.py").write_text(RANK)
-    (tmp_path / "runner.py").write_text(RUNNER)
-    words = [str(tmp_path / "runner.py"), str(tmp_path / "rank.py"), str(tmp_path)]
+    """A runner, its launch.py, which kills, and a rank, which takes its time to save and needs its
+    worker's worker for it."""
+    scripts = {"runner": RUNNER, "launch": LAUNCH, "rank": RANK}
+    for name, text in scripts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    words = [*(str(tmp_path / f"{name}.py") for name in scripts), str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(launcher.ROOT)}
     return Job([sys.executable, *words], env, io.BytesIO(), ranks=1, grace_s=20.0, folder=tmp_path)
 
@@ -145,7 +160,8 @@ def test_a_signal_to_every_process_lets_the_ranks_save(tmp_path: Path) -> None:
         while not (tmp_path / "begun").exists():
             time.sleep(0.02)
         for process in job._family():
-            process.terminate()
+            if process.name().startswith("python"):
+                process.terminate()
         job._signals.append(15)
 
     threading.Thread(target=stop, daemon=True).start()
@@ -166,6 +182,76 @@ def test_an_error_of_the_launcher_lets_the_ranks_save(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists() and not job._family()
 
 
+def test_who_was_told_before_it_had_begun_was_stopped_and_no_later(tmp_path: Path) -> None:
+    """DeepSpeed's code is that of a death; whether a run was lost by it stands on the roll."""
+    job = Job([], {}, io.BytesIO(), folder=tmp_path)
+    assert job._code(241) == 1  # nobody had told it to stop
+    job._signals.append(15)
+    assert job._code(241) == 0
+    entry = enlist(tmp_path, 0)
+    assert job._code(241) == 0
+    told(entry, begun=True)
+    assert job._code(241) == 1
+    told(entry, state=STOPPED)
+    assert job._code(241) == job._code(1) == 0
+    told(enlist(tmp_path, 0), state="running")
+    assert job._code(241) == 0  # a new life has not begun
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """As they were, afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_rank_hears_a_stop_from_its_first_line_on() -> None:
+    """And goes on ignoring what it ignored, but for the launcher's word."""
+
+    def look(argv: object) -> None:
+        heard = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+        assert [callable(handler) for handler in heard] == [True, False, True]
+        raise SystemExit
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with mock.patch.object(train, "_words", look), pytest.raises(SystemExit):
+        train.main([])
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_roll_and_a_stop_are_those_of_the_job_at_work(
+    busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, a rank that dies as it starts can be named; it has not begun yet."""
+    out, since = tmp_path / "run", time.time() - 1
+    out.mkdir()
+    (out / "stop").touch()
+
+    def run(config: object, out_: object, interrupted: Any, begins: Any) -> dict[str, Any]:
+        assert interrupted() != busy  # a stop that lies there is the other's
+        assert (out / "logs" / "rank-0000.json").exists() != busy
+        assert ends(out, since) == (0, 0)
+        begins()
+        assert ends(out, since) == (1, 0)
+        return {"stopped": SIGNAL}
+
+    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr("pretrain.monitor.terminal", mock.Mock())
+    monkeypatch.setattr(train, "ON_CPU", {})
+    config = write(tmp_path / "run.yaml", page(out, tmp_path / "corpus"))
+    with open(out / ".lock", "w") as lock:
+        if busy:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train.main([str(config), "--launched"]) == 0
+    assert ends(out, since) == (1, 1)
+
+
 @pytest.mark.parametrize("ignored", [True, False])
 def test_who_ignores_a_hang_up_goes_on_ignoring_it(ignored: bool, tmp_path: Path) -> None:
     """nohup: the launcher is not told by the end of its terminal."""
@@ -176,6 +262,15 @@ def test_who_ignores_a_hang_up_goes_on_ignoring_it(ignored: bool, tmp_path: Path
     finally:
         signal.signal(signal.SIGHUP, before)
     assert bool(job._signals) == (not ignored)
+
+
+def test_what_the_terminal_cannot_show_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample with an emoji, on a terminal of GBK."""
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="gbk")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert launcher.main([RUN, "--dry-run"]) == 0
+    launcher._put(narrow, "\N{PIG FACE}\n")
+    assert narrow.buffer.getvalue().endswith(b"?\n")  # type: ignore[attr-defined]
 
 
 def test_a_terminal_that_is_gone_ends_nothing() -> None:

@@ -68,6 +68,17 @@ def test_a_rank_that_died_is_named_and_the_job_starts_again(
     assert f"rank 1 on {socket.gethostname()} (step 7) died" in err
 
 
+def test_a_job_begins_again_without_its_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, slave = os.openpty()
+    os.close(master)
+    with open(slave, "w", encoding="utf-8") as out, open(os.dup(slave), "w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        assert _play(monkeypatch, tmp_path / "run", [-9, 0], restarts=1) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("codes", "restarts", "lives"), [([-9], 2, 3), ([-9], 0, 1), ([75, 0], 1, 2), ([2], 5, 1)]
 )
