@@ -222,7 +222,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, mfu: float = MFU) -> dict[str, 
             "tokens_per_s": tokens / each[-1]["step_s"],
             "days": sum(s["days"] for s in each),
             "flops": sum(s["flops"] for s in each),
-            "left": _left(config, each),
+            "left": staged.left(config, each),
         },
         "growth": staged.beside_scratch(each, models, pages[-1].schedule, *with_model),
         "disk": disk.taken(config, models),
@@ -263,30 +263,6 @@ def _stage(
         "step_s": samples * page.data.seq_len * full * waits / rate,
         "days": tokens * full * waits / rate / 86400,
         "remarks": [*staged.idle_options(config, number), *_idle(samples, readers)],
-    }
-
-
-def _left(config: RunConfig, each: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What is still to be paid of a run that goes on from a checkpoint (init.what: all); None of
-    one that begins anew. Without the checkpoint's step where it cannot be read here."""
-    if config.init is None or config.init.what != "all":
-        return None
-    begun = Path(config.init.from_)
-    found = [begun, *sorted(begun.glob("checkpoints/stage-*"), reverse=True)]
-    try:
-        folder = next(path for path in found if (path / "state.json").exists())
-        done = int(json.loads((folder / "state.json").read_text("utf-8"))["step"])
-    except (StopIteration, OSError, ValueError, KeyError, TypeError):
-        return {"from": str(begun), "step": None}
-    counts = [stage["steps"] for stage in each]
-    spent = {
-        key: staged.spent(counts, [stage[key] for stage in each], done) for key in ("flops", "days")
-    }
-    return {
-        "from": str(folder),
-        "step": done,
-        "steps": max(0, sum(counts) - done),
-        **{key: sum(stage[key] for stage in each) - spent[key] for key in spent},
     }
 
 

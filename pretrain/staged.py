@@ -12,7 +12,9 @@ layer that grew to four was not worth its steps beyond some ten tokens a paramet
 says how many both models will have read, and for a run beyond WORTH of the large one's no step.
 """
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from configs.grown import GROWS, idle, rescales
@@ -98,6 +100,28 @@ def idle_options(config: RunConfig, number: int) -> list[str]:
     left = total_steps(config) - first_step(config, number)
     told = idle(models[-2], models[-1], stages(config)[number].grow, divided, left)
     return [f"stages.{number}.grow.{sentence}" for sentence in told]
+
+
+def left(config: RunConfig, each: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What is still to be paid of a run that goes on from a checkpoint (init.what: all); None of
+    one that begins anew. Without the checkpoint's step where it cannot be read here."""
+    if config.init is None or config.init.what != "all":
+        return None
+    begun = Path(config.init.from_)
+    found = [begun, *sorted(begun.glob("checkpoints/stage-*"), reverse=True)]
+    try:
+        folder = next(path for path in found if (path / "state.json").exists())
+        done = int(json.loads((folder / "state.json").read_text("utf-8"))["step"])
+    except (StopIteration, OSError, ValueError, KeyError, TypeError):
+        return {"from": str(begun), "step": None}
+    counts = [stage["steps"] for stage in each]
+    gone = {key: spent(counts, [stage[key] for stage in each], done) for key in ("flops", "days")}
+    return {
+        "from": str(folder),
+        "step": done,
+        "steps": max(0, sum(counts) - done),
+        **{key: sum(stage[key] for stage in each) - gone[key] for key in gone},
+    }
 
 
 def spent(counts: list[int], each: list[float], steps: float) -> float:
