@@ -120,9 +120,10 @@ def asked(words: argparse.Namespace, family: str, text: Path, seed: int) -> dict
     from pretrain.lengths import passkeys
 
     base = trained(page(words, family, text, seed))
-    found: dict[str, Any] = {"base": passkeys(base, [words.known - FRAME], samples=words.samples)}
+    apart = FRAME if family == "cpm" else 0  # a CPM's row is the text, the others' has the frame
+    found: dict[str, Any] = {"base": passkeys(base, [words.known - apart], samples=words.samples)}
     print(f"{family}, seed {seed}: {found['base']['lengths'][0]['mean']:.0%} at {words.known}")
-    lengths = [times * words.known - FRAME for times in (1, 2, 4)]
+    lengths = [times * words.known - apart for times in (1, 2, 4)]
     for name, method in METHODS[family].items():
         folder = name.replace(", ", "-").replace(" ", "-")
         place = words.out / f"{family}-{seed}-{folder}"

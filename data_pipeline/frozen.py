@@ -68,16 +68,20 @@ class Frozen(ABC):
         """Token ids, int32, without an end of document; a lone surrogate is as U+FFFD."""
         return self.encode_batch([text])[0]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
-        """`encode` of a text from outside a corpus: its characters folded as a corpus' are, and
-        what is spelt like a control token is that token."""
+    def encode_folded(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` of texts from outside a corpus: their characters folded as a corpus' are.
+        What is spelt like a control token is text, as it is there."""
         from data_pipeline.clean import folded
 
+        return self.encode_batch([folded(unicode_text(text)) for text in texts])
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """encode_folded() of one text, but what is spelt like a control token is that token."""
         controls = self.control_ids()
         names = "|".join(re.escape(name) for name in sorted(controls, key=len, reverse=True))
         parts = re.split(f"({names})", unicode_text(text))
         found = [
-            np.array([controls[part]], np.int32) if number % 2 else self.encode(folded(part))
+            np.array([controls[part]], np.int32) if number % 2 else self.encode_folded([part])[0]
             for number, part in enumerate(parts)
             if part
         ]

@@ -17,12 +17,12 @@ from configs.objectives import Labels
 from pretrain.answer import right_padded
 from pretrain.batches import Batch
 from pretrain.checkpoint import read, resolve
-from pretrain.corpora import open_measured, trained_length, trained_objective
+from pretrain.corpora import open_measured, trained_objective
 from pretrain.device import place
 from pretrain.generate import load_model
 from pretrain.labelled import fit, label_names
 from pretrain.objectives.labels import logits_at, places
-from pretrain.tasks import TaskError, columns
+from pretrain.tasks import TaskError, columns, encoded, row_length
 
 
 def labels(
@@ -42,13 +42,7 @@ def labels(
     folder = resolve(checkpoint)
     state = read(folder)
     names = _names(state.record)
-    room = state.record["model"].get("positions")
-    length = int(seq_len or trained_length(state.record) or min(128, room or 128))
-    if room is not None and length > room:
-        raise TaskError(
-            f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
-            "(超过位置数)"
-        )
+    length = row_length(state.record, seq_len)
     if Path(data).is_dir():
         batches = _of_corpus(state.record, data, names, limit, length)
     else:
@@ -110,19 +104,23 @@ def _of_file(
     lines = columns(path, limit, (2, 3))
     number_of = {name: number for number, name in enumerate(names)}
     for line, row in enumerate(lines, 1):
+        if len(row) != len(lines[0]):
+            raise TaskError(
+                f"--data: {path}, line {line} has {len(row)} columns, line 1 has {len(lines[0])}; "
+                "all must be one text and a label, or all two and a label (列数不一)"
+            )
         if row[-1] not in number_of:
             raise TaskError(
                 f"--data: {path}, line {line}: the label is {row[-1]!r}, the checkpoint knows "
                 f"{', '.join(names)} (未知标签)"
             )
-    sides = [tokenizer.encode_batch([row[at] for row in lines]) for at in range(len(lines[0]) - 1)]
+    *sides, labels = zip(*lines, strict=True)
     rows = []
-    for number, fields in enumerate(lines):
-        texts = [[int(i) for i in side[number]] for side in sides[: len(fields) - 1]]
+    for label, *texts in zip(labels, *(encoded(tokenizer, side) for side in sides), strict=True):
         sizes = np.array([[len(text) for text in [*texts, []][:2]]])
         fit(sizes, seq_len - 1 - len(texts))
         cut = [text[:size] for text, size in zip(texts, sizes[0].tolist(), strict=False)]
-        rows.append((cut, number_of[fields[-1]]))
+        rows.append((cut, number_of[label]))
     rows.sort(key=lambda row: sum(map(len, row[0])))
     for start in range(0, len(rows), 16):
         yield _batch(rows[start : start + 16], tokenizer)
@@ -156,7 +154,7 @@ def _told(confusion_LL: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     both_L = confusion_LL.sum(0) + confusion_LL.sum(1)
     f1_L = 200 * right_L / np.maximum(both_L, 1)
     total = int(confusion_LL.sum())
-    there = confusion_LL.sum(1) > 0
+    there = both_L > 0  # in the data or among the answers, as scikit-learn averages
     return {
         "samples": total,
         "accuracy": float(100 * right_L.sum() / max(total, 1)),

@@ -27,15 +27,25 @@ from numpy.typing import NDArray
 
 from configs.load import from_dict
 from configs.objectives import Causal
-from pretrain.corpora import (
-    Corpora,
-    check_learnt,
-    open_measured,
-    trained_length,
-    trained_objective,
-)
+from pretrain.corpora import Corpora, check_learnt, open_measured, trained_objective
 from pretrain.device import check_gpu
+from pretrain.prompts import TASKS as PROMPTED
 
+TASKS = ("bits", "mlm", "csl", "ape210k", "lcqmc", "labels", "length", "passkey", *PROMPTED)
+READ_BY: dict[str, tuple[str, ...]] = {
+    "data": tuple(task for task in TASKS if task != "passkey"),
+    "seq_len": ("bits", "mlm", "labels"),
+    "masking": ("mlm",),
+    "beams": ("csl", "ape210k"),
+    "outputs": ("csl", "ape210k"),
+    "candidates": PROMPTED,
+    "shots": PROMPTED,
+    "examples": PROMPTED,
+    "lengths": ("length", "passkey"),
+    "plot": ("length", "passkey"),
+    "cleaned": ("ape210k",),
+}
+"""Flags that only some tasks read."""
 Ints = NDArray[np.int64]
 STRETCH = 1 << 20
 """Tokens of one place that are counted together."""
@@ -168,7 +178,7 @@ def bits(
     from pretrain.device import place
     from pretrain.generate import load_model
     from pretrain.objectives.losses import token_losses_plain
-    from pretrain.tasks import TaskError
+    from pretrain.tasks import TaskError, row_length
 
     state = read(resolve(checkpoint))
     sizes = state.record["model"]
@@ -177,11 +187,12 @@ def bits(
             f"--task bits: needs a CPM, the checkpoint is a {sizes['family']}; take mlm for an "
             "encoder, csl or length for T5 PEGASUS (仅限 CPM)"
         )
-    length = seq_len or trained_length(state.record) or state.record["model"]["positions"]
+    if samples < 1:
+        raise TaskError(f"--samples: is {samples}, must be at least 1 (至少一行)")
+    length = row_length(state.record, seq_len, sizes["positions"])
     trained = trained_objective(state.record)
     section = from_dict(Causal, trained if trained.get("name") == "causal" else {"name": "causal"})
-    _check(samples, int(length), state.record["model"].get("positions"))
-    corpora = open_measured(corpus, int(length), section, sizes.get("words_said") or sizes["vocab"])
+    corpora = open_measured(corpus, length, section, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model, task = load_model(state, *place(gpu)), objectives.build(section)
     device = next(model.parameters()).device
@@ -206,40 +217,39 @@ def bits(
     }
 
 
-def _check(samples: int, seq_len: int, positions: int | None) -> None:
-    if samples < 1:
-        raise ValueError(f"--samples: is {samples}, must be at least 1 (至少一行)")
-    if not 0 < seq_len <= (positions or seq_len):
-        raise ValueError(
-            f"--seq-len: is {seq_len}, must be 1 to {positions}, the model's positions (行长不合法)"
-        )
+def check_read(words: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """ValueError for a flag that the task does not read."""
+    for name, tasks in READ_BY.items():
+        given = getattr(words, name)
+        if words.task not in tasks and given != parser.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: is {given}, which --task {words.task} does not read, "
+                f"only {', '.join(tasks)}; leave it out or change --task (该任务不使用此项)"
+            )
 
 
 def main(argv: Sequence[str]) -> int:
     """The command `python -m launch evaluate`."""
-    from pretrain import prompts
-
     parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint or a run folder (its newest)")
-    tasks = ["bits", "mlm", "csl", "ape210k", "lcqmc", "labels", "length", "passkey"]
-    tasks += prompts.TASKS
-    parser.add_argument("--task", choices=tasks, default="bits", help="what is measured")
+    parser.add_argument("--task", choices=TASKS, default="bits", help="what is measured")
     parser.add_argument("--data", help="a corpus folder (bits, mlm, labels, length) or a file")
     parser.add_argument("--samples", type=int, help="rows (256), or lines of a file (all)")
-    parser.add_argument("--seq-len", type=int, help="tokens of a row; default: as trained")
+    parser.add_argument("--seq-len", type=int, help="of bits, mlm, labels; default: as trained")
     parser.add_argument("--masking", choices=["token", "word", "word_token"], help="of mlm")
     parser.add_argument("--beams", type=int, default=1, help="of csl and ape210k, as published")
-    parser.add_argument("--candidates", type=int, default=0, help="of tnews, iflytek, chid (all)")
+    parser.add_argument("--candidates", type=int, default=0, help=f"of {', '.join(PROMPTED)} (all)")
     parser.add_argument("--shots", type=int, default=0, help="solved examples before each question")
     parser.add_argument("--examples", metavar="FILE", help="what --shots are drawn from")
     parser.add_argument("--outputs", metavar="FILE", help="write what the model wrote, a line each")
-    parser.add_argument("--lengths", help="of length and passkey: 128,256,512 (长度)")
+    parser.add_argument("--lengths", default="512", help="of length and passkey: 128,256 (长度)")
     parser.add_argument("--plot", metavar="FILE", help="of length, passkey: the curves, SVG")
     parser.add_argument("--cleaned", metavar="FILE", help="of ape210k: write the set and end")
     parser.add_argument("--gpu", action="store_true", help="on an NVIDIA GPU, in bf16")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
+    check_read(words, parser)
     if words.checkpoint is None and words.cleaned is None:
         parser.error("a checkpoint must be given (须给出检查点)")
     if words.data is None and words.task != "passkey":
@@ -273,7 +283,7 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
     from pretrain import lengths
 
     try:
-        wanted = [int(word) for word in (words.lengths or str(words.seq_len or 512)).split(",")]
+        wanted = [int(word) for word in words.lengths.split(",")]
     except ValueError:
         raise lengths.LengthError(
             f"--lengths: is {words.lengths!r}, must be whole numbers with commas, "
@@ -296,14 +306,14 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
 
 def measured(words: argparse.Namespace) -> dict[str, Any]:
     """What a task finds, as plain data."""
-    from pretrain import classify, prompts, tasks
+    from pretrain import classify, tasks
 
     if words.samples is not None and words.samples < 1:
         raise tasks.TaskError(f"--samples: is {words.samples}, must be at least 1 (至少一行)")
     if words.beams < 1:
         raise tasks.TaskError(f"--beams: is {words.beams}, must be at least 1 (至少一束)")
     if words.cleaned is not None:
-        return tasks.write_problems(words.task, words.data, words.cleaned, words.samples)
+        return tasks.write_problems(words.data, words.cleaned, words.samples)
     head = {"task": words.task, "checkpoint": str(words.checkpoint), "data": str(words.data)}
     if words.task == "mlm":
         chosen = words.masking, words.samples or 256, words.seq_len, words.gpu
@@ -311,7 +321,7 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
     asked = words.checkpoint, words.data, words.samples, words.seq_len, words.gpu
     if words.task == "labels":
         return head | classify.labels(*asked)
-    if words.task in prompts.TASKS:
+    if words.task in PROMPTED:
         return head | prompted(words)
     model, tokenizer = tasks.opened(words.checkpoint, words.gpu)
     if words.task == "lcqmc":

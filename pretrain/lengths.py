@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.grown import said
-from configs.model import CPMConfig, ModelConfig, T5PegasusConfig, longest_row
+from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, longest_row
+from pretrain.answer import framed
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import check_learnt
 from pretrain.device import place
@@ -73,7 +74,7 @@ def lengths(
     words = tokenizers.load(Path(corpus) / "tokenizer")
     check_learnt(state.record, corpus, words.fingerprint)
     model: Any = load_model(state, *place(gpu))
-    _check(model.config, wanted)
+    _check(model.config, words, wanted)
     rows = _documents(Path(corpus) / "valid", max(wanted) + 1, samples)
     found = []
     for length in sorted(wanted):
@@ -104,8 +105,13 @@ def lengths(
     return {"rows": len(rows), "lengths": found}
 
 
-def _check(config: ModelConfig, wanted: Sequence[int]) -> None:
+def _check(config: ModelConfig, words: Any, wanted: Sequence[int]) -> None:
     room = longest_row(config)
+    if isinstance(config, RoFormerConfig) and words.mask_id is None:
+        raise LengthError(
+            "--task length, passkey: ask an encoder for masked tokens, the tokenizer has no mask; "
+            "take a checkpoint whose tokenizer has one (分词器没有 [MASK])"
+        )
     if not wanted or min(wanted) < 2:
         raise LengthError(f"--lengths: are {list(wanted)}, each must be at least 2 (长度不合法)")
     if room is not None and max(wanted) > room:
@@ -148,7 +154,8 @@ def by_position(
     B, T = rows_BT.shape[0], rows_BT.shape[1] - 1
     device = next(model.parameters()).device
     found_BT, counted_BT = np.zeros((B, T)), np.zeros((B, T), bool)
-    hidden_BT = np.random.default_rng(0).random((B, T)) < MASKED
+    # drawn position by position, so that the same ones are hidden in rows of every length
+    hidden_BT = np.random.default_rng(0).random((T, B)).T < MASKED
     if frame is not None and frame[0] is not None:
         ends = [np.full((B, 1), token, rows_BT.dtype) for token in frame]
         rows_BT = np.concatenate([ends[0], rows_BT[:, : T - 2], ends[1], rows_BT[:, T:]], 1)
@@ -270,26 +277,28 @@ def passkeys(
     folder = resolve(checkpoint)
     if not (folder / "tokenizer").is_dir():
         raise LengthError(f"{folder}: has no tokenizer/, texts cannot be read for it (缺少分词器)")
-    words, model = tokenizers.load(folder / "tokenizer"), load_model(read(folder), *place(gpu))
-    room = longest_row(model.config)  # type: ignore[arg-type]
-    if room is not None and max(wanted) > room:
-        raise LengthError(
-            f"--lengths: {max(wanted)} is more than the model's {room} positions; extend it first: "
-            "python -m launch extend (请先扩展)"
-        )
+    state = read(folder)
+    check_says_words(state.record["model"], "--task passkey")
+    words, model = tokenizers.load(folder / "tokenizer"), load_model(state, *place(gpu))
+    config: Any = model.config
+    _check(config, words, wanted)
+    frame = 0 if isinstance(config, CPMConfig) else len(framed([], words.bos_id, words.eod_id))
     table = []
     for length in sorted(wanted):
         right = []
         for depth in depths:
-            made = [passkey(words, length, depth, seed + number) for number in range(samples)]
+            made = [passkey(words, length, depth, seed + n, frame) for n in range(samples)]
             said = sum(_says(model, words, text, key) for text, key in made)
             right.append(said / samples)
         table.append({"length": length, "accuracy": right, "mean": sum(right) / len(right)})
     return {"depths": list(depths), "samples": samples, "lengths": table}
 
 
-def passkey(words: Any, length: int, depth: float, seed: int) -> tuple[list[int], list[int]]:
-    """(text up to the question, the key's tokens), together `length` tokens; depth 0 is the start.
+def passkey(
+    words: Any, length: int, depth: float, seed: int, frame: int = 0
+) -> tuple[list[int], list[int]]:
+    """(text up to the question, the key's tokens); depth 0 is the start. Together `length` tokens
+    with the `frame` of [CLS] and [SEP] that goes around them.
 
     Raises LengthError for a length that the key and the question do not leave room in.
     """
@@ -303,7 +312,7 @@ def passkey(words: Any, length: int, depth: float, seed: int) -> tuple[list[int]
         answer = answered[len(asked) :]
     else:  # a token that reaches over the border: the key alone
         answer = [int(i) for i in words.encode(key)]
-    rest = length - len(needle) - len(asked) - len(answer)
+    rest = length - frame - len(needle) - len(asked) - len(answer)
     if rest < 0:
         raise LengthError(
             f"--lengths: {length} tokens are too few for a key and its question, at least "
@@ -328,18 +337,13 @@ def _says(model: Any, words: Any, text: list[int], key: list[int]) -> bool:
     if isinstance(model.config, CPMConfig):  # right token by token is what greedy would write
         hidden_BTD = model(*row([*text, *key]))[:, -count - 1 : -1]
     elif isinstance(model.config, T5PegasusConfig):
-        source = [*_front(words), *text, words.eod_id]
+        source = framed(text, words.bos_id, words.eod_id)
         hidden_BTD = model(*row([_start(words), *key]), *row(source))[:, :count]
     else:
-        asked = [*_front(words), *text, *[words.mask_id] * count, words.eod_id]
+        asked = framed([*text, *[words.mask_id] * count], words.bos_id, words.eod_id)
         hidden_BTD = model(*row(asked))[:, -count - 1 : -1]
     best_T = model.logits(hidden_BTD[0])[:, : words.vocab_size].argmax(-1)
     return bool((best_T == answer).all())
-
-
-def _front(words: Any) -> list[int]:
-    """[CLS] in front of a text, where the tokenizer has one."""
-    return [] if words.bos_id is None else [int(words.bos_id)]
 
 
 # ---------------------------------------------------------------- for people

@@ -13,6 +13,7 @@ each line (4 in the report). With shots, solved examples stand in front, a line 
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ class Option(NamedTuple):
     """What is read."""
     scored: str
     """What is scored."""
+    at: int = 0
+    """Its character that has to stay, where the text is too long."""
 
 
 class Question(NamedTuple):
@@ -82,8 +85,16 @@ def questions(
             found = [one for row in rows for one in _chid(row, answers)]
         else:
             found = _topics(task, rows, Path(path))
+    except TaskError:
+        raise
     except (KeyError, ValueError, TypeError) as error:
         raise TaskError(f"--data: {path} is no {task} as published: {error!r} (格式不符)") from None
+    for number, one in enumerate(found, 1):
+        if not 0 <= one.right < len(one.options):
+            raise TaskError(
+                f"--data: {path}, question {number}: the answer is {one.right}, must be at least 0 "
+                f"and less than its {len(one.options)} candidates (答案越界)"
+            )
     if candidates:
         found = [
             _fewer(one, candidates, random.Random(f"{seed} {n}")) for n, one in enumerate(found)
@@ -133,11 +144,12 @@ def _answers(path: Path) -> dict[str, int]:
 def _chid(row: dict[str, Any], answers: dict[str, int]) -> Iterator[Question]:
     for passage in row["content"]:
         for blank in BLANK.finditer(passage):
-            texts = [
-                BLANK.sub("", passage[: blank.start()] + idiom + passage[blank.end() :])
-                for idiom in row["candidates"]
+            before = BLANK.sub("", passage[: blank.start()])
+            after = BLANK.sub("", passage[blank.end() :])
+            options = [
+                Option("", before + idiom + after, len(before)) for idiom in row["candidates"]
             ]
-            yield Question([Option("", text) for text in texts], int(answers[blank[0]]), True)
+            yield Question(options, int(answers[blank[0]]), True)
 
 
 def _fewer(question: Question, number: int, draw: random.Random) -> Question:
@@ -158,7 +170,8 @@ def chosen(
     examples: Sequence[Question] = (),
     batch: int = 8,
 ) -> dict[str, Any]:
-    """How often the right option has the lowest mean loss, x 100.
+    """How often the right option has the lowest mean loss, x 100. A question is unanswered if its
+    lowest loss is that of several options, or a loss is not finite.
 
     shots: so many of `examples`, drawn for each question, stand solved in front of it; as many as
     the model has positions for.
@@ -176,17 +189,21 @@ def chosen(
             rows.append(ids)
             counted.append(scored)
     loss = _losses(model, tokenizer, rows, counted, batch)
-    right, at, chance = 0, 0, 0.0
+    right, unanswered, at, chance = 0, 0, 0, 0.0
     for question in asked:
         mine = loss[at : at + len(question.options)]
         at += len(question.options)
-        right += min(range(len(mine)), key=mine.__getitem__) == question.right
+        if all(map(math.isfinite, mine)) and mine.count(min(mine)) == 1:
+            right += mine.index(min(mine)) == question.right
+        else:
+            unanswered += 1
         chance += 1 / len(mine)
     return {
         "samples": len(asked),
         "candidates": max(len(question.options) for question in asked),
         "shots": shots if solved else 0,
         "accuracy": 100 * right / len(asked),
+        "unanswered": unanswered,
         "by_chance": 100 * chance / len(asked),
     }
 
@@ -197,10 +214,15 @@ def _ids(
     """The tokens of an option, and how many at its end are scored."""
 
     def encoded(text: str) -> list[int]:
-        return [int(i) for i in tokenizer.encode(text)] if text else []
+        return [int(i) for i in tokenizer.encode_folded([text])[0]] if text else []
 
     before, scored = encoded(option.before), encoded(option.scored)
-    scored = scored[: max(room - len(before) - ends, 1)] + [tokenizer.eod_id] * ends
+    most = max(room - len(before) - ends, 1)
+    if len(scored) > most:
+        middle = len(encoded(option.scored[: option.at]))
+        first = min(max(middle - most // 2, 0), len(scored) - most)
+        scored = scored[first : first + most]
+    scored += [tokenizer.eod_id] * ends
     shown = [encoded(f"{one.before}{one.scored}\n") for one in front]
     while shown and sum(map(len, shown)) + len(before) + len(scored) > room:
         shown.pop(0)

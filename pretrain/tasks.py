@@ -11,6 +11,7 @@ mean over a sentence's tokens of what leaves the first block and the last, avera
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,22 @@ def opened(checkpoint: str | Path, gpu: bool = False) -> tuple[nn.Module, Any]:
     return load_model(read(folder), *place(gpu)), tokenizers.load(folder / "tokenizer")
 
 
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of a file's texts, each as a corpus has it: folded, no blanks around it."""
+    folded = tokenizer.encode_folded([text.strip() for text in texts])
+    return [[int(i) for i in ids] for ids in folded]
+
+
+def row_length(record: Mapping[str, Any], asked: int | None, untold: int = 128) -> int:
+    """Tokens of a measured row: as asked, as trained, or `untold`. TaskError out of range."""
+    room = record["model"].get("positions")
+    length = trained_length(record) or min(untold, room or untold) if asked is None else asked
+    if length < 1 or (room is not None and length > room):
+        most = "" if room is None else f" and at most {room}, the model's positions"
+        raise TaskError(f"--seq-len: is {length}, must be at least 1{most} (行长不合法)")
+    return length
+
+
 # ---------------------------------------------------------------- masked tokens
 
 
@@ -88,17 +105,9 @@ def masked(
     if masking is not None:
         section["masking"] = masking
     objective = from_dict(Masked, section, "objective")
-    room = state.record["model"].get("positions")
-    length = seq_len or trained_length(state.record) or min(128, room or 128)
-    if room is not None and length > room:
-        raise TaskError(
-            f"--seq-len: is {length}, the model has {room} positions; it must be at most that "
-            "(超过位置数)"
-        )
     sizes = state.record["model"]
-    corpora = open_measured(
-        corpus, int(length), objective, sizes.get("words_said") or sizes["vocab"]
-    )
+    length = row_length(state.record, seq_len)
+    corpora = open_measured(corpus, length, objective, sizes.get("words_said") or sizes["vocab"])
     check_learnt(state.record, corpus, corpora.tokenizer.fingerprint)
     model: Any = load_model(state, *place(gpu))
     device = next(model.parameters()).device
@@ -180,10 +189,7 @@ def written(
         raise TaskError(
             f"--task {task}: needs a model that writes, not an encoder (编码器不能生成)"
         )
-    longest, ids = (
-        SOURCE_TOKENS[task],
-        [[int(i) for i in part] for part in tokenizer.encode_batch(list(sources))],
-    )
+    longest, ids = SOURCE_TOKENS[task], encoded(tokenizer, sources)
     decoding = Decoding(TARGET_TOKENS[task], beams=beams)
     known = {"pad_id": tokenizer.pad_id, "vocab": tokenizer.vocab_size}
     out = [""] * len(ids)
@@ -243,15 +249,11 @@ def problems_of(path: str | Path, limit: int | None) -> tuple[list[Problem], int
     return kept, len(lines)
 
 
-def write_problems(
-    task: str, path: str | Path, target: str | Path, limit: int | None
-) -> dict[str, Any]:
+def write_problems(path: str | Path, target: str | Path, limit: int | None) -> dict[str, Any]:
     """Write ape210k cleaned as published, a JSON object a line: question, equation, answer.
 
     A corpus reads it as a jsonl source with fields: ["source=question", "target=equation"].
     """
-    if task != "ape210k":
-        raise TaskError(f"--cleaned: is for --task ape210k, not {task} (仅用于 ape210k)")
     if Path(target).exists():
         raise TaskError(f"--cleaned: {target} exists already; name another file (文件已存在)")
     kept, read_lines = problems_of(path, limit)
@@ -259,7 +261,7 @@ def write_problems(
     partial = Path(target).with_name(f".{Path(target).name}.writing")
     partial.write_text(text, "utf-8")
     os.replace(partial, target)
-    return {"task": task, "data": str(path), "read": read_lines, "kept": len(kept)}
+    return {"task": "ape210k", "data": str(path), "read": read_lines, "kept": len(kept)}
 
 
 def problems(path: str | Path, limit: int | None, writes: Writes) -> dict[str, Any]:
@@ -293,10 +295,7 @@ def vectors(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 16) -
     config, device = model.config, next(model.parameters()).device
     bos = None if isinstance(config, CPMConfig) else tokenizer.bos_id
     longest = min(512, longest_row(config) or 512) - 2
-    rows = [
-        framed([int(i) for i in ids[:longest]], bos, tokenizer.eod_id)
-        for ids in tokenizer.encode_batch(list(texts))
-    ]
+    rows = [framed(ids[:longest], bos, tokenizer.eod_id) for ids in encoded(tokenizer, texts)]
     out = np.zeros((len(rows), config.hidden))
     order = sorted(range(len(rows)), key=lambda at: len(rows[at]))
     forward = model.encode if isinstance(config, T5PegasusConfig) else model
@@ -326,6 +325,11 @@ def similarity(
         labels = [float(label) for _, _, label in rows]
     except ValueError as error:
         raise TaskError(f"--data: {path}: the third column is a number: {error} (标签)") from None
+    for line, label in enumerate(labels, 1):
+        if not math.isfinite(label):
+            raise TaskError(
+                f"--data: {path}, line {line}: the label is {label}, must be finite (标签须有限)"
+            )
     both = vectors(model, tokenizer, [row[0] for row in rows] + [row[1] for row in rows])
 
     def correlation(x_PD: np.ndarray) -> float:

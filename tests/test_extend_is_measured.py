@@ -25,6 +25,7 @@ from tests.growing import trained
 SIZES: dict[str, Any] = {"vocab": 320, "hidden": 32, "layers": 1, "heads": 2, "head_dim": 16}
 CPM = CPMConfig("cpm", **SIZES, ffn=64, positions=96)
 ROFORMER = RoFormerConfig("roformer", 1, **SIZES, ffn=64)
+BERT = replace(ROFORMER, positions=96)
 T5 = T5PegasusConfig("t5_pegasus", **SIZES, ffn=64)
 
 
@@ -66,6 +67,8 @@ def test_an_encoder_is_measured_where_it_is_masked() -> None:
     assert bool((losses[~counted] == 0).all()) and losses[counted].min() > 0
     again, same = lengths.by_position(model, rows, mask_id=3)
     assert np.array_equal(again, losses) and np.array_equal(same, counted)
+    _, short = lengths.by_position(model, rows[:, :33], mask_id=3)
+    assert np.array_equal(short, counted[:, :32])  # the same ones at every length
 
 
 def test_an_encoder_reads_its_texts_between_cls_and_sep() -> None:
@@ -133,6 +136,34 @@ def test_a_passkey_lies_where_it_is_said_to(tiny_corpus: Path) -> None:
         lengths.passkey(words, 5, 0.5, 7)
 
 
+@pytest.mark.parametrize("config", [CPM, BERT, T5], ids=lambda c: c.family)
+def test_lengths_of_passkeys_have_the_frame_in_them(
+    config: Any, tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At exactly the model's positions: as long as they are, no longer."""
+    out, rows, says = tmp_path / "x", list[int](), lengths._says
+    checkpoint.write_state(out, untold(config), tiny_corpus / "tokenizer")
+
+    def counted(model: Any, words: Any, text: list[int], key: list[int]) -> bool:
+        rows.append(len(text) + len(key) + (0 if config is CPM else 1 + (words.bos_id is not None)))
+        return says(model, words, text, key)
+
+    monkeypatch.setattr(lengths, "_says", counted)
+    found = lengths.passkeys(out, [95, 96], (0.0, 1.0), samples=1)
+    assert rows == [95, 95, 96, 96] and [one["length"] for one in found["lengths"]] == [95, 96]
+    with pytest.raises(lengths.LengthError, match="5 tokens are too few"):
+        lengths.passkeys(out, [5])
+
+
+def test_an_encoder_without_a_mask_cannot_be_asked() -> None:
+    class Words:
+        mask_id = None
+
+    with pytest.raises(lengths.LengthError, match="the tokenizer has no mask"):
+        lengths._check(ROFORMER, Words, [8])
+    lengths._check(CPM, Words, [8])
+
+
 @pytest.mark.parametrize("config", [CPM, ROFORMER, T5], ids=lambda c: c.family)
 def test_a_key_is_said_if_every_token_is_the_likeliest(config: Any) -> None:
     """The key that a model would say is found said, another one is not."""
@@ -178,6 +209,7 @@ def test_passkeys_by_length_and_depth(saved: Path, capsys: pytest.CaptureFixture
         (["--task", "length", "--lengths", "97"], "97 is more than the model's 96 positions"),
         (["--task", "passkey", "--lengths", "97"], "97 is more than the model's 96 positions"),
         (["--task", "length", "--lengths", "1"], "each must be at least 2"),
+        (["--task", "passkey", "--lengths=-3"], "each must be at least 2"),
         (["--task", "length", "--lengths", "a,b"], "must be whole numbers with commas"),
         (["--task", "mlm"], "--data: must be given for --task mlm"),
     ],
@@ -185,7 +217,7 @@ def test_passkeys_by_length_and_depth(saved: Path, capsys: pytest.CaptureFixture
 def test_mistakes_are_sentences(
     saved: Path, tiny_corpus: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = [] if "mlm" in words else ["--data", str(tiny_corpus)]
+    data = ["--data", str(tiny_corpus)] if "length" in words else []
     assert main(["evaluate", str(saved), *data, *words]) == 2
     assert said in capsys.readouterr().err
 

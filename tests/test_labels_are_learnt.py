@@ -8,6 +8,7 @@ in fp32.
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from configs.corpus import CorpusConfig
 from configs.load import ConfigError, from_dict
 from configs.model import RoFormerConfig
-from configs.run import RunConfig
+from configs.objectives import Labels as Section
+from configs.run import CorpusShare, Data, RunConfig
+from data_pipeline import tokenizer as tokenizers
 from data_pipeline.build import build
-from pretrain import checkpoint, evaluate
+from pretrain import checkpoint, classify, evaluate
+from pretrain.batches import Batch
 from pretrain.corpora import open_corpora
 from pretrain.labelled import LabelRows, fit
 from pretrain.masking import Controls
@@ -235,7 +239,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.loads(line)["text"][:20] for line in sample.read_text("utf-8").splitlines()]
     lines = [line.replace("\n", "") for line in lines][:180]
     pairs = [
-        {"a": a[:8], "b": "不是这样的" if n % 2 else "就是如此", "same": 1 - n % 2}
+        {"a": f" ２０{n}年 {a[:8]}", "b": "不是这样的" if n % 2 else "就是如此", "same": 1 - n % 2}
         for n, a in enumerate(lines)
     ]
     text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
@@ -309,6 +313,45 @@ def evaluated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]
     return found
 
 
+def test_a_file_gives_the_rows_that_its_corpus_has(corpus: Path, tmp_path: Path) -> None:
+    """Full-width digits and blanks around the texts included."""
+
+    def read(batches: Iterable[Batch]) -> set[tuple[Any, ...]]:
+        found = set()
+        for batch in batches:
+            assert batch.segments_BT is not None
+            for number, tokens in enumerate(batch.tokens_BT):
+                last = int((tokens == words.eod_id).nonzero()[-1]) + 1  # of the second [SEP]
+                told = tokens[:last], batch.segments_BT[number, :last]
+                found.add((*(tuple(x.tolist()) for x in told), int(batch.targets_BT[number, 0])))
+        return found
+
+    rows = map(json.loads, (corpus.parent / "pairs.jsonl").read_text("utf-8").splitlines())
+    text = "".join(f"{row['a']}\t{row['b']}\t{row['same']}\n" for row in rows)
+    (tmp_path / "pairs.txt").write_text(text, "utf-8")
+    words = tokenizers.load(corpus / "tokenizer")
+    section = Section("labels", packing="documents")
+    learnt = open_corpora(Data((CorpusShare(str(corpus)),), 64), section, 0, 600)
+    of_corpus = read(learnt.validation(1000, 0, 1, 4))
+    assert len(of_corpus) >= 10
+    of_file = read(classify._of_file(tmp_path / "pairs.txt", words, ["0", "1"], None, 64))
+    assert of_corpus <= of_file
+
+
+def test_every_line_has_the_columns_of_the_first(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "mixed.txt").write_text("甲\t0\n甲\t乙\t1\n", "utf-8")
+    words = tokenizers.load(corpus / "tokenizer")
+    with pytest.raises(ValueError, match="line 2 has 3 columns, line 1 has 2"):
+        next(classify._of_file(tmp_path / "mixed.txt", words, ["0", "1"], None, 64))
+
+
+def test_f1_is_over_labels_of_the_data_and_of_the_answers() -> None:
+    """A label that was only answered counts with 0, one that is nowhere does not."""
+    for confusion in ([[2, 0, 1], [0, 2, 0], [0, 0, 0]], np.diag([0, 4, 0])):
+        found = classify._told(np.array(confusion), ["a", "b", "c"])
+        assert found["f1_macro"] == pytest.approx(60 if found["samples"] == 5 else 100)
+
+
 def test_fine_tuning_begins_with_what_was_pretrained(
     tmp_path: Path, corpus: Path, world1: World
 ) -> None:
@@ -351,7 +394,7 @@ def test_a_checkpoint_from_elsewhere_is_measured_too(
     line = [str(tmp_path / "x"), "--task", "labels", "--data", str(corpus)]
     found = evaluated(capsys, *line)
     assert found["samples"] >= 10 and 0 <= found["accuracy"] <= 100
-    with pytest.raises(ValueError, match="--seq-len: is 1000, the model has 48 positions"):
+    with pytest.raises(ValueError, match="--seq-len: is 1000, must be at least 1 and at most 48"):
         evaluated(capsys, *line, "--seq-len", "1000")
 
 

@@ -99,6 +99,48 @@ def test_an_idiom_goes_into_its_blank_and_other_blanks_go(tmp_path: Path) -> Non
     assert (first.right, second.right) == (1, 0) and first.ends
 
 
+@pytest.mark.parametrize("before", [0, 20, 60, 100])
+def test_a_long_passage_is_cut_around_its_blank(before: int, tmp_path: Path) -> None:
+    content = ["今" * before + "#idiom1#" + "好" * (120 - before)]
+    path = lines(tmp_path / "c.json", {"content": content, "candidates": ["甲乙", "丙丁"]})
+    (tmp_path / "c_answer.json").write_text('{"#idiom1#": 1}', "utf-8")
+    (question,) = prompts.questions("chid", path)
+    rows = [prompts._ids(words(), option, [], True, 48) for option in question.options]
+    assert [len(ids) for ids, _ in rows] == [48, 48] and [scored for _, scored in rows] == [47, 47]
+    assert all(ids[-1] == words().eod_id for ids, _ in rows)
+    said = [words().decode(ids) for ids, _ in rows]
+    assert "甲乙" in said[0] and said[1] == said[0].replace("甲乙", "丙丁")
+    assert said[0].count("今") == min(before, max(23, before - 75))
+
+
+def test_an_answer_is_one_of_the_candidates(tmp_path: Path) -> None:
+    path = lines(tmp_path / "c.json", {"content": ["今#idiom1#好"], "candidates": ["甲", "乙"]})
+    for answer, candidates in ((2, 0), (2, 2), (-1, 0), (-1, 2)):
+        (tmp_path / "c_answer.json").write_text(json.dumps({"#idiom1#": answer}), "utf-8")
+        with pytest.raises(TaskError, match=f"question 1: the answer is {answer}, must be at "):
+            prompts.questions("chid", path, None, candidates)
+
+
+def test_a_tie_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, same = random_model(), Question([Option("今", "天"), Option("今", "天")], 0)
+    found = prompts.chosen(model, words(), [same])
+    assert (found["accuracy"], found["unanswered"]) == (0, 1)
+    asked = [Question([Option("今", text) for text in "天气很"], right) for right in (1, 0, 1)]
+    losses = [3.0, 1.0, 3.0, 1.0, math.nan, 2.0, 2.0, 1.0, 1.0]
+    monkeypatch.setattr(prompts, "_losses", lambda *_: losses)
+    found = prompts.chosen(model, words(), asked)
+    assert (found["accuracy"], found["unanswered"]) == (100 / 3, 2)
+
+
+def test_full_width_characters_are_read_as_a_corpus_reads_them() -> None:
+    made = wordpiece.WordPiece("\n".join([*WORDS, *"0123", ""]).encode(), False)
+    wide, plain = Option("今１", "２３天"), Option("今1", "23天")
+    assert prompts._ids(made, wide, [wide], True, 48) == prompts._ids(
+        made, plain, [plain], True, 48
+    )
+    assert made.encode("２").tolist() != made.encode("2").tolist()
+
+
 def test_fewer_candidates_keep_the_right_one() -> None:
     options = [Option("", str(number)) for number in range(15)]
     import random

@@ -102,7 +102,7 @@ def test_a_start_that_leads_nowhere(
     ("changes", "sentence"),
     [
         ({"samples": 0}, "--samples: is 0, must be at least 1"),
-        ({"seq_len": 33}, "--seq-len: is 33, must be 1 to 32"),
+        ({"seq_len": 33}, "--seq-len: is 33, must be at least 1 and at most 32"),
         ({}, "--data: .* was encoded by the tokenizer"),
     ],
 )

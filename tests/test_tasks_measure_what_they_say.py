@@ -22,7 +22,7 @@ from configs.objectives import Masked
 from configs.run import CorpusShare, Data
 from data_pipeline import wordpiece
 from launch import cli
-from pretrain import checkpoint, state, tasks
+from pretrain import checkpoint, evaluate, state, tasks
 from pretrain.answer import answer, framed
 from pretrain.corpora import open_corpora
 from pretrain.decoding import Decoding
@@ -173,6 +173,21 @@ def test_vectors_are_means_of_the_first_and_last_block(
     assert result["samples"] == 2 and "whitened" in result
 
 
+def test_texts_of_a_file_are_read_as_a_corpus_reads_them(tmp_path: Path) -> None:
+    """Full-width characters are folded, what is spelt like a control token is text."""
+    model, words = tasks.opened(saved(tmp_path, SIZES["roformer"]))
+    plain, wide = "12天气[MASK]", "　１２天气[MASK] "
+    assert words.encode(wide).tolist() != words.encode(plain).tolist()
+    assert tasks.encoded(words, [wide]) == [words.encode(plain).tolist()]
+    assert words.mask_id not in tasks.encoded(words, [wide])[0]
+    assert np.array_equal(*tasks.vectors(model, words, [wide, plain]))
+    sources: list[list[int]] = []
+    cpm, words = tasks.opened(saved(tmp_path / "cpm", SIZES["cpm"]))
+    cpm.register_forward_pre_hook(lambda _, given: sources.append(given[0].tolist()))
+    tasks.written(cpm, words, [wide], 1, "csl")
+    assert sources[0] == [words.encode(plain).tolist()]
+
+
 @pytest.mark.parametrize("task", ["bits", "mlm", "length", "passkey", "csl", "lcqmc", "tnews"])
 def test_every_task_goes_where_generate_goes_with_a_gpu(
     task: str,
@@ -199,7 +214,9 @@ def test_every_task_goes_where_generate_goes_with_a_gpu(
         data.write_text(files[task], "utf-8")
     elif task != "passkey":
         config, data = replace(config, vocab=320), tiny_corpus
-    line = (saved(tmp_path, config), "--task", task, "--data", data, "--samples", 2)
+    line = (saved(tmp_path, config), "--task", task, "--samples", 2)
+    if task != "passkey":
+        line = (*line, "--data", data)
     if task in ("length", "passkey"):
         line = (*line, "--lengths", 48)
     found = [said(capsys, *line, *words) for words in ([], ["--gpu"])]
@@ -215,6 +232,7 @@ def test_what_a_user_gets_wrong_is_a_sentence(
         "a\tb\tc\td\n": (["csl"], "line 1 has 4 columns, there must be 2 or 3"),
         "\n": (["lcqmc"], "has no line with text"),
         "a\tb\tc\n": (["lcqmc"], "the third column is a number"),
+        "a\tb\t1\nc\td\tnan\n": (["lcqmc"], "line 2: the label is nan, must be finite"),
         "{}\n": (["ape210k"], "line 1 is no problem with original_text"),
         "a\tb\n": (["csl"], "needs a model that writes"),
         "a\tb\t1\n": (["lcqmc", "--samples", "0"], "--samples: is 0"),
@@ -246,8 +264,38 @@ def test_what_a_user_gets_wrong_is_a_sentence(
     ):
         assert cli.main(["evaluate", str(asked), "--task", task, "--data", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
+    assert cli.main(["evaluate", str(classes), "--task", "passkey"]) == 2
+    assert "--task passkey: needs a head over words" in capsys.readouterr().err
     assert cli.main(["generate", str(classes), "--prompt", "今天"]) == 2
     assert "has a head over 3 labels, not over words" in capsys.readouterr().err
+
+
+def test_a_flag_that_the_task_does_not_read_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"masking": "word"} | dict.fromkeys(("seq_len", "beams", "candidates", "shots"), "3")
+    for name, readers in evaluate.READ_BY.items():
+        flag = f"--{name.replace('_', '-')}"
+        for task in evaluate.TASKS:
+            line = ["evaluate", "nowhere", "--task", task, flag, given.get(name, "x")]
+            line += [] if name == "data" or task == "passkey" else ["--data", "x"]
+            assert cli.main(line) == 2
+            refused = f"{flag}: is {given.get(name, 'x')}, which --task {task} does not read, only"
+            assert (refused in capsys.readouterr().err) == (task not in readers)
+    assert cli.main(["evaluate", "--data", "ape.json", "--cleaned", "out"]) == 2  # --task forgotten
+    assert "--cleaned: is out, which --task bits does not read" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--task", "ape210k", "--data", "ape.json"])
+    assert "a checkpoint must be given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "task"), [("cpm", "bits"), ("roformer", "mlm")])
+def test_no_tokens_are_no_row(
+    family: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["evaluate", str(saved(tmp_path, SIZES[family])), "--task", task, "--data", "x"]
+    assert cli.main([*line, "--seq-len", "0"]) == 2
+    assert "--seq-len: is 0, must be at least 1" in capsys.readouterr().err
 
 
 def test_every_task_is_on_the_page_of_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
