@@ -6,7 +6,6 @@ batches (a thread, ahead) -> engine.train_step -> monitor.record (tensors, no wa
   save_every_steps, border, signal: a checkpoint of all ranks
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -271,11 +270,12 @@ def _save(
     path = checkpoint_path(job, progress["stage"], progress["step"])
     proof = None if kinds["ephemeral"] else replay.recorded(engine, job.corpora, job.mesh)
     words = job.corpora.tokenizer_folder
-    began = time.monotonic()
-    job.saver.save(path, engine.entries(), engine.pieces(), record, words, proof)
-    told = {"name": path.name, "held_up_s": round(time.monotonic() - began, 3), **kinds}
-    job.monitor.event("checkpoint", progress["step"], **told)
-    return path
+
+    def written(held_up_s: float) -> None:
+        told = {"name": path.name, "held_up_s": round(held_up_s, 3), **kinds}
+        job.monitor.event("checkpoint", progress["step"], **told)
+
+    return job.saver.save(path, engine.entries(), engine.pieces(), record, words, proof, written)
 
 
 def _validate(job: Job, engine: "Engine", step: int) -> float:

@@ -8,6 +8,7 @@ first step.
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import time
@@ -35,6 +36,7 @@ from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
 from pretrain.faults import with_skips
 from pretrain.growth import model_config, told
+from pretrain.owner import BEAT_S, owned, path_in
 from pretrain.state import State, fresh
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 30.0
 """A job that was just stopped may still be saving: so long is its lock waited for."""
+LATELY_S = 600.0
+"""Without a real lock, what was written to so lately may be another job's: it stays."""
 
 
 @contextlib.contextmanager
@@ -51,13 +55,17 @@ def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     Raises CheckpointError if another job is at work in it or it cannot be written. What a killed
     job left aside is cleared away.
     """
-    lock, wrong, busy = None, "", False
+    lock, owner, wrong, busy = None, None, "", False
     if checkpoint.first_rank():
         try:
             run.mkdir(parents=True, exist_ok=True)
             lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-            if _locked(lock, patience_s):
-                _clear(run / "checkpoints")
+            free = _locked(lock, patience_s)
+            if free is None or (free and path_in(run).exists()):  # of a machine without locks
+                owner = owned(run, patience_s)
+                free = owner is not None
+            if free:
+                _clear(run / "checkpoints", time.time() - LATELY_S if owner else math.inf)
             else:
                 busy = True
                 wrong = (
@@ -72,11 +80,14 @@ def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
             raise (checkpoint.StorageError if busy else checkpoint.CheckpointError)(wrong)
         yield
     finally:
+        if owner is not None:
+            owner.leaves()
         if lock is not None:
             os.close(lock)
 
 
-def _locked(lock: int, patience_s: float) -> bool:
+def _locked(lock: int, patience_s: float) -> bool | None:
+    """Whether the lock is this job's; None where there are no locks."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -87,17 +98,28 @@ def _locked(lock: int, patience_s: float) -> bool:
                 return False
             time.sleep(0.1)
         except OSError:
-            return True  # a file system without locks
+            return None
 
 
-def _clear(checkpoints: Path) -> None:
-    """Half-written and half-removed ones go; one that was about to be replaced comes back."""
+def _clear(checkpoints: Path, before: float) -> None:
+    """Half-written and half-removed ones go that nobody has written to since `before`; one that was
+    about to be replaced comes back."""
     for left in checkpoints.glob(".*stage-*"):
         whole = left.with_name(left.stem[1:])
         if left.suffix == ".replaced" and not whole.exists():
             os.rename(left, whole)
-        elif left.suffix != ".growing" or not (left / "proof.json").exists():  # whose proof failed
+        elif left.suffix == ".growing" and (left / "proof.json").exists():
+            continue  # its proof failed
+        elif _written(left) <= before:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _written(folder: Path) -> float:
+    """When something in a folder was written last."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return math.inf  # somebody is at work in it
 
 
 def check_ahead(config: RunConfig, corpora: Corpora) -> None:
@@ -127,6 +149,11 @@ def state(config: RunConfig, run: Path, corpora: Corpora, out: "Terminal") -> St
     Raises CheckpointError if every checkpoint of the run is damaged, ConfigError where the page
     does not fit the state.
     """
+    if (owner := path_in(run)).exists():
+        out.say(
+            f"run.out: the file system of {run} has no locks; {owner.name} stands for one, renewed "
+            f"every {BEAT_S:.0f} s (文件系统不支持文件锁)"
+        )
     path, damaged = checkpoint.newest(run)
     for sentence in damaged:
         out.say(f"damaged, passed over: {sentence}")

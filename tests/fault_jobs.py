@@ -1,5 +1,6 @@
 """Jobs of the fault tests: runs in which something is made to go wrong, on purpose."""
 
+import errno
 import fcntl
 import io
 import time
@@ -129,6 +130,12 @@ def go_listening(config: dict[str, Any]) -> list[str]:
     heard = io.StringIO()
     train(from_dict(RunConfig, config), Terminal(heard))
     return heard.getvalue().splitlines()
+
+
+def go_without_locks(config: dict[str, Any]) -> list[str]:
+    """Train on a file system without locks; returns what was said."""
+    with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOSYS, "no such function")):
+        return go_listening(config)
 
 
 def saved_by_deepspeed(folder: str, zero: int) -> list[tuple[str, Any, Any]]:

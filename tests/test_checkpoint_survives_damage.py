@@ -1,6 +1,8 @@
 """Nothing wrong with a checkpoint goes unseen; a write that fails costs nothing that was there."""
 
+import builtins
 import errno
+import io
 import json
 import os
 import random
@@ -168,6 +170,31 @@ def test_a_file_system_that_is_away_is_no_damage(
     else:
         with pytest.raises(checkpoint.StorageError, match="cannot be read: Stale file handle"):
             checkpoint.newest(run)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "weights-00000.safetensors"])
+def test_any_file_that_is_away_is_no_damage(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that may not be read: it is not passed over in silence either."""
+    away, honest = checkpoint.found_in(run)[0] / name, os.open
+
+    def refusing(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if Path(path) == away:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return honest(path, *arguments, **keywords)
+
+    def opened(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        return open_file(path, *arguments, **keywords, opener=refusing)
+
+    open_file = builtins.open
+    monkeypatch.setattr(builtins, "open", opened)
+    monkeypatch.setattr(io, "open", opened)  # pathlib's
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(reading, "AGAIN_S", 0.0)
+    for look in (lambda: checkpoint.newest(run), lambda: checkpoint.read(away.parent)):
+        with pytest.raises(checkpoint.StorageError, match=f"{name}: cannot be read: Permission"):
+            look()
 
 
 def test_a_disk_that_gives_out_is_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,8 @@ def test_the_next_save_waits_and_a_failed_write_is_said_there(
 def test_a_write_that_fails_once_is_made_again_from_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk was full for a moment: neither the run nor that checkpoint is lost."""
+    """The disk was full for a moment: neither the run nor that checkpoint is lost. It is on record
+    when it is there, and only then."""
     state = trained()
     shapes = {key: (entry.shape, entry.dtype) for key, entry in state.entries.items()}
     honest, tries = saver.save, []
@@ -159,15 +160,24 @@ def test_a_write_that_fails_once_is_made_again_from_its_copy(
     values = {key: state.read(key).reshape(-1).clone() for key in shapes}
     names = [f"stage-00-step-0000000{step}" for step in (1, 2)]
     told: list[str] = []
+    there: list[bool] = []
     with checkpoint.Saver.open(
         lambda folder: None, lambda _, error: told.append(str(error))
     ) as behind:
         for name in names:
             pieces = [(key, flat, [(0, 0, flat.numel())]) for key, flat in values.items()]
-            behind.save(tmp_path / "checkpoints" / name, shapes, pieces, dict(state.record))
+            path = tmp_path / "checkpoints" / name
+            behind.save(
+                path,
+                shapes,
+                pieces,
+                dict(state.record),
+                written=lambda held_up_s, path=path: there.append(path.exists()),
+            )
             for flat in values.values():  # the training goes on
                 flat += 1
     assert tries == [names[0], names[0], names[1]] and told == ["the disk is full"]
+    assert there == [True, True]
     for number, name in enumerate(names):
         written = checkpoint.read(tmp_path / "checkpoints" / name)
         assert all(torch.equal(written.read(k), state.read(k) + number) for k in shapes)

@@ -1,19 +1,26 @@
 """What a user gets wrong about a run ends in one sentence that names the key, and loses nothing."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pretrain import checkpoint, evaluate, start
+from pretrain import checkpoint, evaluate, owner, start
 from pretrain.state import State
 from tests.run_jobs import go, page, rewrite
 from tests.worlds import World
 
 GO = "tests.run_jobs:go"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,82 @@ def test_two_jobs_in_one_folder(trained: Path) -> None:
         pass
     with start.held(trained, patience_s=0.0):
         pass
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system as Lustre mounted without -o flock."""
+
+    def refuse(lock: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(owner, "SETTLE_S", 0.0)
+
+
+def test_two_jobs_in_one_folder_without_locks(tmp_path: Path, no_locks: None) -> None:
+    """The second is refused and takes nothing away from the first."""
+    half = tmp_path / "checkpoints" / ".stage-00-step-00000040.writing"
+    refused = pytest.raises(checkpoint.StorageError, match="another job is at work in")
+    with start.held(tmp_path):
+        half.mkdir(parents=True)
+        with refused, start.held(tmp_path, patience_s=0.0):
+            pass
+        assert owner.path_in(tmp_path).exists() and half.exists()
+    assert not owner.path_in(tmp_path).exists()
+    with start.held(tmp_path, patience_s=0.0):
+        assert half.exists(), "written to a moment ago"
+    os.utime(half, (0, 0))
+    with start.held(tmp_path, patience_s=0.0):
+        assert not half.exists()
+
+
+@pytest.mark.parametrize("where", ["here", "another machine", "cut off"])
+def test_a_killed_job_frees_its_folder_without_locks(
+    tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Here its process is gone; elsewhere its file is touched no more, or it was never written."""
+    code = "import sys; from pathlib import Path; from pretrain import owner; "
+    code += "owner._made(Path(sys.argv[1]) / '.owner')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    left = owner.path_in(tmp_path)
+    about = json.loads(left.read_text())
+    if where == "another machine":
+        left.write_text(json.dumps(["node9", "its boot", *about[2:]]))
+    elif where == "cut off":
+        left.write_text("")
+    monkeypatch.setattr(owner, "SILENT_S", 60.0 if where == "here" else 0.3)
+    began = time.monotonic()
+    with start.held(tmp_path, patience_s=0.0):
+        assert json.loads(left.read_text())[3] == os.getpid()
+    assert (time.monotonic() - began >= 0.3) == (where != "here")
+
+
+@pytest.mark.parametrize("locks", [False, True])
+def test_another_machines_job_is_at_work_while_its_file_is_touched(
+    tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """Also where the second job's machine has locks, and the first one's has none."""
+    monkeypatch.setattr(owner, "BEAT_S", 0.05)
+    monkeypatch.setattr(owner, "SILENT_S", 2.0)
+    refused = pytest.raises(checkpoint.StorageError, match="another job is at work in")
+    with start.held(tmp_path):
+        monkeypatch.setattr(owner, "_machine", lambda: ["another boot", "pid:[1]"])
+        if locks:
+            monkeypatch.setattr(fcntl, "flock", lambda lock, how: None)
+        with refused, start.held(tmp_path, patience_s=0.2):
+            pass
+        monkeypatch.undo()
+    assert not owner.path_in(tmp_path).exists()
+
+
+def test_a_run_says_that_its_folder_has_no_locks(
+    tmp_path: Path, tiny_corpus: Path, world2: World
+) -> None:
+    config = page(tmp_path, tiny_corpus, run__steps=2, schedule={})
+    said = world2.run("tests.fault_jobs:go_without_locks", config=config)[0]
+    assert sum("has no locks; .owner stands for one" in line for line in said) == 1
+    assert not owner.path_in(tmp_path).exists() and checkpoint.found_in(tmp_path)
 
 
 def test_what_a_killed_job_left_is_cleared_and_what_it_was_replacing_comes_back(

@@ -34,7 +34,8 @@ from pretrain.state import Entry, State
 AGAIN_S = 3.0
 """Before a file that could not be read is looked at once more."""
 AWAY = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
-"""Errors of a file system that is away, and may be back: no damage of a file."""
+AWAY |= {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of a file system that is away, or lets nobody in, and may be back: no damage of a file."""
 
 
 def describe(path: Path, sync: bool = False) -> dict[str, Any]:
@@ -114,6 +115,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: is no checkpoint, it has no manifest.json (不是检查点)"
         ) from None
+    except StorageError:
+        raise
     except (OSError, ValueError):
         raise CheckpointError(f"{path}: cannot be read, it is damaged (文件已损坏)") from None
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -131,8 +134,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def read(folder: str | Path) -> State:
     """A checkpoint as a state; tensors are mapped from their files when they are read.
 
-    Raises CheckpointError for a folder that is none, or whose headers do not fit its manifest. The
-    content is checked by damage() / newest(). An Averaged folder: its averaged weights.
+    Raises CheckpointError for a folder that is none, or whose headers do not fit its manifest,
+    StorageError for a file system that is away. The content is checked by damage() / newest(). An
+    Averaged folder: its averaged weights.
     """
     if isinstance(folder, Averaged):
         return averaged(read(Path(folder)))
@@ -145,30 +149,34 @@ def read(folder: str | Path) -> State:
         kind = name.rsplit("-", 1)[0]
         prefix = kind if kind in ("weights", "buffers") else f"optim/{kind}"
         try:
-            file = _File(folder / name)
-            slots = slots_of(file.path)
+            file = _again(folder / name, partial(_File, folder / name))
+            slots = _again(file.path, partial(slots_of, file.path))
+        except StorageError:
+            raise
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / name}: cannot be read: {error} (文件已损坏)"
             ) from None
         for key, slot in slots.items():
             entries[f"{prefix}/{key}"] = Entry(slot.shape, slot.dtype, _reader(file, slot))
-    try:
-        record = json.loads((folder / "state.json").read_text("utf-8"))
-        record["model"]["family"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'state.json'}: cannot be read (文件已损坏)") from None
+    record = _json(folder / "state.json")
+    if not isinstance(record.get("model"), dict) or "family" not in record["model"]:
+        raise CheckpointError(f"{folder / 'state.json'}: cannot be read (文件已损坏)")
     return State(entries, record, _verify(folder, manifest))
 
 
 def _verify(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What a load is compared with; a checkpoint of an earlier format has nothing."""
-    if "verify.json" not in manifest["files"]:
-        return {}
+    return _json(folder / "verify.json") if "verify.json" in manifest["files"] else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "verify.json").read_text("utf-8")))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder / 'verify.json'}: cannot be read (文件已损坏)") from None
+        return dict(json.loads(_again(path, lambda: path.read_text("utf-8"))))
+    except StorageError:
+        raise
+    except (OSError, ValueError, TypeError):
+        raise CheckpointError(f"{path}: cannot be read (文件已损坏)") from None
 
 
 class _File:

@@ -1,7 +1,8 @@
 """Saving behind the training: a copy in host memory now, written by a thread while steps go on.
 
     save(): wait for the last one -> copy this rank's pieces -> return
-    thread: write, sum, hash, fsync, manifest, rename (writing.py) -> rotate; a failure is told
+    thread: write, sum, hash, fsync, manifest, rename (writing.py) -> written() -> rotate; a failure
+            is told
     wait(): the next save, a stage's border, the end; what failed is written once more, from the
             copies, which are there still: a disk that was full or away may be back
 
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ AGAIN_S = 5.0
 
 Rotate = Callable[[Path], None]
 Failed = Callable[[Path, BaseException], None]
+Written = Callable[[float], None]
 
 
 class Saver:
@@ -70,11 +73,16 @@ class Saver:
         record: dict[str, Any],
         tokenizer: Path | None = None,
         replay: dict[str, Any] | None = None,
+        written: Written = lambda held_up_s: None,
     ) -> Path:
-        """Begin to write a checkpoint of the pieces as they are; arguments as writing.save()."""
+        """Begin to write a checkpoint of the pieces as they are; arguments as writing.save().
+
+        Once it is there, `written` gets on the first rank the seconds that this call took."""
+        began = time.monotonic()
         self.wait()
         copied = self._copied(pieces)
-        self._arguments = (folder, shapes, copied, record, tokenizer, replay)
+        done = partial(written, time.monotonic() - began)
+        self._arguments = (folder, shapes, copied, record, tokenizer, replay, done)
         self._begin()
         return folder
 
@@ -132,12 +140,14 @@ class Saver:
         record: dict[str, Any],
         tokenizer: Path | None,
         replay: dict[str, Any] | None,
+        written: Callable[[], None],
     ) -> None:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             save(folder, shapes, pieces, record, tokenizer, replay=replay, ranks=self._ranks)
             if self._ranks.rank == 0:
+                written()
                 self._rotate(folder)
         except BaseException as error:  # it belongs to whoever waits
             self._error = error
