@@ -338,8 +338,9 @@ class Engine:
         del self._deepspeed, self._zero, self._partitions, self._step, self.model
         if self._zero_stage == 3:
             _forget_modules()
-        gc.collect()  # DeepSpeed's engine has a finalizer: the first round ends with that,
-        gc.collect()  # the second one frees what it held
+        for _ in range(5):  # DeepSpeed's engine has a finalizer: the first round ends with
+            if not gc.collect():  # that, the next one frees what it held
+                break
         if self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()
 

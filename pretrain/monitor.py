@@ -11,6 +11,7 @@ Reading a loss from the device makes the host wait for it, so steps are handed o
 read together.
 """
 
+import atexit
 import json
 import math
 import os
@@ -108,13 +109,17 @@ class Terminal:
             text = f"\r\x1b[2K{text}" + ("" if passing else "\n")
         else:
             text += "\n"
-        self.stream.write(text)
-        self.stream.flush()
+        _write(self.stream, text)
 
     def complain(self, text: str) -> None:
         """Show what a person must act on, whichever rank says it."""
-        self.errors.write(_marked(text, "") if self.marked else f"{text}\n")
-        self.errors.flush()
+        _write(self.errors, _marked(text, "") if self.marked else f"{text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    with suppress(OSError):  # a file on a full disk, a pipe without a reader: a run goes on
+        stream.write(text)
+        stream.flush()
 
 
 def _marked(text: str, passing: str) -> str:
@@ -138,7 +143,17 @@ def terminal(run: Path, rank: int, marked: bool) -> Terminal:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    atexit.register(_let_go)
     return Terminal(way_out, errors, enabled=rank == 0, marked=marked)
+
+
+def _let_go() -> None:
+    """What the log's disk does not take must not become our exit code, Python's 120."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, None)
 
 
 def first_to_speak(run: Path) -> bool:
@@ -162,10 +177,12 @@ class Lines:
         self.path, self._say = path, say
         self._waiting: list[str] = []
 
-    def add(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append lines, behind those that wait."""
+    def add(self, lines: Iterable[dict[str, Any]] = ()) -> bool:
+        """Append lines, behind those that wait; whether nothing waits any more."""
         late = len(self._waiting)
         self._waiting += [json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines]
+        if not self._waiting:
+            return True
         try:
             self._append("".join(self._waiting).encode("utf-8"))
         except OSError as error:
@@ -175,14 +192,18 @@ class Lines:
                     "lines are kept for later (日志暂时写不进去)"
                 )
             self._waiting = self._waiting[-KEPT_LINES:]
-            return
+            return False
         if late:
             self._say(f"{self.path}: is written again, with {late} lines that had waited (已恢复)")
         self._waiting.clear()
+        return True
 
     def _append(self, data: bytes) -> None:
-        with open(self.path, "ab", buffering=0) as out:
+        with open(self.path, "a+b", buffering=0) as out:
             before, done = out.tell(), 0
+            out.seek(max(before - 1, 0))
+            if out.read(1) not in (b"\n", b""):  # of a process that was killed as it wrote
+                data = b"\n" + data
             try:
                 while done < len(data):
                     done += out.write(data[done:])
@@ -233,16 +254,16 @@ class Monitor:
         if not self.writes:
             return
         self.run.mkdir(parents=True, exist_ok=True)
+        self._metrics.add()  # what waits is cut with the rest
         cut_metrics(self.run / "metrics.jsonl", step)
         self._shut_board()  # of a run that went back to an earlier step
-        self._open_board(step)
         self._clock = time.monotonic()
 
-    def _open_board(self, step: int) -> None:
+    def _open_board(self, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, 1 s
 
         folder = str(self.run / "tensorboard")
-        self._board = SummaryWriter(folder, purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(folder, purge_step=first)  # type: ignore[no-untyped-call]
 
     def _shut_board(self) -> None:
         board, self._board = self._board, None
@@ -313,8 +334,9 @@ class Monitor:
         lines[-1] |= {"memory_gb": round(peak / 1e9, 4), "host_memory_gb": round(now / 1e9, 4)}
         self._pending.clear()
         if self.writes:
-            self._metrics.add(lines)
-            self._curves(lines)
+            self._events.add()  # what waits
+            if self._metrics.add(lines):  # or each try would leave an empty file of curves
+                self._curves(lines)
             self.out.say(self._progress(lines[-1], elapsed / len(rows)), passing=True)
         self._clock = time.monotonic()
         for line in lines:
@@ -367,7 +389,7 @@ class Monitor:
         """What a failing disk takes of the curves stands in metrics.jsonl, if anywhere."""
         try:
             if self._board is None:
-                self._open_board(lines[0]["step"] - 1)
+                self._open_board(lines[0]["step"])
             self._draw(lines)
         except OSError as error:
             if self._board is not None:
@@ -391,6 +413,7 @@ class Monitor:
     def close(self) -> None:
         """Write what is pending and close the files."""
         self.flush()
+        self._metrics.add()
         self._shut_board()
 
 

@@ -7,7 +7,8 @@
               all:        exit code STALLED, from the thread, whatever the main thread hangs in
     launch train --died()--> the ranks that neither ended nor said why
 
-Signals cannot do this: a rank that hangs inside a collective runs no Python handler.
+Signals cannot do this: a rank that hangs inside a collective runs no Python handler. Nor can the
+clock write: the disk may be what hangs. Others write for it, and it waits for them DISK_S at most.
 """
 
 import contextlib
@@ -36,6 +37,10 @@ MOST_NAMED = 8
 """Ranks that a sentence names; of more it says how many."""
 ANSWER_S = 3.0
 """How long the ranks wait for each other's accounts; a rank that gives none is frozen or dead."""
+DISK_S = 10.0
+"""How long a rank may take over its stacks, its account and the sentence: longer, and RUN/logs
+hangs. Shorter than the launcher waits for the peers of a rank that has ended."""
+HOME = str(Path(__file__).resolve().parent.parent)
 
 
 def enlist(run: Path, rank: int) -> Path:
@@ -134,14 +139,13 @@ class Watch:
         self._entry = run / "logs" / f"rank-{rank:04d}.json"
         self._main, self._done = threading.get_ident(), threading.Event()
         self._step, self._heard = 0, time.monotonic()
-        self._told = time.monotonic()
+        self._pen = threading.Lock()  # of who writes our entry
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator["Watch"]:
         """Watch while the block runs."""
         thread = threading.Thread(target=self._look, name="watch", daemon=True)
         if self.stall_s:
-            self._entry.parent.mkdir(parents=True, exist_ok=True)
             thread.start()
         try:
             yield self
@@ -149,6 +153,7 @@ class Watch:
             self._done.set()
             if self.stall_s:
                 thread.join()
+                self._pen.acquire(timeout=DISK_S)  # for good: how the run ended is the last word
 
     def beat(self, step: int) -> None:
         """This rank moves; `step` steps are done."""
@@ -172,50 +177,73 @@ class Watch:
             self._heard = time.monotonic()
 
     def _look(self) -> None:
-        pause, said = min(1.0, self.stall_s / 10), False
+        """The clock, which touches no disk."""
+        pause, said, told_at = min(1.0, self.stall_s / 10), False, time.monotonic()
         while not self._done.wait(pause):
             patient = self._heard == math.inf
-            if time.monotonic() - self._told > 10.0 or patient != said:
-                self._told, said = time.monotonic(), patient
-                told(self._entry, step=self._step, patient=patient)
+            due = time.monotonic() - told_at > 10.0 or patient != said
+            if due and not self._pen.locked():
+                told_at, said = time.monotonic(), patient
+                _apart(self._tell)
             if time.monotonic() - self._heard > self.stall_s:
                 self._stalled()
                 return
 
+    def _tell(self) -> None:
+        with self._pen:
+            told(self._entry, step=self._step, patient=self._heard == math.inf)
+
     def _stalled(self) -> None:
-        """Leave everything on disk, name who is to blame, end."""
-        frame = sys._current_frames().get(self._main)
-        waits, where = _doing(frame)
-        with _stacks(self._entry) as out:
-            out.write(f"--- rank {self.rank} on {socket.gethostname()}: no step finished for ")
-            out.write(f"{self.stall_s:.0f} s after step {self._step}\n")
-            out.flush()
-            faulthandler.dump_traceback(out, all_threads=True)
-        now = time.time()
-        told(
-            self._entry,
-            rank=self.rank,
-            host=socket.gethostname(),
-            step=self._step,
-            state="waits" if waits else "stuck",
-            where=where,
-            stalled_at=now,
-        )
-        accounts = self._accounts(now)
+        """Have everything left on disk and the sentence said; end, whatever becomes of that."""
+        waits, where = _doing(sys._current_frames().get(self._main))
+        account = {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "step": self._step,
+            "state": "waits" if waits else "stuck",
+            "where": where,
+            "stalled_at": time.time(),
+        }
+        leaving = _apart(lambda: self._leave(account))
+        leaving.join(DISK_S)
+        if leaving.is_alive():
+            _apart(lambda: self._complain(self._hung(account))).join(1.0)
+        self._end(STALLED)
+
+    def _leave(self, account: dict[str, Any]) -> None:
+        """Leave everything on disk, name who is to blame."""
+        with self._pen:
+            with contextlib.suppress(OSError), _stacks(self._entry) as out:
+                out.write(f"--- rank {self.rank} on {account['host']}: no step finished for ")
+                out.write(f"{self.stall_s:.0f} s after step {account['step']}\n")
+                out.flush()
+                faulthandler.dump_traceback(out, all_threads=True)
+            told(self._entry, **account)
+        accounts = self._accounts(account)
         if self.rank == min(accounts):
             self._complain(self._sentence(accounts))
         else:
             time.sleep(ANSWER_S / 6)  # the one who speaks must not be ended by our end
-        self._end(STALLED)
 
-    def _accounts(self, now: float) -> dict[int, dict[str, Any]]:
+    def _hung(self, account: dict[str, Any]) -> str:
+        """Each such rank says it for itself: what the others do stands on the same disk."""
+        does = {"waits": "waits for other ranks", "stuck": "is stuck"}[account["state"]]
+        return (
+            f"bajie: no step was finished for {self.stall_s:.0f} s (faults.stall_s), and "
+            f"{self._entry.parent} cannot be written: its file system hangs; rank {self.rank} on "
+            f"{account['host']} {does} in {account['where']} after step {account['step']} "
+            "(进程停滞，文件系统无响应)"
+        )
+
+    def _accounts(self, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """What the ranks say of themselves within ANSWER_S."""
-        found: dict[int, dict[str, Any]] = {}
+        found = {self.rank: own}  # a full disk does not have it
+        oldest = own["stalled_at"] - self.stall_s - 2 * ANSWER_S
         deadline = time.monotonic() + min(ANSWER_S, self.stall_s)
         while len(found) < self.ranks and time.monotonic() < deadline:
             for path in self._entry.parent.glob("rank-*.json"):
                 entry = _entry(path)
-                if entry.get("stalled_at", 0.0) > now - self.stall_s - 2 * ANSWER_S:
+                if entry.get("stalled_at", 0.0) > oldest:
                     found[int(entry["rank"])] = entry
             time.sleep(0.05)
         return found
@@ -243,14 +271,20 @@ class Watch:
         )
 
 
+def _apart(job: Callable[[], object]) -> threading.Thread:
+    """Start what may hang, or fail, in a thread that nobody has to wait for."""
+    thread = threading.Thread(target=job, name="watch's clerk", daemon=True)
+    thread.start()
+    return thread
+
+
 def _doing(frame: FrameType | None) -> tuple[bool, str]:
     """Whether a thread waits for other ranks, and the innermost line of ours that it is in."""
     waits, ours = False, ""
-    root = str(Path(__file__).resolve().parent.parent)
     while frame is not None:
         name = frame.f_code.co_filename
         waits = waits or any(part in name for part in WAITING)
-        if not ours and name.startswith(root) and "site-packages" not in name:
+        if not ours and name.startswith(HOME) and "site-packages" not in name:
             ours = f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}()"
         frame = frame.f_back
     return waits, ours or "a library"

@@ -4,11 +4,15 @@ import errno
 import gzip
 import io
 import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +21,12 @@ from configs.load import ConfigError, from_dict
 from configs.run import RunConfig
 from pretrain.monitor import Lines, Monitor, Terminal, first_to_speak, speed
 from pretrain.profiling import Profiler
+from pretrain.step import StepResult
 from tests.run_jobs import metrics, page
 from tests.worlds import World
 
 GO = "tests.run_jobs:go"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def events(run: Path) -> list[dict[str, Any]]:
@@ -170,20 +176,56 @@ def test_lines_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
     assert len(metrics(tmp_path)) == 6 and len(said) == 2
 
 
+def test_a_line_begins_behind_one_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "start"}\n{"event": "che')  # killed
+    Lines(path, print).add([{"event": "start"}, {"event": "end"}])
+    assert path.read_text().splitlines()[2:] == ['{"event": "start"}', '{"event": "end"}']
+
+
 def test_curves_that_cannot_be_written_end_no_training(tmp_path: Path) -> None:
     heard = io.StringIO()
     device = torch.device("cpu")
     monitor = Monitor(
         tmp_path, Terminal(heard), writes=True, total_steps=9, speed=speed(device, 1, "fp32")
     )
-    monitor.begin(0)
+    monitor._curves([{"step": 1, "loss": 2.0}])
     good, monitor._board.add_scalar = monitor._board, _full
-    for step in (1, 2):
+    for step in (2, 3):
         monitor._curves([{"step": step, "loss": 2.0}])
     assert "tensorboard: cannot be written: No space left on device" in heard.getvalue()
     assert monitor._board is not None and monitor._board is not good  # begun anew
     monitor.close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_a_full_disk_leaves_no_empty_curves_and_events_wait_for_no_event(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    monitor = Monitor(
+        tmp_path, Terminal(), writes=True, total_steps=9, speed=speed(device, 1, "fp32")
+    )
+    one, none = torch.ones((), dtype=torch.int64), torch.zeros(2, 0)
+    values = {"lr": 1.0, "tokens": 1, "samples": 1, "stage": 0, "step_tokens": 1}
+    monitor.begin(0)
+
+    def step(number: int) -> None:
+        monitor.record(values | {"step": number}, StepResult(torch.ones(()), one, 1.0, False, none))
+        monitor.flush()
+
+    with mock.patch.object(Lines, "_append", _full):
+        monitor.event("checkpoint failed", 0)
+        step(1)
+    assert not (tmp_path / "tensorboard").exists()
+    step(2)
+    assert [e["event"] for e in events(tmp_path)] == ["checkpoint failed"]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+    with mock.patch.object(Lines, "_append", _full):
+        step(3)
+    monitor.begin(2)  # a rewind takes back what waits, too
+    with mock.patch.object(Lines, "_append", _full):
+        step(3)
+    monitor.close()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
 def _full(*_: Any, **__: Any) -> None:
@@ -194,3 +236,30 @@ def test_a_failure_is_told_where_no_file_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     assert [first_to_speak(tmp_path) for _ in range(2)] == [True, False]
     assert first_to_speak(tmp_path / "gone")
+
+
+def test_a_log_and_a_terminal_without_room_change_no_exit_code(tmp_path: Path) -> None:
+    """Chatter, a line of progress and the failure's traceback have no place; its sentence has."""
+    code = """
+import sys
+from unittest import mock
+from pretrain import train
+
+def fails(config, out, *rest):
+    print("chatter")
+    out.say("step 1")
+    raise OSError(28, "No space left on device", "a/checkpoint")
+
+with mock.patch.object(train, "train", fails):
+    sys.exit(train.main(sys.argv[1:]))
+"""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0000.log").symlink_to("/dev/full")
+    line = [sys.executable, "-c", code, "configs/runs/cpm-small-1gpu.yaml", f"run.out={tmp_path}"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            line, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr == "bajie: [Errno 28] No space left on device: 'a/checkpoint'\n"
+    assert done.returncode == 74

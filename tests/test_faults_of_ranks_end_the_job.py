@@ -8,9 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
+
+import pretrain.watch
 from pretrain import checkpoint, parallel
 from pretrain.watch import STALLED, Watch, died
 from tests.mortals import Mortals
@@ -136,6 +141,46 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
         assert ends == []
         time.sleep(1.0)
     assert ends == [STALLED]
+
+
+def _stall(run: Path, complain: Callable[[str], object], busy_s: float = 0.0) -> list[int]:
+    """What a rank without a step ends with."""
+    ends: list[int] = []
+    watch = Watch(run, 0, 1, 0.2, complain, ends.append)
+    with mock.patch.object(pretrain.watch, "DISK_S", 0.5), watch():
+        with watch.busy():
+            time.sleep(busy_s)
+        deadline = time.monotonic() + 20
+        while not ends and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("name", "busy_s"),
+    [("stack-0000.txt", 0.0), ("rank-0000.writing", 0.0), ("rank-0000.writing", 0.2)],
+)
+def test_a_disk_that_hangs_holds_up_no_end(tmp_path: Path, name: str, busy_s: float) -> None:
+    """A pipe that nobody reads: opening it takes for ever, the stacks, the account or the roll."""
+    path, said = tmp_path / "logs" / name, list[str]()
+    path.parent.mkdir()
+    os.mkfifo(path)
+    assert _stall(tmp_path, said.append, busy_s) == [STALLED]
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # the mount is back
+    assert "logs cannot be written: its file system hangs; rank 0 on" in said[0]
+    assert "test_faults_of_ranks_end_the_job.py:" in said[0], "no stacks, but where it is"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_or_a_terminal_that_fails_holds_up_no_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert _stall(tmp_path / "gone", said.append) == [STALLED]
+    assert "rank 0" in said[0] and "hangs" not in said[0]
+
+    def lost(text: str) -> None:
+        raise BrokenPipeError(text)
+
+    assert _stall(tmp_path, lost) == [STALLED]
 
 
 def told_of(tmp_path: Path, **states: tuple[str, int]) -> str:
