@@ -12,12 +12,11 @@ read together.
 """
 
 import atexit
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 
 from configs.model import ModelConfig
 from pretrain import plan
+from pretrain.lines import Lines, cut_metrics
 from pretrain.parts import Parts
 from pretrain.vitals import memory, worst
 
@@ -37,8 +37,6 @@ MARK = "\x1eBAJIE "
 SKIPPED_IN_ROW = 64
 """fp16 skips a step when its loss scale was too large and halves it; so many halvings are no search
 any more."""
-KEPT_LINES = 100_000
-"""Lines that wait for a disk."""
 
 
 class NotFinite(ValueError):
@@ -167,50 +165,6 @@ def first_to_speak(run: Path) -> bool:
     except OSError:
         pass  # the disk may be what is to be reported: better twice than not at all
     return True
-
-
-class Lines:
-    """A file of JSON lines. What its disk refuses is kept, the newest KEPT_LINES of it, and written
-    when the disk is there again: no reason to end a training."""
-
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self._say = path, say
-        self._waiting: list[str] = []
-
-    def add(self, lines: Iterable[dict[str, Any]] = ()) -> bool:
-        """Append lines, behind those that wait; whether nothing waits any more."""
-        late = len(self._waiting)
-        self._waiting += [json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines]
-        if not self._waiting:
-            return True
-        try:
-            self._append("".join(self._waiting).encode("utf-8"))
-        except OSError as error:
-            if not late:
-                self._say(
-                    f"{self.path}: cannot be written: {error.strerror}; the training goes on, its "
-                    "lines are kept for later (日志暂时写不进去)"
-                )
-            self._waiting = self._waiting[-KEPT_LINES:]
-            return False
-        if late:
-            self._say(f"{self.path}: is written again, with {late} lines that had waited (已恢复)")
-        self._waiting.clear()
-        return True
-
-    def _append(self, data: bytes) -> None:
-        with open(self.path, "a+b", buffering=0) as out:
-            before, done = out.tell(), 0
-            out.seek(max(before - 1, 0))
-            if out.read(1) not in (b"\n", b""):  # of a process that was killed as it wrote
-                data = b"\n" + data
-            try:
-                while done < len(data):
-                    done += out.write(data[done:])
-            except OSError:
-                with suppress(OSError):
-                    out.truncate(before)  # no half line
-                raise
 
 
 class Monitor:
@@ -415,32 +369,6 @@ class Monitor:
         self.flush()
         self._metrics.add()
         self._shut_board()
-
-
-def plain(value: Any) -> Any:
-    """With null for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: plain(inside) for key, inside in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl past `step`, and a last line that was cut by a crash.
-
-    At step 0 nothing stays: the validation before any training is made again.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text("utf-8").split("\n"):  # a sample may hold U+2028
-        try:
-            if json.loads(text)["step"] <= step != 0:
-                kept.append(text + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(kept), "utf-8")
-    os.replace(aside, path)
 
 
 def clock(seconds: float) -> str:

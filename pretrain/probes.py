@@ -15,7 +15,7 @@ import torch
 
 from configs.grown import said
 from configs.model import ModelConfig, longest_row
-from pretrain.monitor import plain
+from pretrain.lines import plain
 from pretrain.state import seed_of
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64

@@ -19,7 +19,8 @@ import torch
 
 from configs.load import ConfigError, from_dict
 from configs.run import RunConfig
-from pretrain.monitor import Lines, Monitor, Terminal, first_to_speak, speed
+from pretrain.lines import Lines
+from pretrain.monitor import Monitor, Terminal, first_to_speak, speed
 from pretrain.profiling import Profiler
 from pretrain.step import StepResult
 from tests.run_jobs import metrics, page

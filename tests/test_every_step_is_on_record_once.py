@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.monitor import Monitor, NotFinite, Speed, Terminal, cut_metrics, first_to_speak
+from pretrain.lines import cut_metrics
+from pretrain.monitor import Monitor, NotFinite, Speed, Terminal, first_to_speak
 from pretrain.step import StepResult
 from tests.run_jobs import page
 from tests.worlds import World
