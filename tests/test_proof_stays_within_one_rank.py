@@ -4,6 +4,7 @@ Attention in float64 over a row of 16,384 is 137 GB at 32 heads: such a batch is
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,5 +60,5 @@ def test_a_failed_proof_is_there_for_the_user_after_the_next_start(tmp_path: Pat
     for folder in (failed, half):
         folder.mkdir()
     (failed / "proof.json").write_text("{}")
-    start._clear(tmp_path)
+    start._clear(tmp_path, math.inf)
     assert (failed / "proof.json").exists() and not half.exists()
