@@ -142,14 +142,14 @@ def _learned(now: ModelConfig, seq_len: int, how: Extend) -> ModelConfig:
             )
         kept = table if how.method == "as_it_is" else None
         return dataclasses.replace(now, positions=max(seq_len, rows), position_table=kept)
-    made = PositionTable(how.method, rows, how.alpha, bool(how.dynamic))  # type: ignore[arg-type]
+    key = "dynamic" if how.method == "interpolated" else "alpha"  # what the method reads
     if table is not None and table.method == how.method:
-        made = dataclasses.replace(made, rows=table.rows)
-        if made != table:
-            key = "alpha" if made.alpha != table.alpha else "dynamic"
-            raise ConfigError(_own(key, getattr(made, key), getattr(table, key)))
-    elif table is not None and table.method == "interpolated":
+        if getattr(how, key) != getattr(table, key):
+            raise ConfigError(_own(key, getattr(how, key), getattr(table, key)))
+        return dataclasses.replace(now, positions=seq_len)
+    if table is not None and table.method == "interpolated":
         raise ConfigError(_fixed("position_table", "interpolated", how.method))
+    made = PositionTable(how.method, rows, **{key: getattr(how, key)})  # type: ignore[arg-type]
     return dataclasses.replace(now, positions=seq_len, position_table=made)
 
 

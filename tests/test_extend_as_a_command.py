@@ -116,6 +116,18 @@ def test_mistakes_are_sentences(
     assert not (run.parent / "long").exists()
 
 
+def test_what_reads_such_rows_already_is_not_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of ReRoPE depends on the length: once it has it, every length is read as it is."""
+    made = fresh(RoFormerConfig("roformer", 1, 96, 32, 2, 4, 8, 64), 1)
+    checkpoint.write_state(tmp_path / "made", made)
+    words = ["--known", "32", "--seq-len"]
+    assert call(tmp_path / "made", *words, "64", "--out", str(tmp_path / "long")) == 0
+    assert call(tmp_path / "long", *words, "96", "--out", str(tmp_path / "no")) == 2
+    assert "seq-len: is 96, " in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_nothing_is_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(run, "--seq-len", "96", "--out", str(run)) == 2
     assert "exists already" in capsys.readouterr().err

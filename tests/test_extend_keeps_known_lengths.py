@@ -202,8 +202,11 @@ def test_extended_again() -> None:
         extended(model_config(stretched), 400, Extend("interpolated", dynamic=False))
     narrow = extended(TINY, LONG, Extend("hierarchical", alpha=0.3))
     assert isinstance(narrow, CPMConfig) and narrow.position_table is not None
-    again_too = extended(narrow, 400, Extend())  # by the numbers that it has
-    assert again_too == dataclasses.replace(narrow, positions=400)
+    for dynamic in (True, False):  # which decomposition does not read
+        table = dataclasses.replace(narrow.position_table, dynamic=dynamic)
+        own = dataclasses.replace(narrow, position_table=table)
+        again_too = extended(own, 400, Extend())  # by the numbers that it has
+        assert again_too == dataclasses.replace(own, positions=400)
     with pytest.raises(ConfigError, match=r"alpha: is 0\.4, the model was extended with 0\.3"):
         extended(narrow, 400, Extend(alpha=0.4))
 
