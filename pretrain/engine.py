@@ -333,14 +333,13 @@ class Engine:
         groups.mpu = None
         for p in self.model.parameters():
             p.grad = None
+            vars(p).clear()  # methods that DeepSpeed bound to it: each is a ring of its own
         del p
         self._partitions.base.state.clear()
         del self._deepspeed, self._zero, self._partitions, self._step, self.model
         if self._zero_stage == 3:
             _forget_modules()
-        for _ in range(5):  # DeepSpeed's engine has a finalizer: the first round ends with
-            if not gc.collect():  # that, the next one frees what it held
-                break
+        gc.collect()
         if self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()
 

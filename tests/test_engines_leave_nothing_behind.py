@@ -17,7 +17,7 @@ def test_an_engine_leaves_its_place_to_the_next(world2: World, zero: int, precis
     for during, left in world2.run(
         engine_jobs.left_after_destroying, zero=zero, precision=precision
     ):
-        assert during > 100_000 and left < 0.05 * during
+        assert during > 100_000 and left < 1000
 
 
 @pytest.mark.parametrize("zero", [1, 2])
