@@ -88,7 +88,7 @@ class Run:
     """Where a run lives, how long it is and what it writes."""
 
     out: str
-    """The run folder; a run that finds a checkpoint there resumes."""
+    """The run folder, empty or a run's own; a run that finds a checkpoint there resumes."""
     steps: int | None = None
     """Optimizer steps; leave it out where stages say theirs."""
     seed: int = 1

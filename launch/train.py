@@ -39,6 +39,7 @@ from configs.run import RunConfig, world_problems
 from launch.machines import Machines, deepspeed_line
 from launch.processes import family, parent, send
 from pretrain.device import ON_CPU
+from pretrain.folder import strangers
 from pretrain.stopping import StopFile, at_work
 from pretrain.watch import died, ends, halted
 
@@ -89,6 +90,8 @@ def main(argv: list[str]) -> int:
     machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
     if problems := world_problems(config, machines.processes(args.devices)):
         raise ConfigError("\n".join(problems))
+    if wrong := strangers(Path(config.run.out)):
+        raise ConfigError(wrong)
     gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
     words = [args.config, *args.overrides]
     name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"

@@ -35,6 +35,7 @@ from configs.run import (
 from pretrain import checkpoint, heads
 from pretrain.corpora import Corpora, changes
 from pretrain.faults import with_skips
+from pretrain.folder import LOCK, strangers
 from pretrain.growth import model_config, told
 from pretrain.owner import BEAT_S, owned, path_in
 from pretrain.state import State, fresh
@@ -52,14 +53,15 @@ LATELY_S = 600.0
 def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """The run folder, for this job alone until it ends or dies; every rank calls this.
 
-    Raises CheckpointError if another job is at work in it or it cannot be written. What a killed
-    job left aside is cleared away.
+    Raises CheckpointError if another job is at work in it, it cannot be written or it holds what no
+    run wrote. What a killed job left aside is cleared away.
     """
-    lock, owner, wrong, busy = None, None, "", False
-    if checkpoint.first_rank():
+    lock, owner, busy = None, None, False
+    wrong = strangers(run) if checkpoint.first_rank() else ""
+    if checkpoint.first_rank() and not wrong:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             free = _locked(lock, patience_s)
             if free is None or (free and path_in(run).exists()):  # of a machine without locks
                 owner = owned(run, patience_s)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.folder import LOCK
+
 if TYPE_CHECKING:
     from pretrain.parallel import Mesh
 
@@ -24,7 +26,7 @@ LOOKED_EVERY_S = 1.0
 
 def at_work(run: Path) -> bool:
     """Whether a job holds the run folder's lock (pretrain/start.py): what lies there is its own."""
-    with contextlib.suppress(OSError), open(run / ".lock", encoding="utf-8") as lock:
+    with contextlib.suppress(OSError), open(run / LOCK, encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -43,6 +43,7 @@ from configs.run import (  # noqa: E402
     world_problems,
 )
 from pretrain.device import ON_CPU, check_gpu, many_files  # noqa: E402
+from pretrain.folder import strangers  # noqa: E402
 from pretrain.loop import Job, checkpoint_path, passed_over, run_stage  # noqa: E402
 
 if TYPE_CHECKING:
@@ -371,6 +372,8 @@ def main(argv: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = load(words.config, RunConfig, words.overrides)
+        if wrong := strangers(Path(config.run.out)):
+            raise ConfigError(wrong)
     except ConfigError as error:
         if rank == 0:
             print(f"bajie: {error}", file=sys.stderr)

@@ -24,7 +24,8 @@ def test_a_run_begun_again_validates_its_beginning_once(
 ) -> None:
     changes = {"run__steps": 4, "schedule": {}, "run__validate_every_steps": 2}
     config = page(tmp_path, tiny_corpus, **changes)
-    tmp_path.joinpath("metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')  # then killed
+    (tmp_path / ".lock").touch()  # as every run has, this one was killed
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     world1.run("tests.run_jobs:go", config=config)
     assert _steps(tmp_path) == [0, 1, 2, 3, 4]
 
