@@ -226,7 +226,7 @@ class RunConfig:
         if self.stages and self.run.steps not in (None, total):
             found.append(
                 f"run.steps: is {self.run.steps}, the stages add up to {total}; leave one out "
-                "(步数不一致)"
+                "(write `run.steps: null` if a base page gives it) (步数不一致，继承来的请写 null)"
             )
         found += overlap_problems(self.parallel, self.precision)
         for number in range(len(stages(self))):

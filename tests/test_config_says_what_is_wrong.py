@@ -258,6 +258,17 @@ def test_numbers_that_make_no_function_are_refused(model: Any, says: str) -> Non
     assert says in "\n".join(model.problems())
 
 
+def test_stages_over_a_base_with_steps_say_how_to_leave_them_out(tmp_path: Path) -> None:
+    """What is inherited cannot be deleted from the page; null can be written there."""
+    page = tmp_path / "page.yaml"
+    text = f"base: {SMALL}\nstages: [{{steps: 9000}}, {{steps: 50}}]\n"
+    page.write_text(text, "utf-8")
+    [told] = said(page)
+    assert "the stages add up to 9050; leave one out (write `run.steps: null` if a base" in told
+    page.write_text(text + "run: {steps: null}\n", "utf-8")
+    assert total_steps(load(page, RunConfig)) == 9050
+
+
 def test_a_stage_with_another_schedule_leaves_the_old_ones_keys_behind() -> None:
     stages = "stages=[{steps: 9000}, {steps: 9000, schedule: {name: constant}}]"
     config = load(SMALL, RunConfig, ["run.steps=null", stages])
