@@ -324,4 +324,13 @@ def _check(config: RunConfig, state: State, path: Path, corpora: Corpora, *, res
     if record["seed"] != config.run.seed:
         found.append(f"run.seed: is {config.run.seed}, the run was started with {record['seed']}")
     if found:
-        raise ConfigError("\n".join([*found, "choose another run.out, or restore these keys"]))
+        raise ConfigError("\n".join([*found, _instead(found, resumes)]))
+
+
+def _instead(found: list[str], resumes: bool) -> str:
+    """What to do about a checkpoint that does not fit."""
+    if resumes:
+        return "choose another run.out, or restore these keys (请换目录，或改回这些键)"
+    if all(sentence.startswith("model.") for sentence in found):
+        return "write these numbers under `model:`, or name another init.from (把这些数写进 model:)"
+    return "change these keys to fit it, or name another init.from (按检查点修改)"

@@ -177,8 +177,24 @@ def test_a_start_that_leads_nowhere(
         rewrite(checkpoint.found_in(source)[0], elsewhere)
     init = {"from": str(source), "what": what}
     config = page(tmp_path / "run", tiny_corpus, run__steps=10, schedule__decay_steps=0, init=init)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence) as refused:
         world1.run(GO, config=config)
+    assert "change these keys to fit it, or name another init.from" in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["all", "weights"])
+def test_a_start_from_another_model_says_where_its_numbers_belong(
+    trained: Path, tmp_path: Path, tiny_corpus: Path, world1: World, what: str
+) -> None:
+    """The run folder is new: another one would not help, as it does where a run goes on."""
+    changes: dict[str, Any] = {"run__steps": 20, "model__ffn": 96}
+    with pytest.raises(ValueError, match=r"choose another run\.out, or restore these keys"):
+        world1.run(GO, config=page(trained, tiny_corpus, **changes))
+    changes["init"] = {"from": str(trained), "what": what}
+    with pytest.raises(ValueError, match=r"model\.ffn: is 96, the checkpoint .* has 64") as refused:
+        world1.run(GO, config=page(tmp_path / "run", tiny_corpus, **changes))
+    assert "write these numbers under `model:`, or name another init.from" in str(refused.value)
+    assert "run.out" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
