@@ -40,8 +40,8 @@ from launch.machines import Machines, deepspeed_line
 from launch.processes import family, parent, send
 from pretrain.device import ON_CPU
 from pretrain.folder import strangers
-from pretrain.stopping import StopFile, at_work
-from pretrain.watch import died, ends, halted
+from pretrain.stopping import StopFile, forget_stop
+from pretrain.watch import died, ends, failure, halted
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "\x1eBAJIE "
@@ -88,22 +88,20 @@ def main(argv: list[str]) -> int:
     _show_what_it_can()
     config = load(args.config, RunConfig, args.overrides)
     machines = Machines.of(args.nodes, args.node_rank, args.master, args.hostfile)
-    if problems := world_problems(config, machines.processes(args.devices)):
+    run = Path(config.run.out)
+    if problems := [*world_problems(config, machines.processes(args.devices)), *strangers(run)]:
         raise ConfigError("\n".join(problems))
-    if wrong := strangers(Path(config.run.out)):
-        raise ConfigError(wrong)
     gpu = args.gpu or os.environ.get("BAJIE_GPU") == "1"
     words = [args.config, *args.overrides]
     name = f"launcher-{args.node_rank}.log" if args.node_rank else "launcher.log"
-    log = Path(config.run.out, "logs", name)
+    log = run / "logs" / name
     command = deepspeed_line(words, args.devices, gpu=gpu, machines=machines, logs=log.parent)
     _put(sys.stdout, "$ " + shlex.join(["deepspeed", *command[2:]]) + "\n")
     if args.dry_run:
         return 0
     machines.write(args.devices, log.parent, gpu)
     if args.node_rank == 0:
-        _forget_stop(Path(config.run.out))
-    ranks = None if args.hostfile else args.devices
+        forget_stop(run)
     # The launchers of several machines do not know of one another: whoever started them all does.
     restarts = 0 if machines.several else config.faults.restarts
     for left in range(restarts, -1, -1):
@@ -112,11 +110,11 @@ def main(argv: list[str]) -> int:
                 [*command, "--launched"],
                 environment(gpu),
                 stream,
-                ranks=ranks,
+                ranks=None if args.hostfile else args.devices,
                 hosts=machines.prefixes,
                 far=tuple(machines.slots),
                 grace_s=args.grace_s,
-                folder=Path(config.run.out),
+                folder=run,
             )
             code = job.run()
         if code and not job.complained:
@@ -139,13 +137,6 @@ def _show_what_it_can() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-def _forget_stop(run: Path) -> None:
-    """Take RUN/stop of another time away; not one that is meant for a job at work."""
-    if not at_work(run):
-        with contextlib.suppress(OSError):
-            (run / "stop").unlink()
 
 
 def environment(gpu: bool) -> dict[str, str]:
@@ -364,7 +355,7 @@ class Job:
 
     def _code(self, code: int) -> int:
         if self._killed:
-            return 1 if self._failed else 128 + signal.SIGKILL
+            return self._failure() if self._failed else 128 + signal.SIGKILL
         died = not 0 <= code < 128  # of a signal, whose negative number DeepSpeed passes on
         if self._signals and (died or code == 1) and self.folder is not None:
             # Who told us has told DeepSpeed too, whose end says nothing: the roll does. Ranks that
@@ -378,6 +369,13 @@ class Job:
             self.last_error = f"{self._good_ends} of {self.ranks} processes ended well"
             return 1
         return code
+
+    def _failure(self) -> int:
+        """The code of ranks that failed, where DeepSpeed's launcher waited for a frozen or a busy
+        one until it was ended: it says a code only afterwards. The roll has it earlier."""
+        told = failure(self.folder, self._began - 1) if self.folder else None
+        self.mistaken = self.mistaken or told == 2
+        return 2 if self.mistaken else told or 1
 
     def _dead(self) -> str:
         gone = died(self.folder, self._began - 1) if self.folder else []

@@ -23,8 +23,8 @@ OF_CORPORA = frozenset({"manifest.json", "stages"})
 """What a corpus has, whose build makes a lock of the same name."""
 
 
-def strangers(run: Path) -> str:
-    """A sentence where a run would begin among files that no run wrote; else nothing.
+def strangers(run: Path) -> list[str]:
+    """A sentence where a run would begin among files that no run wrote; else none.
 
     A folder with a checkpoint to go on from is a run's. One that cannot be listed cannot be written
     either: whoever writes first says so.
@@ -35,12 +35,13 @@ def strangers(run: Path) -> str:
             names = sorted(path.name for path in run.iterdir())
             found = [name for name in names if _strange(run / name, begun=LOCK in names)]
     if not found:
-        return ""
+        return []
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return (
+    sentence = (
         f"run.out: {run} holds '{found[0]}'{more}, which no run wrote and which one could "
         "overwrite; name an empty or a new folder (目录非空且不是运行目录，请换一个目录)"
     )
+    return [sentence]
 
 
 def _strange(path: Path, *, begun: bool) -> bool:

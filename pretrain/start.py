@@ -57,7 +57,7 @@ def held(run: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     run wrote. What a killed job left aside is cleared away.
     """
     lock, owner, busy = None, None, False
-    wrong = strangers(run) if checkpoint.first_rank() else ""
+    wrong = "\n".join(strangers(run)) if checkpoint.first_rank() else ""
     if checkpoint.first_rank() and not wrong:
         try:
             run.mkdir(parents=True, exist_ok=True)

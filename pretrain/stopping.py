@@ -34,6 +34,13 @@ def at_work(run: Path) -> bool:
     return False  # nor where there is no such folder yet, or a file system without locks
 
 
+def forget_stop(run: Path) -> None:
+    """Take RUN/stop of another time away; not one that is meant for a job at work."""
+    if not at_work(run):
+        with contextlib.suppress(OSError):
+            (run / "stop").unlink()
+
+
 class StopFile:
     """RUN/stop.
 

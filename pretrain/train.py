@@ -22,6 +22,7 @@ import contextlib  # noqa: E402
 import fnmatch  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
+import time  # noqa: E402
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/__main__.py
 from collections.abc import Callable, Sequence  # noqa: E402
@@ -373,7 +374,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = load(words.config, RunConfig, words.overrides)
         if wrong := strangers(Path(config.run.out)):
-            raise ConfigError(wrong)
+            raise ConfigError(*wrong)
     except ConfigError as error:
         if rank == 0:
             print(f"bajie: {error}", file=sys.stderr)
@@ -413,9 +414,14 @@ def main(argv: Sequence[str]) -> int:
         )
         told(entries[0], state=STOPPED if summary["stopped"] == SIGNAL else "ended")
     except BaseException as error:
+        traced = os.environ.get("BAJIE_TRACEBACK") == "1"
+        traced = traced or not isinstance(error, ValueError | OSError)
+        mistaken = isinstance(error, (ValueError, *MISTAKES))
+        code = 2 if mistaken and not isinstance(error, StorageError) else IO_FAILED
+        how = {"code": 1 if traced else code, "left": time.time()}
         for entry in entries:
-            told(entry, state=f"{type(error).__name__}: {error}"[:300])
-        if not isinstance(error, ValueError | OSError) or os.environ.get("BAJIE_TRACEBACK") == "1":
+            told(entry, state=f"{type(error).__name__}: {error}"[:300], **how)
+        if traced:
             raise
         import traceback
 
@@ -423,8 +429,7 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()  # to RUN/logs
         if first_to_speak(Path(config.run.out)):
             out.complain(f"bajie: {error}")
-        mistaken = isinstance(error, (ValueError, *MISTAKES))
-        return 2 if mistaken and not isinstance(error, StorageError) else IO_FAILED
+        return code
     return 0
 
 

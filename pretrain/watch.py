@@ -6,6 +6,7 @@
               the first:  one sentence that names the ranks which no collective keeps waiting
               all:        exit code STALLED, from the thread, whatever the main thread hangs in
     launch train --died()--> the ranks that neither ended nor said why
+                 --failure()--> the exit code, where DeepSpeed's launcher was ended before its own
 
 Signals cannot do this: a rank that hangs inside a collective runs no Python handler. Nor can the
 clock write: the disk may be what hangs. Others write for it, and it waits for them DISK_S at most.
@@ -50,7 +51,7 @@ def enlist(run: Path, rank: int) -> Path:
     entry = logs / f"rank-{rank:04d}.json"
     host, now = socket.gethostname(), time.time()
     about = {"rank": rank, "host": host, "pid": os.getpid(), "step": 0, "born": now}
-    told(entry, **about, state="running", begun=False)
+    told(entry, **about, state="running", begun=False, left=0.0, stalled_at=0.0)
     stacks = _stacks(entry)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)  # the launcher, before it kills
@@ -91,6 +92,17 @@ def ends(run: Path, since: float) -> tuple[int, int]:
     entries = [_entry(path) for path in (run / "logs").glob("rank-*.json")]
     states = [e.get("state") for e in entries if e.get("begun") and e["born"] >= since]
     return len(states), sum(state in (STOPPED, "ended") for state in states)
+
+
+def failure(run: Path, since: float) -> int | None:
+    """The exit code of a job, by what its ranks have said of their ends after `since`: 2 where one
+    found a mistake, STALLED where one stalled, else that of the first that ended badly, if any."""
+    entries = [_entry(path) for path in (run / "logs").glob("rank-*.json")]
+    left = sorted((e["left"], e["code"]) for e in entries if e.get("left", 0.0) >= since)
+    codes = [code for _, code in left]
+    if 2 not in codes and any(e.get("stalled_at", 0.0) >= since for e in entries):
+        return STALLED
+    return 2 if 2 in codes else next(iter(codes), None)
 
 
 def _gone(entry: dict[str, Any]) -> bool:

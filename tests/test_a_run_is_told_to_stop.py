@@ -292,11 +292,11 @@ def test_a_stop_for_a_job_at_work_is_left(tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        launcher._forget_stop(tmp_path)
+        stopping.forget_stop(tmp_path)
         assert (tmp_path / "stop").exists()
-    launcher._forget_stop(tmp_path)
+    stopping.forget_stop(tmp_path)
     assert not (tmp_path / "stop").exists()
-    launcher._forget_stop(tmp_path / "none")
+    stopping.forget_stop(tmp_path / "none")
 
 
 def test_who_is_refused_is_not_on_the_roll(

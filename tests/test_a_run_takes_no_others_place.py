@@ -84,10 +84,10 @@ def test_so_does_training_without_a_launcher(
 def test_what_a_run_left_and_what_lies_beside_one_is_no_strangers(
     tmp_path: Path, names: list[str]
 ) -> None:
-    assert strangers(_laid(tmp_path / "run", names)) == ""
+    assert strangers(_laid(tmp_path / "run", names)) == []
     (tmp_path / "run" / "tensorboard").mkdir(parents=True, exist_ok=True)
-    assert strangers(tmp_path / "run") == "", "a folder without files"
-    assert strangers(tmp_path / "run" / "nowhere") == ""
+    assert strangers(tmp_path / "run") == [], "a folder without files"
+    assert strangers(tmp_path / "run" / "nowhere") == []
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
@@ -100,6 +100,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
     first = losses(run)
     for whole in checkpoint.found_in(run):
         whole.rename(whole.with_name(f".{whole.name}.writing"))
-    assert strangers(run) == "" and checkpoint.found_in(run) == []
+    assert strangers(run) == [] and checkpoint.found_in(run) == []
     world1.run(GO, config=config)
     assert losses(run) == first and len(checkpoint.found_in(run)) == 1

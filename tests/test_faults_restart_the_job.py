@@ -15,11 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 
+from configs.load import ConfigError
 from launch import train
+from pretrain import checkpoint
+from pretrain import train as rank
+from pretrain.watch import STALLED, enlist, failure, told
 from tests.run_jobs import losses, page, write
 from tests.worlds import World
 
@@ -100,6 +105,85 @@ def test_of_several_machines_none_begins_again_by_itself(
     """Its ranks would meet the others' old store; who started them all begins on all together."""
     words = ["--nodes", "2", "--node-rank", "1", "--master", "head:29500"]
     assert _play(monkeypatch, tmp_path / "run", [1, 0], 3, words) == (1, 1)
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from pretrain.watch import enlist, told
+run, how = Path(sys.argv[1]), eval(sys.argv[2])
+with open(run / "count", "a") as count:
+    count.write("x")
+enlist(run, 1)
+told(enlist(run, 0), **{key: value or time.time() for key, value in how.items()})
+print("Killing subprocess 1", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "lives"),
+    [
+        ({"stalled_at": 0}, STALLED, 2),
+        ({"code": 2, "left": 0}, 2, 1),
+        ({"code": 74, "left": 0}, 74, 2),
+        ({"code": 1, "left": 0}, 1, 2),
+        ({"code": 2, "left": 9.0}, 1, 2),  # an earlier job's
+        ({}, 1, 2),
+    ],
+)
+def test_a_job_that_is_killed_for_a_rank_that_failed_has_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], code: int, lives: int
+) -> None:
+    """DeepSpeed's launcher waits for a frozen peer, longer than it may: it says no code."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", HANGS, str(run), repr(how)]
+    monkeypatch.setattr(train, "deepspeed_line", lambda *_, **__: command)
+    monkeypatch.setattr(train, "FAILED_PEER_GRACE_S", 0.2)
+    config = page(run, run / "corpus", faults__restarts=1)
+    assert train.main([str(write(tmp_path / "run.yaml", config))]) == code
+    assert (run / "count").stat().st_size == lives
+
+
+def test_of_several_codes_a_mistake_counts_then_a_stall_then_the_first(tmp_path: Path) -> None:
+    entries = [enlist(tmp_path, rank) for rank in range(3)]
+    assert failure(tmp_path, 100.0) is None
+    told(entries[0], code=74, left=120.0)
+    told(entries[1], code=1, left=110.0)
+    assert (failure(tmp_path, 100.0), failure(tmp_path, 115.0)) == (1, 74)
+    told(entries[2], stalled_at=130.0)
+    assert (failure(tmp_path, 100.0), failure(tmp_path, 140.0)) == (STALLED, None)
+    told(entries[2], code=2, left=140.0)
+    assert failure(tmp_path, 100.0) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("batch.micro: is 0"), 2),
+        (checkpoint.StorageError("a disk"), 74),
+        (OSError(5, "a disk"), 74),
+        (FileNotFoundError(2, "no corpus"), 2),
+        (RuntimeError("a peer is gone"), 1),
+    ],
+)
+def test_a_rank_leaves_its_code_on_the_roll(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    since = time.time()
+    monkeypatch.setattr(rank, "train", run)
+    monkeypatch.setattr("pretrain.monitor.terminal", mock.Mock())
+    monkeypatch.setattr(rank, "ON_CPU", {})
+    words = [str(write(tmp_path / "run.yaml", page(tmp_path / "run", tmp_path))), "--launched"]
+    if code == 1:
+        with pytest.raises(RuntimeError):
+            rank.main(words)
+    else:
+        assert rank.main(words) == code
+    assert failure(tmp_path / "run", since) == code
 
 
 @pytest.mark.launcher

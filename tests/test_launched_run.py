@@ -21,6 +21,7 @@ import pytest
 from launch.machines import free_port
 from launch.train import MARK
 from pretrain import checkpoint
+from pretrain.watch import STALLED
 from tests.run_jobs import digests, losses, metrics, page, write
 from tests.worlds import World
 
@@ -109,6 +110,21 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, tiny_corpus: Path) -> None:
     assert "is no corpus, it has no manifest.json" in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_frozen_rank_ends_the_job_with_code_69(tmp_path: Path, tiny_corpus: Path) -> None:
+    """DeepSpeed's launcher waits for it longer than its peers may take, and is ended."""
+    changes: dict[str, Any] = {"run__steps": 4000, "run__log_every_steps": 1, "schedule": {}}
+    run = tmp_path / "run"
+    config = page(run, tiny_corpus, **changes, run__threads=1, faults__stall_s=6.0)
+    job = _start(write(tmp_path / "run.yaml", config))
+    _until(run, lambda: _steps(run) >= 3)
+    frozen = json.loads((run / "logs" / "rank-0001.json").read_text("utf-8"))["pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    _, err = job.communicate(timeout=ENDS_S)
+    assert job.returncode == STALLED == 69, err
+    assert "answers no more (frozen or dead)" in err and len(err.strip().splitlines()) == 1
+    assert not psutil.pid_exists(frozen)
 
 
 def test_deepspeed_itself_from_another_folder(tmp_path: Path, tiny_corpus: Path) -> None:
