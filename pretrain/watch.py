@@ -41,6 +41,8 @@ ANSWER_S = 3.0
 DISK_S = 10.0
 """How long a rank may take over its stacks, its account and the sentence: longer, and RUN/logs
 hangs. Shorter than the launcher waits for the peers of a rank that has ended."""
+TAIL_BYTES = 1 << 20
+"""Of metrics.jsonl, in which its last whole line is looked for; a line with samples is long."""
 HOME = str(Path(__file__).resolve().parent.parent)
 
 
@@ -67,16 +69,33 @@ def told(entry: Path, **changes: Any) -> None:
 
 
 def died(run: Path, since: float) -> list[str]:
-    """Which ranks born after `since` left without a word, as "rank 1 on HOST (step 12)".
+    """Which ranks born after `since` left without a word, as "rank 1 on HOST (last known step 12)".
 
-    Of another machine's ranks it is not known whether they live: they are not named.
+    The step is the latest that anybody has told, if any: all finish a step together, and an entry
+    may be ten seconds old. Of another machine's ranks it is not known whether they live: they are
+    not named.
     """
     entries = [_entry(path) for path in sorted((run / "logs").glob("rank-*.json"))]
+    steps = [e.get("step", 0) for e in entries if e.get("born", 0.0) >= since]
+    step = max([*steps, _on_record(run / "metrics.jsonl", since)])
+    known = f" (last known step {step})" if step else ""
     return [
-        f"rank {e['rank']} on {e['host']} (step {e['step']})"
+        f"rank {e['rank']} on {e['host']}{known}"
         for e in entries
         if e.get("state") == "running" and e.get("born", 0.0) >= since and _gone(e)
     ]
+
+
+def _on_record(metrics: Path, since: float) -> int:
+    """The last step in metrics.jsonl, if something was written there after `since`; 0 if none."""
+    with contextlib.suppress(OSError), open(metrics, "rb") as file:
+        if os.fstat(file.fileno()).st_mtime < since:
+            return 0  # of an earlier job, whose last steps may be made again
+        file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
+        for line in reversed(file.read().split(b"\n")):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off
+                return int(json.loads(line)["step"])
+    return 0
 
 
 def halted(run: Path, since: float) -> bool:

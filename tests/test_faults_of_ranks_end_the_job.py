@@ -17,7 +17,7 @@ import pytest
 
 import pretrain.watch
 from pretrain import checkpoint, parallel
-from pretrain.watch import STALLED, Watch, died
+from pretrain.watch import STALLED, Watch, died, enlist, told
 from tests.mortals import Mortals
 from tests.run_jobs import metrics, page
 
@@ -110,6 +110,28 @@ def test_a_dead_rank_is_on_the_roll_and_its_peer_ends(tmp_path: Path, tiny_corpu
     assert died(tmp_path / "run", since)[0].startswith(f"rank 1 on {socket.gethostname()}")
     assert ranks.codes(BOUND_S) == [1, -signal.SIGKILL]
     assert checkpoint.found_in(tmp_path / "run") == [], "nobody saves when the reduction fails"
+
+
+@pytest.mark.parametrize(
+    ("text", "told_ago_s", "peer", "known"),
+    [
+        ('{"step": 14}\n{"step": 15, "loss": 1.0}\n{"ste', 0.0, 7, " (last known step 15)"),
+        ('{"step": 15}\n', 3600.0, 7, " (last known step 7)"),  # made again since a restart
+        ('{"step": 3}\n', 0.0, 7, " (last known step 7)"),
+        ("", 0.0, 7, " (last known step 7)"),
+        ("", 0.0, 0, ""),
+    ],
+)
+def test_the_step_of_a_dead_rank_is_the_last_that_anybody_told(
+    tmp_path: Path, text: str, told_ago_s: float, peer: int, known: str
+) -> None:
+    """Its own entry is ten seconds old at times, or says 0."""
+    since, metrics = time.time(), tmp_path / "metrics.jsonl"
+    metrics.write_text(text)
+    os.utime(metrics, (since - told_ago_s, since - told_ago_s + 1.0))
+    told(enlist(tmp_path, 0), step=peer)
+    told(enlist(tmp_path, 1), pid=2**22 + 5)
+    assert died(tmp_path, since) == [f"rank 1 on {socket.gethostname()}{known}"]
 
 
 def test_collectives_outlive_the_watch() -> None:

@@ -70,7 +70,7 @@ def test_a_rank_that_died_is_named_and_the_job_starts_again(
     assert _play(monkeypatch, tmp_path / "run", [-9, 0], restarts=3) == (0, 2)
     out, err = capfd.readouterr()
     assert "starting again, 2 more times at most (faults.restarts" in out
-    assert f"rank 1 on {socket.gethostname()} (step 7) died" in err
+    assert f"rank 1 on {socket.gethostname()} (last known step 7) died" in err
 
 
 def test_a_job_begins_again_without_its_terminal(
