@@ -71,7 +71,7 @@ def _constant(size: tuple[int, ...]) -> Any:
 
 def measured(folder: Path, pair: Pair) -> dict[str, Any]:
     """One growth in a process of its own."""
-    small = target(SIZES.format(pair.small), [])
+    small = target(SIZES.format(pair.small), [])[0]
     sets = [word for size in pair.sizes for word in ("--set", size)]
     written(folder / "small", small, pair.moments)
     words = ["grow", str(folder / "small"), "--to", SIZES.format(pair.large), *sets]
@@ -90,7 +90,7 @@ def measured(folder: Path, pair: Pair) -> dict[str, Any]:
     return {
         "parameters": [
             parameter_count(small),
-            parameter_count(target(SIZES.format(pair.large), list(pair.sizes))),
+            parameter_count(target(SIZES.format(pair.large), list(pair.sizes))[0]),
         ],
         "files_gb": round(sum(sizes) / 1e9, 2),
         "largest_tensor_mb": round(4 * largest / 1e6, 1),

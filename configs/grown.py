@@ -35,7 +35,7 @@ MATRICES = ("heads", "head_dim", "ffn", "hidden")
 FREE = ("dropout", "attention_dropout", "init_std")
 """What may differ because it changes neither a tensor nor the function at inference."""
 LARGEST_EPS_BEHIND = 1e-12
-"""Layers behind a post-norm change the function by about their norms' eps; so much is rounding."""
+"""Layers behind a post-norm change the function by about their norms' eps (pretrain/proof.py)."""
 BY_PAIR = ("ntk", "ntk_fixed", "ntk_mixed")
 """Forms of longer rotary positions in which a pair's frequency depends on the number of pairs."""
 BY_TURNS = ("by_parts", "yarn")
@@ -227,18 +227,22 @@ def idle(
     found = [f"{sentence} (该选项不起作用)" for sentence in found]
     # Copies are parted by what falls on each of them alone: dropout of the stream on its width, of
     # probabilities on heads, of units in T5 only; fresh layers read every row of the stream alone.
+    # bert2BERT's knowledge of the next layer makes other units, of the same width.
     units_drop = to.dropout if isinstance(to, T5PegasusConfig) else 0.0
+    twins = inner and how.method != "bert2bert_aki"
     locked = {
-        "hidden": tiled and not (to.dropout or (begun and how.draws_layers)),
-        "ffn": inner and not units_drop,
-        "heads": inner and not to.attention_dropout,
+        "hidden": tiled
+        and how.method != "random"
+        and not (to.dropout or (begun and how.draws_layers)),
+        "ffn": twins and not units_drop,
+        "heads": twins and not to.attention_dropout,
     }
     alike = " and ".join(size for size in locked if size in more and locked[size])
-    if alike and how.method in PRESERVING and not (how.noise or how.split != EXACT.split):
+    if alike and not how.noise and (drawn or how.split == EXACT.split):
+        mend = "set noise (0.05)" + ("" if drawn else " or split (0.7)")
         found.append(
             f"noise: 0, and no dropout falls between the copies of {alike}: they stay each other's "
-            "equals, so that the larger model remains the small one there; set noise (0.05) or "
-            "split (0.7) (副本永远相同)"
+            f"equals, so that the larger model remains the small one there; {mend} (副本永远相同)"
         )
     if divided and left is not None and how.rewarm_steps > left:
         why = f"the run ends {left} steps later"
@@ -343,6 +347,6 @@ def _post_norm(
         nearest["layers"] = now.layers
         wrong.append(
             f"layers cannot be added under norm_eps {now.norm_eps:g}: each changes the stream by "
-            f"about as much, at most {LARGEST_EPS_BEHIND:g} is rounding"
+            f"about as much, at most {LARGEST_EPS_BEHIND:g} is granted"
         )
     return wrong

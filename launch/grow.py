@@ -14,12 +14,13 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.grown import CARRIED, EXACT, FREE, Growing, completed, said
-from configs.load import ConfigError, from_dict, load, read_yaml, to_dict
+from configs.load import ConfigError, from_dict, load, override, read_yaml, to_dict
 from configs.model import ModelConfig, parameter_count
 from configs.run import RunConfig, at_stage, schedule_span
 from launch import grammar
@@ -64,11 +65,11 @@ def main(argv: list[str]) -> int:
         )
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     arguments = parser.parse_args(argv)
-    larger = target(arguments.to, arguments.set)
+    larger, left_open = target(arguments.to, arguments.set)
     how = from_dict(Growing, {f.name: getattr(arguments, f.name) for f in fields})
     out = Path(arguments.out)
     words = Path(arguments.tokenizer) if arguments.tokenizer else None
-    proof = grow(Path(arguments.source), larger, out, arguments.seed, how, words)
+    proof = grow(Path(arguments.source), larger, out, arguments.seed, how, words, left_open)
     print(json.dumps(proof, ensure_ascii=False, indent=1) if arguments.json else _table(proof))
     from pretrain.proof import holds
 
@@ -83,12 +84,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def target(path: str, overrides: list[str]) -> ModelConfig:
-    """The `model:` of a size or of a whole run; overrides are written with or without `model.`."""
+def target(path: str, overrides: list[str]) -> tuple[ModelConfig, list[str]]:
+    """The `model:` of a size or of a whole run, and those keys of FREE that nothing names.
+
+    Overrides are written with or without `model.`; of them `words_said=null` means all words, as in
+    a stage.
+    """
     overrides = [o if o.startswith("model.") else f"model.{o}" for o in overrides]
-    page: Any = _ModelPage if set(read_yaml(path)) <= {"model"} else RunConfig
-    model: ModelConfig = load(path, page, overrides).model
-    return model
+    page = read_yaml(path)
+    kind: Any = _ModelPage if set(page) <= {"model"} else RunConfig
+    model: ModelConfig = load(path, kind, overrides).model
+    changed: dict[str, Any] = {"model": {}}
+    for text in overrides:
+        override(changed, text)
+    if changed["model"].get("words_said", 0) is None:  # left out, it stays as it was
+        model = dataclasses.replace(model, words_said=model.vocab)
+    return model, [key for key in FREE if key not in {**page["model"], **changed["model"]}]
 
 
 def grow(
@@ -98,10 +109,12 @@ def grow(
     seed: int,
     how: Growing = EXACT,
     more_words: Path | None = None,
+    left_open: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read, grow, write, prove; returns the proof. ValueError for what cannot be done.
 
-    more_words: a tokenizer that has the checkpoint's tokens in their places, and more.
+    more_words: a tokenizer that has the checkpoint's tokens in their places, and more; left_open:
+    keys of FREE that `to` says nothing of, so that they stay as they are.
     """
     from pretrain import allocator, checkpoint, growth, proof, proven
     from pretrain.state import State
@@ -116,6 +129,8 @@ def grow(
     words = folder / "tokenizer"
     tokenizer = words if words.is_dir() else None
     now = growth.model_config(before)
+    if type(to) is type(now):
+        to = dataclasses.replace(to, **{key: getattr(now, key) for key in left_open})
     free = {key: getattr(now, key) for key in FREE}
     if more_words is None and dataclasses.replace(completed(now, to, how), **free) == now:
         raise ValueError(

@@ -13,8 +13,8 @@ shown: the growth, computed once more without rounding, keeps the logits in floa
 written is its rounding to float32, value by value; and the written model keeps them in float32.
 
 Tolerances: float64, 1e-12 x the standard deviation of the logits (rounding of another summation
-order reaches 1e-14); float32, 3 x the error that the model before has against its own float64
-logits.
+order reaches 1e-14), and behind post-norms what new ones change by their eps (_of_norm_eps);
+float32, 3 x the error that the model before has against its own float64 logits.
 """
 
 import functools
@@ -67,12 +67,13 @@ def prove(
     """Compare the outputs of two states on probes; dropout off.
 
     tokens_BT: int64 token ids. Returns plain data: the largest absolute difference of logits in
-    float64 (of the growth without rounding) and float32 (as written) with their tolerances, the
-    standard deviation of the logits, the first tensor that is `not_as_computed`, the loss (nats a
-    token, next token, float64) before and after, `kept` (the verdict), and if it is False
-    `differs_at`, the first place where the residual stream differs. Of a larger vocabulary the old
-    words' logits are compared, and where the new ones are masked (`words_said`) every probability
-    is kept too; `old_words_fall_by` is what the new ones take of log p (nats, the largest).
+    float64 (of the growth without rounding) and float32 (as written) with their tolerances (in
+    float64 with the part of it that is `of_norm_eps`), the standard deviation of the logits, the
+    first tensor that is `not_as_computed`, the loss (nats a token, next token, float64) before and
+    after, `kept` (the verdict), and if it is False `differs_at`, the first place where the residual
+    stream differs. Of a larger vocabulary the old words' logits are compared, and where the new
+    ones are masked (`words_said`) every probability is kept too; `old_words_fall_by` is what the
+    new ones take of log p (nats, the largest).
 
     `method` is how the state grew; one that does not mean to keep the function (`means_to_keep`)
     is told by how much it `moved`, in deviations of the logits. With a `batch` its loss before and
@@ -87,10 +88,14 @@ def prove(
     unrounded, odd = _unrounded(before, after, pieces)
     grown_BTV = logits(unrounded, tokens_BT, torch.float64)
     std = float(exact_BTV.std())
+    of_eps = _of_norm_eps(model_config(before), model_config(after)) * float(exact_BTV.abs().max())
     found = {
-        "float64": _verdict(
-            _distance(grown_BTV[..., :vocab], exact_BTV), FLOAT64_TOLERANCE * std, std
-        ),
+        "float64": {
+            **_verdict(
+                _distance(grown_BTV[..., :vocab], exact_BTV), FLOAT64_TOLERANCE * std + of_eps, std
+            ),
+            "of_norm_eps": of_eps,
+        },
         "float32": _verdict(
             _distance(logits(after, tokens_BT, torch.float32)[..., :vocab], rounded_BTV),
             FLOAT32_TOLERANCE * own_error,
@@ -300,6 +305,7 @@ def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
     was, now = model_config(before), model_config(after)
     exact = all(entry.dtype == "float64" for entry in after.entries.values())
     tolerance = FLOAT64_TOLERANCE if exact or _unscaled(was, now) else ROUNDED_TOLERANCE
+    of_eps = _of_norm_eps(was, now)
     earlier = "the embeddings"
     for name, stream_BTD in new.items():
         expected = _counterpart(name, was, now)
@@ -310,11 +316,25 @@ def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
         old_BTD = old[expected]
         seen_BTD = stream_BTD[..., : old_BTD.shape[-1]] / _stretch(was, now)
         far = _distance(seen_BTD, old_BTD)
-        if not far <= tolerance * scale:
+        if not far <= tolerance * scale + of_eps * float(old_BTD.abs().max()):
             return f"{earlier} (the stream that enters {name} differs by {far:.2e})"
         earlier = _inside(name, was, now)
     far = _distance(new_BTV[..., : said(was)], old_BTV[..., : said(was)])
     return f"{earlier} or the head (the logits differ by {far:.2e})"
+
+
+def _of_norm_eps(was: ModelConfig, now: ModelConfig) -> float:
+    """The share of a logit, and of the stream, that new layers behind post-norms may change.
+
+    A sum y of mean square m leaves a norm as h = y / sqrt(m + eps), whose mean square is 1 - eps/m:
+    a norm behind it makes h (1 + (1/m - 1) eps / 2) of it, and further ones change no more than
+    eps^2. So each old layer with new ones behind it rescales the stream once, by less than eps / 2
+    where m > 1/2. What follows reads that: twice as much is granted, for each such layer.
+    """
+    if not isinstance(was, RoFormerConfig):
+        return 0.0
+    places = (source(number, was.layers, now.layers) for number in range(now.layers))
+    return len({old for old, is_new in places if is_new}) * was.norm_eps
 
 
 def _unscaled(was: ModelConfig, now: ModelConfig) -> bool:

@@ -192,6 +192,38 @@ def test_a_page_gets_every_number_that_it_lacks(
     assert f"model.norm_eps: {TINY.norm_eps * (32 / 48)}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "dropout"),
+    [([], 0.0), (["--set", "dropout=0.1"], 0.1), (["--set", "hidden=96"], 0.0)],
+)
+def test_what_a_page_of_sizes_leaves_out_stays_as_it_was(
+    run: Path, words: list[str], dropout: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A size says nothing of dropout: with the default's, copies that stay alike were not told."""
+    none = dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)
+    small, out = run.parent / "small", run.parent / "grown"
+    checkpoint.write_state(small, trained(none))
+    sizes = {k: v for k, v in to_dict(TINY).items() if "dropout" not in k and k != "init_std"}
+    (run.parent / "sizes.yaml").write_text(dump({"model": sizes}), "utf-8")
+    line = ["grow", str(small), "--to", str(run.parent / "sizes.yaml"), "--out", str(out)]
+    assert main([*line, "--set", "hidden=64", *words]) == 0
+    assert ("copies of hidden" in capsys.readouterr().out) == (dropout == 0)
+    grown = checkpoint.read(out).record["model"]
+    assert (grown["dropout"], grown["attention_dropout"]) == (dropout, 0.0)
+    assert grown["init_std"] == TINY.init_std == 0.1
+
+
+def test_null_says_all_words_as_in_a_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masked, more, out = (run.parent / name for name in ("masked", "more", "out"))
+    line = ["--set", "vocab=120", "--new-words", "masked"]
+    assert call(run, *line, "--out", str(masked)) == 0
+    page = ["--to", str(run.parent / "tiny.yaml"), "--set", "vocab=120"]
+    assert main(["grow", str(masked), *page, "--set", "ffn=96", "--out", str(more)]) == 0
+    assert checkpoint.read(more).record["model"]["words_said"] == 97  # left out, it stays
+    assert main(["grow", str(masked), *page, "--set", "words_said=null", "--out", str(out)]) == 0
+    assert "97 -> 120 are said" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("step", "share"), [(8, None), (9, None), (12, "0.55"), (14, "0.25")])
 def test_a_rate_that_has_fallen_is_told(
     run: Path, step: int, share: str | None, capsys: pytest.CaptureFixture[str]

@@ -33,7 +33,7 @@ LR, STEPS = 1e-2, 10
 
 def larger(family: str, sizes: dict[str, int]) -> ModelConfig:
     if family == "t5" and "ffn" in sizes:
-        sizes = {"ffn": 96}
+        sizes = {**sizes, "ffn": 96}
     return dataclasses.replace(FAMILIES[family], **sizes, dropout=0.0, attention_dropout=0.0)
 
 
@@ -69,15 +69,17 @@ def trained_on(state: State, steps: int, **drops: float) -> dict[str, torch.Tens
 
 
 def apart(weights: dict[str, torch.Tensor], sizes: dict[str, int], config: ModelConfig) -> float:
-    """How far twins are from each other, as a share of their size."""
+    """How far added ones are from their twins, the nearest old ones, as a share of their size."""
     stack = "decoder" if config.family == "cpm" else "encoder"
     if "hidden" in sizes:
-        one, other = weights["embed.tokens.weight"].chunk(2, 1)
+        rows = weights["embed.tokens.weight"].T
     elif "ffn" in sizes:
-        one, other = weights[f"{stack}.layers.0.ffn.up.weight"].chunk(2)
+        rows = weights[f"{stack}.layers.0.ffn.up.weight"]
     else:
-        one, other = weights[f"{stack}.layers.0.self.v.weight"].chunk(2)
-    return float((one - other).norm() / one.norm())
+        rows = weights[f"{stack}.layers.0.self.v.weight"]
+    old, added = rows.chunk(2)
+    far = (added[:, None] - old[None]).norm(dim=-1).amin(1)
+    return float(far.norm() / old.norm())
 
 
 @pytest.mark.parametrize("way", ["split", "both"])
@@ -127,6 +129,14 @@ def test_copies_part(family: str, sizes: dict[str, int]) -> None:
         ({"ffn": 128}, LOCKED),
         ({"ffn": 128, "layers": 4}, Growing(added="copied", new_layers="paired")),
         ({"heads": 8}, LOCKED),
+        ({"hidden": 64, "layers": 4}, Growing(method="stack")),
+        ({"ffn": 128}, Growing(method="stack", added="copied")),
+        ({"hidden": 64}, Growing(method="bert2bert")),
+        ({"ffn": 128}, Growing(method="bert2bert", split=0.7)),  # it draws, nothing splits there
+        ({"heads": 8}, Growing(method="bert2bert", noise=0.1)),
+        ({"hidden": 64, "ffn": 128}, Growing(method="bert2bert_aki")),
+        ({"ffn": 128}, Growing(method="bert2bert_aki")),
+        ({"hidden": 64, "ffn": 128}, Growing(method="random")),
     ],
     ids=str,
 )
@@ -134,8 +144,6 @@ def test_copies_part(family: str, sizes: dict[str, int]) -> None:
 def test_what_nothing_parts_is_told(
     family: str, sizes: dict[str, int], how: Growing, drops: dict[str, float]
 ) -> None:
-    if family == "t5" and "ffn" in sizes:
-        sizes = {**sizes, "ffn": 96}
     to = dataclasses.replace(larger(family, sizes), **drops)
     if refusal(FAMILIES[family], to, how):
         pytest.skip("the family cannot grow so")
