@@ -187,7 +187,7 @@ def test_an_option_without_effect_is_told(
         ({"ffn": 128}, {"split": 0.7, "added": "copied"}),
         ({"ffn": 128}, {}),  # random units
         ({"hidden": 64, "layers": 4}, {"new_layers": "paired"}),
-        ({"hidden": 64}, {"method": "bert2bert"}),
+        ({"hidden": 64}, {"method": "bert2bert", "noise": 0.1}),
     ],
 )
 def test_copies_that_nothing_parts_are_told(sizes: dict[str, int], options: dict[str, Any]) -> None:
