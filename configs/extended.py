@@ -34,6 +34,10 @@ Method = Literal[
 ]  # fmt: skip
 
 
+READS = {"hierarchical": ("alpha",), "rerope": ("window",), "leaky_rerope": ("window", "leak")}
+"""Which of their numbers the methods read."""
+
+
 @dataclass(frozen=True)
 class Extend:
     """How a model is taken to longer rows."""
@@ -75,7 +79,9 @@ def extended(now: ModelConfig, seq_len: int, how: Extend, known: int | None = No
     """
     if seq_len < 2:
         raise ConfigError(f"seq_len: is {seq_len}, must be at least 2 (至少为二)")
-    how = resolved(now, how)
+    given, how = how, resolved(now, how)
+    if unread := _unread(now, how.method, given):
+        raise ConfigError(unread)
     room = longest_row(now)
     rope = getattr(now, "rope", None)
     length = rope.known if rope else how.known or room or known
@@ -127,6 +133,26 @@ def resolved(now: ModelConfig, how: Extend) -> Extend:
         leak=how.leak or (rope.leak if rope else 16.0),
         window=how.window or (rope.window if rope else 0),
         dynamic=dynamic and not by_itself and not isinstance(now, CPMConfig),
+    )
+
+
+def _unread(now: ModelConfig, method: Method, given: Extend) -> str | None:
+    """What is said of a number that the method does not read; `dynamic: false` is true of all."""
+    read = READS.get(method, ())
+    unread = [key for key in ("alpha", "window", "leak") if getattr(given, key) and key not in read]
+    if given.dynamic and (
+        method in READS
+        or method not in ("interpolated", *ROTARY)
+        or (method == "interpolated" and isinstance(now, CPMConfig))
+    ):
+        unread.append("dynamic")
+    if not unread:
+        return None
+    value = json.dumps(getattr(given, unread[0]))
+    of = [name for name, keys in READS.items() if unread[0] in keys]
+    why = f", {' and '.join(of)} would" if of else f" in a {now.family}"
+    return (
+        f"{unread[0]}: is {value}, which {method} does not read{why}; leave it out (该方法不读此项)"
     )
 
 

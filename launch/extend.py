@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from configs.extended import Extend, Method, extended, resolved
 from configs.load import from_dict
+from configs.model import longest_row
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +72,11 @@ def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dic
         raise ValueError(
             f"--seq-len: is {seq_len}, {origin} reads such rows as it is; name more (无需扩展)"
         )
+    if (room := longest_row(now)) and how.known not in (None, room) and not how.log_n:
+        raise ValueError(
+            f"--known: is {how.known}, the model has {room} positions and reads no other length "
+            "without --log-n; leave it out (不读此项)"
+        )
     known = how.known or rows
     how = dataclasses.replace(resolved(now, how), known=known)
     words = folder / "tokenizer"
@@ -94,8 +100,12 @@ def extend(origin: Path, seq_len: int, how: Extend, out: Path, seed: int) -> dic
 
 
 def changed(now: dict[str, Any], to: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `model:` that a page must have now."""
-    return {key: value for key, value in to.items() if now.get(key) != value}
+    """The keys of `model:` that a page must have now, of a table those that its method reads."""
+    found = {key: value for key, value in to.items() if now.get(key) != value}
+    if table := found.get("position_table"):
+        unread = "dynamic" if table["method"] == "hierarchical" else "alpha"
+        found["position_table"] = {key: v for key, v in table.items() if key != unread}
+    return found
 
 
 def _table(found: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from configs.extended import Extend, extended
+from configs.load import ConfigError
 from configs.model import RoFormerConfig
 from launch.cli import main
 from pretrain import checkpoint, proof
@@ -106,6 +109,10 @@ def test_a_broken_promise_exits_non_zero(
         (["--seq-len", "96", "--method", "hierarchical", "--alpha", "0.5"], "not be 0.5"),
         (["--seq-len", "96", "--window", "-3"], "window: is -3, must not be negative"),
         (["--seq-len", "-5"], "seq_len: is -5, must be at least 2"),
+        (["--seq-len", "96", "--window", "9"], "window: is 9, which hierarchical does not read"),
+        (["--seq-len", "96", "--leak", "3"], "does not read, leaky_rerope would; leave it out"),
+        (["--seq-len", "96", "--method", "last", "--alpha", "0.3"], "which last does not read"),
+        (["--seq-len", "96", "--known", "32"], "--known: is 32, the model has 48 positions"),
     ],
 )
 def test_mistakes_are_sentences(
@@ -114,6 +121,30 @@ def test_mistakes_are_sentences(
     assert call(run, *words, "--out", str(run.parent / "long")) == 2
     assert sentence in capsys.readouterr().err
     assert not (run.parent / "long").exists()
+
+
+@pytest.mark.parametrize("page", [{"alpha": 0.3}, {"method": "rerope", "leak": 3.0}])
+def test_a_number_that_the_method_does_not_read_is_refused_in_rotary_models_too(
+    page: dict[str, Any],
+) -> None:
+    config = RoFormerConfig("roformer", 1, 96, 32, 2, 4, 8, 64)
+    key = (page.keys() - {"method"}).pop()
+    with pytest.raises(ConfigError, match=f"{key}: is .*, which rerope does not read"):
+        extended(config, 96, Extend(**page, known=32))
+    with pytest.raises(ConfigError, match="dynamic: is true, which rerope does not read"):
+        extended(config, 96, Extend("rerope", dynamic=True, known=32))
+    static = extended(config, 96, Extend("rerope", dynamic=False, known=32))  # which is true of it
+    assert static == extended(config, 96, Extend("rerope", known=32))
+
+
+def test_the_numbers_to_write_are_those_that_are_read(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table that is decomposed knows no length: `dynamic` beside it would say that it does."""
+    words = ["--seq-len", "96", "--static", "--out", str(run.parent / "long")]
+    assert call(run, *words) == 0
+    table = '{"method": "hierarchical", "rows": 48, "alpha": 0.4}'
+    assert f"model.position_table: {table}" in capsys.readouterr().out
 
 
 def test_what_reads_such_rows_already_is_not_written_again(
