@@ -116,8 +116,7 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         if options:
             config = hf_config.with_options(growth.model_config(state), options)
             state, left = _fitted(State(state.entries, state.record | {"model": to_dict(config)}))
-        kept = _tokenizer(words) or (inside if inside.is_dir() else None)
-        return Source(kind, state, kept, tuple(left))
+        return Source(kind, state, _tokenizer(words, inside, state.record), tuple(left))
     if kind == "hf":
         page, tensors = hf.read(folder)
         said = hf_config.ours(page)
@@ -147,7 +146,7 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         assert isinstance(config, CPMConfig)
         entries = imported(megatron.rules(config, ranks), tensors, config, megatron.ignored)
     inside = folder / hf.TOKENIZER
-    kept = _tokenizer(words) or (inside if inside.is_dir() else None)
+    kept = _tokenizer(words, inside, {})
     record = {"model": to_dict(config)} | ({"labels": called} if called else {})
     state, notes = _fitted(State(entries, record))
     notes += [f"left behind: {what} (未转换)" for what in left]
@@ -208,10 +207,22 @@ def format_of(folder: Path) -> str:
     )
 
 
-def _tokenizer(words: str | None) -> Path | None:
+def _tokenizer(words: str | None, inside: Path, record: dict[str, Any]) -> Path | None:
+    """The tokenizer beside a source, or the one given for it by option.
+
+    ConversionError for one with another fingerprint than the source's: the rows of its table
+    would stand for other tokens without anything saying so.
+    """
+    own = inside if inside.is_dir() else None
     if words is None:
-        return None
-    corpus_tokenizer.load(words)  # says what is wrong with it
+        return own
+    given = corpus_tokenizer.load(words).fingerprint  # says what is wrong with it
+    learnt = corpus_tokenizer.load(own).fingerprint if own else record.get("tokenizer")
+    if learnt not in (None, given):
+        raise ConversionError(
+            f"{words}: is the tokenizer {given}, {inside.parent} learnt that of {learnt}; leave it "
+            "out, or take the checkpoint to another vocabulary by `launch revocab` (分词器不一致)"
+        )
     return Path(words)
 
 
@@ -268,7 +279,9 @@ def convert(
 
 def _begun(source: Source) -> dict[str, Any]:
     """state.json of a checkpoint that starts from elsewhere: a run takes its weights."""
-    fingerprint = corpus_tokenizer.load(source.tokenizer).fingerprint if source.tokenizer else None
+    fingerprint = source.state.record.get("tokenizer")
+    if source.tokenizer:
+        fingerprint = corpus_tokenizer.load(source.tokenizer).fingerprint
     begin = {"step": 0, "stage": 0, "samples": 0, "tokens": 0, "updates": 0, "born": {}}
     begin |= {"seed": 0, "data": [], "scaler": None, "growth": [], "converted": source.format}
     return begin | source.state.record | {"tokenizer": fingerprint}

@@ -119,6 +119,30 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_another_tokenizer_than_the_sources_own_is_refused(tmp_path: Path) -> None:
+    """Its rows would stand for other tokens, and corpora of those ids would be let in."""
+    ours = with_words(saved(BERT, tmp_path / "ours"), tmp_path, 96)
+    convert_to(ours, tmp_path / "theirs", "hf")
+    own = wordpiece.WordPiece((ours / "tokenizer/vocab.txt").read_bytes(), True).fingerprint
+    other = with_words(saved(BERT, tmp_path / "other"), tmp_path / "beside", 90) / "tokenizer"
+    foreign = json.loads((other / "tokenizer.json").read_text("utf-8"))["fingerprint"]
+    state = checkpoint.read(ours)
+    alone = State(state.entries, state.record | {"tokenizer": own})  # says which, has it not
+    checkpoint.write_state(tmp_path / "alone", alone)
+    for source in (ours, tmp_path / "theirs", tmp_path / "alone"):
+        for to in ("native", "hf"):
+            line = [str(source), str(tmp_path / "x"), "--to", to, "--tokenizer", str(other)]
+            with pytest.raises(ConversionError, match="by `launch revocab`") as refused:
+                convert.main(line)
+            assert own in str(refused.value) and foreign in str(refused.value)
+            assert not (tmp_path / "x").exists()
+        line = ["--tokenizer", str(ours / "tokenizer")]
+        convert_to(source, tmp_path / f"{source.name}-same", "native", *line)
+    convert_to(tmp_path / "alone", tmp_path / "without", "native")
+    for name in ("with-same", "theirs-same", "alone-same", "without"):
+        assert checkpoint.read(tmp_path / name).record["tokenizer"] == own
+
+
 @pytest.mark.parametrize(
     "page", [{"use_relative_position": True}, {"hidden_act": "relu"}], ids=["nezha", "act"]
 )
