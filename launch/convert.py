@@ -39,7 +39,7 @@ from configs.model import (
 from configs.model import tensors as tensors_of
 from data_pipeline import tokenizer as corpus_tokenizer
 from pretrain import checkpoint, growth, proof
-from pretrain.averaged import unmarked
+from pretrain.averaged import called, unmarked
 from pretrain.convert import bert4keras, bundle, cpm1, hf, hf_config, megatron
 from pretrain.convert.rules import ConversionError, Rule, check, exported, imported
 from pretrain.labelled import label_names
@@ -61,6 +61,8 @@ class Source:
     """A frozen tokenizer/, where there is one."""
     notes: tuple[str, ...] = ()
     """What was left behind."""
+    at: str = ""
+    """The folder that was read: of a run the checkpoint that was taken."""
 
 
 def main(argv: list[str]) -> int:
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> int:
         )
     source = read(Path(given.source), given.kind, given.set, given.tokenizer)
     found = convert(source, target, given.to, DTYPES[given.dtype], given.ranks)
-    found = settled(target, {"verb": "convert", "source": str(given.source), **found})
+    found = settled(target, {"verb": "convert", "source": source.at, **found})
     print(json.dumps(found, ensure_ascii=False, indent=1) if given.json else _table(found))
     if not found["kept"]:
         print(
@@ -108,7 +110,7 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
     """A checkpoint of any format as a state of ours."""
     kind = kind or format_of(folder)
     left: list[str] = []
-    called: list[str] = []
+    labels: list[str] = []
     if kind == "native":
         path = checkpoint.resolve(folder)
         state = checkpoint.read(path)
@@ -116,7 +118,8 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         if options:
             config = hf_config.with_options(growth.model_config(state), options)
             state, left = _fitted(State(state.entries, state.record | {"model": to_dict(config)}))
-        return Source(kind, state, _tokenizer(words, inside, state.record), tuple(left))
+        kept = _tokenizer(words, inside, state.record)
+        return Source(kind, state, kept, tuple(left), called(path))
     if kind == "hf":
         page, tensors = hf.read(folder)
         said = hf_config.ours(page)
@@ -127,7 +130,7 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         entries = imported(_present(tables, tensors), tensors, whole, hf.ignored)
         owned = {name for rule in tables for name in rule.foreign}
         left = hf.dropped(set(tensors) - owned)
-        called = hf_config.label_names(page)
+        labels = hf_config.label_names(page)
     elif kind == "cpm1":
         ranks, tensors = cpm1.read(folder)
         heads = [text for text in options if re.fullmatch(r"heads=\d+", text)]
@@ -147,10 +150,10 @@ def read(folder: Path, kind: str | None, options: list[str], words: str | None) 
         entries = imported(megatron.rules(config, ranks), tensors, config, megatron.ignored)
     inside = folder / hf.TOKENIZER
     kept = _tokenizer(words, inside, {})
-    record = {"model": to_dict(config)} | ({"labels": called} if called else {})
+    record = {"model": to_dict(config)} | ({"labels": labels} if labels else {})
     state, notes = _fitted(State(entries, record))
     notes += [f"left behind: {what} (未转换)" for what in left]
-    return Source(kind, state, kept, tuple(notes))
+    return Source(kind, state, kept, tuple(notes), str(folder))
 
 
 def _with_table(config: ModelConfig, found: ModelConfig) -> ModelConfig:

@@ -105,7 +105,7 @@ def revocab(given: argparse.Namespace) -> dict[str, Any]:
     same = _same(source.state, after, made, new_tokenizer)
     found = {
         "verb": "revocab",
-        "source": str(given.source),
+        "source": source.at,
         "out": str(out),
         "recipe": given.recipe,
         "kept": written["kept"] and same["within"],

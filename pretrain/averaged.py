@@ -20,6 +20,11 @@ def unmarked(path: str | Path) -> tuple[Path, bool]:
     return Path(str(path).removesuffix(MARK)), str(path).endswith(MARK)
 
 
+def called(folder: Path) -> str:
+    """The name of a checkpoint's folder, with the mark where its average is meant."""
+    return f"{folder}{MARK if isinstance(folder, Averaged) else ''}"
+
+
 def averaged(state: State) -> State:
     """The same model with the average as its weights, without moments.
 

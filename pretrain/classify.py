@@ -15,6 +15,7 @@ import torch
 
 from configs.objectives import Labels
 from pretrain.answer import right_padded
+from pretrain.averaged import called
 from pretrain.batches import Batch
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import open_measured, trained_objective
@@ -57,7 +58,7 @@ def labels(
             logits_NL, targets_N = logits_at(model, batch, places(batch))
             both = targets_N.cpu().numpy(), logits_NL.argmax(-1).cpu().numpy()
             np.add.at(confusion_LL, both, 1)
-    return _told(confusion_LL, names)
+    return {"checkpoint": called(folder), **_told(confusion_LL, names)}
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:

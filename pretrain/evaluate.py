@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 
 from configs.load import from_dict
 from configs.objectives import Causal
+from pretrain.averaged import called
+from pretrain.checkpoint import read, resolve
 from pretrain.corpora import Corpora, check_learnt, open_measured, trained_objective
 from pretrain.device import check_gpu
 from pretrain.prompts import TASKS as PROMPTED
@@ -174,13 +176,13 @@ def bits(
     import torch
 
     from pretrain import objectives
-    from pretrain.checkpoint import read, resolve
     from pretrain.device import place
     from pretrain.generate import load_model
     from pretrain.objectives.losses import token_losses_plain
     from pretrain.tasks import TaskError, row_length
 
-    state = read(resolve(checkpoint))
+    folder = resolve(checkpoint)
+    state = read(folder)
     sizes = state.record["model"]
     if sizes["family"] != "cpm":
         raise TaskError(
@@ -206,7 +208,7 @@ def bits(
     table = {"model": nats} | baselines(corpora, samples)
     total = int(corpora.train[0].index.tokens)
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": called(folder),
         "corpus": str(corpus),
         "rows": len(corpora.measured(samples)[0]),
         "tokens": predicted,
@@ -265,7 +267,10 @@ def main(argv: Sequence[str]) -> int:
         result = measured(words)
     if words.json:
         print(json.dumps(result, ensure_ascii=False))
-    elif words.task == "bits":
+        return 0
+    if "checkpoint" in result:
+        print(f"checkpoint {result['checkpoint']}")
+    if words.task == "bits":
         _show(result)
     elif words.task in ("length", "passkey"):
         from pretrain import lengths
@@ -291,7 +296,7 @@ def reach(words: argparse.Namespace) -> dict[str, Any]:
         ) from None
     if words.samples is not None and words.samples < 1:
         raise lengths.LengthError(f"--samples: is {words.samples}, must be at least 1 (至少一个)")
-    head = {"task": words.task, "checkpoint": str(words.checkpoint)}
+    head = {"task": words.task, "checkpoint": ""}  # the place of what was found there
     if words.task == "length":
         count = words.samples or 64
         found = lengths.lengths(words.checkpoint, words.data, wanted, count, gpu=words.gpu)
@@ -314,20 +319,22 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
         raise tasks.TaskError(f"--beams: is {words.beams}, must be at least 1 (至少一束)")
     if words.cleaned is not None:
         return tasks.write_problems(words.data, words.cleaned, words.samples)
-    head = {"task": words.task, "checkpoint": str(words.checkpoint), "data": str(words.data)}
+    head = {"task": words.task, "checkpoint": "", "data": str(words.data)}
     if words.task == "mlm":
         chosen = words.masking, words.samples or 256, words.seq_len, words.gpu
         return head | tasks.masked(words.checkpoint, words.data, *chosen)
-    asked = words.checkpoint, words.data, words.samples, words.seq_len, words.gpu
+    asked = words.data, words.samples, words.seq_len, words.gpu
     if words.task == "labels":
-        return head | classify.labels(*asked)
+        return head | classify.labels(words.checkpoint, *asked)
     if words.task in PROMPTED:
         return head | prompted(words)
-    model, tokenizer = tasks.opened(words.checkpoint, words.gpu)
+    folder = resolve(words.checkpoint)
+    head["checkpoint"] = called(folder)
+    model, tokenizer = tasks.loaded(folder, words.gpu)
     if words.task == "lcqmc":
         found = tasks.similarity(model, tokenizer, words.data, words.samples)
         if getattr(model.config, "labels", 0):
-            found["accuracy"] = classify.labels(*asked)["accuracy"]
+            found["accuracy"] = classify.labels(called(folder), *asked)["accuracy"]
         return head | found
 
     def writes(sources: Sequence[str]) -> list[str]:
@@ -355,8 +362,10 @@ def prompted(words: argparse.Namespace) -> dict[str, Any]:
         raise tasks.TaskError("--shots, --examples: give both or neither (须同时给出)")
     asked = prompts.questions(words.task, words.data, words.samples, words.candidates)
     solved = prompts.questions(words.task, words.examples) if words.shots else []
-    model, tokenizer = tasks.opened(words.checkpoint, words.gpu)
-    return prompts.chosen(model, tokenizer, asked, words.shots, solved)
+    folder = resolve(words.checkpoint)
+    model, tokenizer = tasks.loaded(folder, words.gpu)
+    found = prompts.chosen(model, tokenizer, asked, words.shots, solved)
+    return {"checkpoint": called(folder), **found}
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from configs.load import from_dict
 from configs.model import CPMConfig, ModelConfig, T5PegasusConfig
 from pretrain import checkpoint, models
 from pretrain.allowed import AllowedOutputs, Node, read_lines
+from pretrain.averaged import called
 from pretrain.beam import Ahead, BranchingCache, nothing_left, search
 from pretrain.decoding import Decoding, Written
 from pretrain.device import place
@@ -389,7 +390,7 @@ def main(argv: Sequence[str]) -> int:
     found = texts(model, tokenizer, words.prompt, decoding, words.allowed)
     elapsed_s = time.perf_counter() - start
     goes_on = isinstance(model.config, CPMConfig)
-    _show(words, str(folder), found, elapsed_s, "" if goes_on else " => ")
+    _show(words, called(folder), found, elapsed_s, "" if goes_on else " => ")
     return 0
 
 

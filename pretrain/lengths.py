@@ -28,6 +28,7 @@ from torch import Tensor
 from configs.grown import said
 from configs.model import CPMConfig, ModelConfig, RoFormerConfig, T5PegasusConfig, longest_row
 from pretrain.answer import framed
+from pretrain.averaged import called
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import check_learnt
 from pretrain.device import place
@@ -69,7 +70,8 @@ def lengths(
     """
     from data_pipeline import tokenizer as tokenizers
 
-    state = read(resolve(checkpoint))
+    folder = resolve(checkpoint)
+    state = read(folder)
     check_says_words(state.record["model"], "--task length")
     words = tokenizers.load(Path(corpus) / "tokenizer")
     check_learnt(state.record, corpus, words.fingerprint)
@@ -102,7 +104,7 @@ def lengths(
                 "buckets": parts,
             }
         )
-    return {"rows": len(rows), "lengths": found}
+    return {"checkpoint": called(folder), "rows": len(rows), "lengths": found}
 
 
 def _check(config: ModelConfig, words: Any, wanted: Sequence[int]) -> None:
@@ -291,7 +293,8 @@ def passkeys(
             said = sum(_says(model, words, text, key) for text, key in made)
             right.append(said / samples)
         table.append({"length": length, "accuracy": right, "mean": sum(right) / len(right)})
-    return {"depths": list(depths), "samples": samples, "lengths": table}
+    head = {"checkpoint": called(folder), "depths": list(depths), "samples": samples}
+    return head | {"lengths": table}
 
 
 def passkey(

@@ -26,6 +26,7 @@ from configs.model import CPMConfig, T5PegasusConfig, longest_row
 from configs.objectives import Masked
 from pretrain import scores
 from pretrain.answer import answer, framed, right_padded
+from pretrain.averaged import called
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import check_learnt, open_measured, trained_length, trained_objective
 from pretrain.decoding import Decoding, Written
@@ -45,9 +46,13 @@ class TaskError(ValueError):
 
 def opened(checkpoint: str | Path, gpu: bool = False) -> tuple[nn.Module, Any]:
     """The model of a checkpoint or a run, and its tokenizer."""
+    return loaded(resolve(checkpoint), gpu)
+
+
+def loaded(folder: Path, gpu: bool = False) -> tuple[nn.Module, Any]:
+    """opened() of a checkpoint that was resolved."""
     from data_pipeline import tokenizer as tokenizers
 
-    folder = resolve(checkpoint)
     if not (folder / "tokenizer").is_dir():
         raise TaskError(f"{folder}: has no tokenizer/, texts cannot be read for it (缺少分词器)")
     return load_model(read(folder), *place(gpu)), tokenizers.load(folder / "tokenizer")
@@ -94,7 +99,8 @@ def masked(
 
     masking: token, word or word_token; None: as the run was trained, or word.
     """
-    state = read(resolve(checkpoint))
+    folder = resolve(checkpoint)
+    state = read(folder)
     if state.record["model"]["family"] != "roformer":
         raise TaskError(
             "--task mlm: needs a RoFormer, the checkpoint is of another family (仅编码器)"
@@ -133,6 +139,7 @@ def masked(
         nats += float(token_losses_plain(model.logits, hidden_ND, targets_N).sum())
     total = max(sum(number.values()), 1)
     return {
+        "checkpoint": called(folder),
         "rows": len(corpora.measured(samples)[0]),
         "masking": objective.masking,
         "tokens": total,

@@ -177,7 +177,8 @@ def test_an_average_is_converted_by_its_name(tmp_path: Path) -> None:
         for key, entry in state.entries.items()
     }
     checkpoint.write_state(tmp_path / "run", State({**zeros, **shadow}, state.record))
-    convert_to(Path(f"{tmp_path / 'run'}@ema"), tmp_path / "theirs", "hf")
+    found = convert_to(Path(f"{tmp_path / 'run'}@ema"), tmp_path / "theirs", "hf")
+    assert found["source"] == f"{tmp_path / 'run'}@ema"
     convert_to(tmp_path / "theirs", tmp_path / "back", "native")
     assert same_weights(state, checkpoint.read(tmp_path / "back"))
 

@@ -7,6 +7,7 @@ counted.
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,35 @@ def test_masked_tokens_are_counted(
     assert found["among_best_5"] >= found["accuracy"]
     assert cli.main(["evaluate", *map(str, line), "--seq-len", "64"]) == 0
     assert "of those masked" in capsys.readouterr().out
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every verb that takes a run; its figures are of the step that it names."""
+    made, run = saved(tmp_path, SIZES["cpm"]), tmp_path / "run"
+    for step in (2, 4):
+        shutil.copytree(made, run / f"checkpoints/stage-00-step-{step:08}")
+    new, old = checkpoint.found_in(run)
+    lcqmc = ("--task", "lcqmc", "--data", tmp_path / "pairs.tsv")
+    (tmp_path / "pairs.tsv").write_text("今天\t天气\t1\n很好\t今天\t0\n", "utf-8")
+    tasks_of = (lcqmc, ("--task", "passkey", "--lengths", "64", "--samples", "1"))
+    for task in tasks_of:
+        assert said(capsys, run, *task)["checkpoint"] == str(new)
+    with (new / "weights-00000.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    told = f"damaged, passed over: {new}/weights-00000.safetensors: has 1000 bytes"
+    verbs: list[list[Any]] = [["evaluate", run, *task] for task in tasks_of]
+    verbs += [["generate", run, "--prompt", "今天", "--json"], ["inspect", run]]
+    verbs += [["convert", run, tmp_path / "theirs", "--to", "hf"]]
+    verbs += [["convert", run, tmp_path / "ours", "--to", "native", "--json"]]
+    for line in verbs:
+        assert cli.main([*map(str, line)]) == 0
+        both = capsys.readouterr()
+        assert both.err.count(told) == 1 and f"reading {old} (" in both.err, line
+        assert str(old) in both.out and str(new) not in both.out, line
+    for task in tasks_of:
+        assert said(capsys, run, *task)["checkpoint"] == str(old)
 
 
 def test_titles_and_problems_of_known_outputs(tmp_path: Path) -> None:

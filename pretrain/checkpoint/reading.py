@@ -8,6 +8,7 @@ import errno
 import json
 import mmap
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -248,8 +249,9 @@ def _damage_shared(path: Path) -> list[str]:
 def resolve(path: str | Path) -> Path:
     """A verified checkpoint folder from what a user names: a checkpoint, or a run (its newest).
 
-    All ranks of a job call this together and share the reading. Raises CheckpointError for what is
-    not there, holds none, or is damaged.
+    All ranks of a job call this together and share the reading. Damage of a run's newer checkpoints
+    is told on stderr, and which one is taken. Raises CheckpointError for what is not there, holds
+    none, or is damaged.
     """
     path, average = unmarked(path)  # RUN@ema
     if average:
@@ -266,4 +268,7 @@ def resolve(path: str | Path) -> Path:
     if good is None:
         what = "\n".join(wrong) or f"{path}: holds no checkpoint (没有检查点)"
         raise CheckpointError(what)
+    if wrong and EVERYONE.rank == 0:
+        lines = [f"damaged, passed over: {sentence}" for sentence in wrong]
+        print(*lines, f"reading {good} (改用较早的检查点)", sep="\n", file=sys.stderr)
     return good
