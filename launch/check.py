@@ -3,6 +3,9 @@
 CONFIG --its sections tell--> a run (RunConfig) | a corpus (CorpusConfig) | sizes (a model alone)
        --configs.load-------> ok and what it comes to, or every problem at once
 
+Of a run, the corpora that are built are asked as well, by their manifests: the vocabulary, and the
+files that the objective reads.
+
 --explain prints the grammar: every field, its default and its docstring, out of the source of
 configs/ itself.
 """
@@ -19,6 +22,7 @@ from configs.load import ConfigError, load, read_yaml
 from configs.model import ModelConfig, parameter_count
 from launch import grammar
 from launch.machines import at_least_one
+from pretrain import manifests
 from pretrain.staged import idle_options
 
 CORPUS_SECTIONS = {"tokenizer", "split", "clean", "dedup"}
@@ -87,7 +91,8 @@ def check(path: str, overrides: list[str], devices: int | None = None) -> dict[s
     if isinstance(config, corpus_page.CorpusConfig):
         return found | _corpus_summary(config)
     if isinstance(config, run_page.RunConfig):
-        if devices is not None and (problems := run_page.world_problems(config, devices)):
+        problems = [] if devices is None else run_page.world_problems(config, devices)
+        if problems := [*problems, *manifests.problems(config)]:
             raise ConfigError("\n".join(problems))
         return found | _run_summary(config)
     assert isinstance(config, Sizes)

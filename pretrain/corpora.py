@@ -10,7 +10,6 @@ run began would silently change every later sample, so its content, side files i
 (up to CONTENT_BYTES; beyond that its sizes are compared) and the run refuses.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +24,17 @@ from configs.run import CorpusShare, Data
 from data_pipeline import index as corpus_index
 from data_pipeline import tokenizer as corpus_tokenizer
 from pretrain.batches import Batch, Rows, read_rows, step_samples
+from pretrain.manifests import (
+    Side,
+    check_alike,
+    check_sides,
+    check_vocab,
+    manifest_of,
+    needs,
+)
 from pretrain.order import Dataset, Order, dataset_key, stream_places
 from pretrain.permutation import Keys, keyed
-from pretrain.reading import Side, check_sides, needs, open_rows
+from pretrain.reading import open_rows
 
 CONTENT_BYTES = 8 * 10**9
 """Up to here the content of a corpus is hashed at every start (1-2 GB/s)."""
@@ -176,8 +183,7 @@ def open_stages(readings: Sequence[Reading], seed: int, vocab: int) -> list[Corp
     checked: set[tuple[Path, tuple[Side, ...]]] = set()
     opened = [_open(reading, vocab, checked) for reading in stretches]
     prints = {part.tokenizer.fingerprint: part.tokenizer_folder for part in opened}
-    if len(prints) > 1:
-        raise ConfigError(_tokenizers_differ(prints))
+    check_alike(prints)
     order = Order(seed, [(r.first, p.datasets) for r, p in zip(stretches, opened, strict=True)])
     whole = [entry for part in opened for entry in part.record]
     made = [
@@ -204,16 +210,11 @@ def _open(reading: Reading, vocab: int, checked: set[tuple[Path, tuple[Side, ...
     data, objective = reading.data, reading.objective
     folders = [Path(share.corpus) for share in data.train]
     sides = needs(objective, data)
-    manifests = [_manifest(folder) for folder in folders]
+    manifests = [manifest_of(folder) for folder in folders]
     prints = {m["tokenizer"]["fingerprint"]: f for m, f in zip(manifests, folders, strict=True)}
-    if len(prints) > 1:
-        raise ConfigError(_tokenizers_differ(prints))
+    check_alike(prints)
     tokenizer = corpus_tokenizer.load(folders[0] / "tokenizer")
-    if tokenizer.vocab_size > vocab:  # of those that are said: a masked one cannot be learnt
-        raise ConfigError(
-            f"model.vocab: is {vocab}, the tokenizer of {folders[0]} has {tokenizer.vocab_size} "
-            "tokens; model.vocab, and model.words_said if given, must be at least that (词表过小)"
-        )
+    check_vocab(folders[0], tokenizer.vocab_size, vocab)
     for folder, manifest in zip(folders, manifests, strict=True):
         check_sides(folder, manifest, sides)
         if (what := (folder, tuple(sides))) not in checked:
@@ -251,13 +252,6 @@ def _open(reading: Reading, vocab: int, checked: set[tuple[Path, tuple[Side, ...
         for folder, share, manifest, r in zip(folders, data.train, manifests, train, strict=True)
     ]
     return _Opened(train, rows("valid"), datasets, tokenizer, folders[0] / "tokenizer", record)
-
-
-def _tokenizers_differ(prints: dict[str, Path]) -> str:
-    return (
-        f"data.train: the corpora {', '.join(map(str, prints.values()))} were encoded by "
-        "different tokenizers; encode them by one (分词器不一致)"
-    )
 
 
 def trained_length(record: Mapping[str, Any]) -> int | None:
@@ -329,23 +323,6 @@ def _differ(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Keys of the objective that differ; rows that were extended say nothing of their targets."""
     keys = then.keys() | now.keys() - ({"target_len"} - then.keys())
     return sorted(key for key in keys if then.get(key) != now.get(key))
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        for split in ("train", "valid"):
-            manifest["splits"][split]["fingerprint"]
-        manifest["tokenizer"]["fingerprint"]
-    except FileNotFoundError:
-        raise ConfigError(
-            f"data.train: {folder} is no corpus, it has no manifest.json; build it with "
-            "`python -m launch corpus CONFIG` (语料不存在)"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path}: cannot be read as a corpus manifest (清单已损坏)") from None
-    return dict(manifest)
 
 
 def _check_content(folder: Path, manifest: dict[str, Any], sides: Sequence[Side]) -> None:

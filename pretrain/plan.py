@@ -8,8 +8,7 @@
 How FLOPs and activations are counted: pretrain/costs.py. FLOPs of CPM are 6 N + 12 L H Q T a token:
 N the parameters that take part in a matrix product (a tied embedding once, learned positions not),
 L layers, H heads, Q head_dim, T seq_len; attention counted in full, so that figures compare. The
-causal count, which leaves out what the mask throws away, stands beside it. Recomputed work is not
-counted.
+causal count, without what the mask throws away, stands beside it; recomputed work counts nothing.
 """
 
 import argparse
@@ -38,7 +37,7 @@ from configs.run import (
     step_samples,
     world_problems,
 )
-from pretrain import disk, staged
+from pretrain import disk, manifests, staged
 from pretrain.costs import WIDTH, Row, flops_per_token, parameters_by_part
 from pretrain.kept import Kept, kept_of
 from pretrain.transient import logits_bytes, message_bytes
@@ -331,7 +330,8 @@ def main(argv: list[str]) -> int:
     if words.gpus < 1 or not 0 < words.mfu <= 1:
         wrong = f"--gpus, --mfu: are {words.gpus}, {words.mfu}; must be >= 1, in (0, 1]"
         raise PlanError(f"{wrong} (超出取值范围)")
-    found = plan(load(words.config, RunConfig, words.overrides), words.gpus, words.gpu, words.mfu)
+    config = manifests.checked(load(words.config, RunConfig, words.overrides))
+    found = plan(config, words.gpus, words.gpu, words.mfu)
     print(json.dumps(found, ensure_ascii=False, indent=1) if words.json else text(found))
     return 0
 

@@ -1,14 +1,13 @@
-"""The rows of a split of a corpus, for an objective: which files it needs, and what is missing.
+"""The rows of a split of a corpus, for an objective.
 
-    objective --needs()--> .marks | .gaps | .fields --opened--> Rows (rows.py, masking.py, pairs.py,
-                                                                   labelled.py)
+    objective --needs() of manifests.py--> .marks | .gaps | .fields --opened--> Rows (rows.py,
+                                                              masking.py, pairs.py, labelled.py)
 
-A corpus that was built without what an objective needs is refused with the key that builds it.
+A corpus that has not what an objective reads is refused with the key that says what it reads.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,49 +29,11 @@ from data_pipeline import sidefile
 from pretrain.batches import Rows
 from pretrain.contents import Corrupted, Prefixed, Spans, longest_row, noise_of
 from pretrain.labelled import LabelRows
+from pretrain.manifests import FIELDS, GAPS, needs
 from pretrain.masking import Controls, MaskedRows
 from pretrain.pairs import PairRows, frame_of
 from pretrain.permutation import Ints
 from pretrain.rows import CausalRows, Layout
-
-
-class Side(NamedTuple):
-    """A file beside the index."""
-
-    entry: str
-    """Its entry in the manifest of a corpus."""
-    layout: Any
-    """Its format (data_pipeline/sidefile.py)."""
-    key: str
-    """The key of a corpus that builds it, and how."""
-
-
-MARKS = Side("boundaries", sidefile.MARKS, "encode.boundaries=true")
-GAPS = Side("gaps", sidefile.GAPS, "encode.pseudo_summary=true")
-FIELDS = Side("fields", sidefile.FIELDS, "`fields` of a source in data.sources")
-
-
-def needs(objective: Objective, data: Data) -> list[Side]:
-    """What has to lie beside the index."""
-    if isinstance(objective, Masked):
-        packed = packing_of(objective, data.packing) != "windows"
-        return [MARKS] if packed or objective.masking != "token" else []
-    sides: Mapping[type, Side] = {PseudoSummary: GAPS, Pairs: FIELDS, Labels: FIELDS}
-    return [sides[type(objective)]] if type(objective) in sides else []
-
-
-def check_sides(folder: Path, manifest: Mapping[str, Any], sides: list[Side]) -> None:
-    """ConfigError for a corpus that was built without one of the files, or has lost it."""
-    for side in sides:
-        if any(side.entry not in known for known in manifest["splits"].values()):
-            raise ConfigError(
-                f"data.train: {folder} has no {side.layout.suffix} files ({side.layout.holds}), "
-                f"this objective needs them; build the corpus with {side.key} "
-                f"(语料缺少{side.layout.chinese})"
-            )
-        paths = [side.layout.path(folder / split) for split in manifest["splits"]]
-        if missing := [str(path) for path in paths if not path.is_file()]:
-            raise ConfigError(f"data.train: {', '.join(missing)} is missing (文件缺失)")
 
 
 def open_rows(prefix: Path, data: Data, objective: Objective, tokenizer: Any, vocab: int) -> Rows:

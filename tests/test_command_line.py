@@ -152,11 +152,13 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
     assert str(cli.sentence(FileNotFoundError(2, "No such file", "a.txt"))).startswith("a.txt: ")
 
 
-def test_reading_a_page_imports_no_torch() -> None:
+def test_reading_a_page_imports_no_torch(tiny_corpus: Path) -> None:
     code = f"""
         import sys
         from launch.cli import main
         assert main(["check", {RUN!r}, "--json"]) == 0
+        built = "data.train=[{{corpus: {tiny_corpus}, weight: 1}}]"
+        assert main(["check", {RUN!r}, built]) == 0
         assert main(["train", {RUN!r}, "--dry-run"]) == 0
         heavy = {{"torch", "numpy", "deepspeed"}} & set(sys.modules)
         sys.exit(f"imported: {{heavy}}" if heavy else 0)
