@@ -13,7 +13,7 @@ class Decoding:
     max_new_tokens: int = 64
     """Tokens written at most, the end included; the model's last position ends it as well."""
     min_new_tokens: int = 0
-    """Tokens written before the end may come."""
+    """Tokens written before the end may come; not above max_new_tokens."""
     greedy: bool = False
     """The most probable token; the rest of sampling does not matter."""
     temperature: float = 1.0
@@ -38,6 +38,11 @@ class Decoding:
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be 1 up"),
             ("min_new_tokens", self.min_new_tokens >= 0, "must be 0 up"),
+            (
+                "min_new_tokens",
+                self.min_new_tokens <= max(self.max_new_tokens, 0),
+                f"must be at most max_new_tokens, {self.max_new_tokens}",
+            ),
             ("temperature", self.temperature > 0, "must be above 0"),
             ("top_k", self.top_k >= 0, "must be 0 (keep all) or more"),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),

@@ -110,8 +110,7 @@ def write(
             f"prompt: has {max(lengths)} tokens, the model has {capacity} positions; it must not "
             "be longer (提示过长)"
         )
-    # The last token written is never read, so it needs no position.
-    rooms = [min(decoding.max_new_tokens, capacity - length + 1) for length in lengths]
+    rooms = [min(decoding.max_new_tokens, room_behind(length, capacity)) for length in lengths]
     if allowed is not None:
         allowed.check_room(min(rooms), "max_new_tokens, or the model's positions,")
     held = BranchingCache(max(lengths) + max(rooms)) if cache else None
@@ -132,6 +131,12 @@ def write(
         return hidden_BTD[:, -1]
 
     return spell(model, ahead, prompts, rooms, decoding, eod_id, vocab, allowed)
+
+
+def room_behind(length: int, positions: int) -> int:
+    """Tokens that can be written behind a prompt: the last is never read, so it needs no
+    position."""
+    return positions - length + 1
 
 
 @torch.no_grad()
@@ -385,13 +390,38 @@ def main(argv: Sequence[str]) -> int:
 
     folder = checkpoint.resolve(words.checkpoint)
     tokenizer = corpus_tokenizer.load(folder / "tokenizer")
-    model = load_model(checkpoint.read(folder), *where)
+    model: Any = load_model(checkpoint.read(folder), *where)
+    goes_on = isinstance(model.config, CPMConfig)
+    rooms = _rooms(tokenizer, words.prompt, decoding, model.config.positions) if goes_on else []
     start = time.perf_counter()
     found = texts(model, tokenizer, words.prompt, decoding, words.allowed)
     elapsed_s = time.perf_counter() - start
-    goes_on = isinstance(model.config, CPMConfig)
+    full = {r for r, (_, w) in zip(rooms, found, strict=False) if len(w.ids) == r and not w.ended}
+    if cut := sorted(full - {decoding.max_new_tokens}):
+        print(
+            f"--max-new-tokens: is {decoding.max_new_tokens}, {', '.join(map(str, cut))} fit "
+            f"behind the prompt in the model's {model.config.positions} positions, where the text "
+            "was cut; `launch extend` makes room (位置用完，文本已截断)",
+            file=sys.stderr,
+        )
     _show(words, called(folder), found, elapsed_s, "" if goes_on else " => ")
     return 0
+
+
+def _rooms(
+    tokenizer: Tokenizer, prompts: Sequence[str], decoding: Decoding, positions: int
+) -> list[int]:
+    """Tokens that will be written behind each prompt at most; ValueError if the least that was
+    asked for does not fit."""
+    lengths = [len(tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    fit = room_behind(max(lengths), positions)
+    if 0 < fit < decoding.min_new_tokens:  # a prompt that itself is too long is told by write()
+        raise ValueError(
+            f"--min-new-tokens: is {decoding.min_new_tokens}, {fit} fit behind the prompt of "
+            f"{max(lengths)} tokens in the model's {positions} positions; lower it, or make room "
+            "by `launch extend` (位置不足)"
+        )
+    return [min(decoding.max_new_tokens, room_behind(length, positions)) for length in lengths]
 
 
 def _show(

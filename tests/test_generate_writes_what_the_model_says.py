@@ -11,7 +11,19 @@ import torch
 
 from configs.load import to_dict
 from configs.model import CPMConfig, shape, tensors
-from pretrain.generate import Decoding, Written, choose, generate, load_model, truncated, write
+from data_pipeline import tokenizer
+from launch import cli
+from pretrain import checkpoint
+from pretrain.generate import (
+    Decoding,
+    Written,
+    choose,
+    generate,
+    load_model,
+    main,
+    truncated,
+    write,
+)
 from pretrain.models.cpm import CPM
 from pretrain.models.layers import KeyValueCache
 from pretrain.state import Entry, State
@@ -232,6 +244,7 @@ def test_what_a_user_gets_wrong_is_a_sentence() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens: is 0"),
         ({"temperature": 0.0}, r"temperature: is 0\.0, must be above 0"),
         ({"top_p": 1.5}, r"top_p: is 1\.5"),
+        ({"min_new_tokens": 65}, "min_new_tokens: is 65, must be at most max_new_tokens, 64"),
         ({"top_k": -1, "min_new_tokens": -2}, "min_new_tokens: is -2.*top_k: is -1"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -281,22 +294,30 @@ def test_a_state_gives_its_model_and_texts() -> None:
     }
 
 
-def test_the_command_reads_a_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = pytest.importorskip("pretrain.checkpoint")
-    tokenizers = pytest.importorskip("data_pipeline.tokenizer")
-    from pretrain.generate import main
-
-    model = model_of(torch.float32)
+def run_of(model: CPM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run folder whose one checkpoint is the model, with the tokenizer of letters."""
     folder = tmp_path / "run" / "checkpoints" / checkpoint.checkpoint_name(0, 10)
     folder.parent.mkdir(parents=True)
     made = tmp_path / "tokenizer"
     made.mkdir()
     (made / "tokenizer.json").write_text("{}")
     checkpoint.write_state(folder, state_of(model), made)
-    monkeypatch.setattr(tokenizers, "load", lambda folder: Letters())
-    words = [str(tmp_path / "run"), "--prompt", "hello", "--prompt", "abc", "--greedy"]
+    monkeypatch.setattr(tokenizer, "load", lambda folder: Letters())
+    return str(tmp_path / "run")
+
+
+def test_the_command_reads_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of(torch.float32)
+    words = [
+        run_of(model, tmp_path, monkeypatch),
+        "--prompt",
+        "hello",
+        "--prompt",
+        "abc",
+        "--greedy",
+    ]
     assert main([*words, "--max-new-tokens", "6", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     texts = generate(model, Letters(), ["hello", "abc"], greedy=True, max_new_tokens=6)
@@ -307,3 +328,43 @@ def test_the_command_reads_a_run_folder(
     assert capsys.readouterr().out == "".join(
         f"{prompt}{text}\n" for prompt, text in zip(("hello", "abc"), texts, strict=True)
     )
+
+
+@pytest.mark.parametrize("way", ["--greedy", "--beams=2"])
+def test_a_text_that_the_positions_cut_is_told(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """40 positions: 36 tokens fit behind five, 38 behind three. One that ended is not cut, nor one
+    that wrote all that was asked for."""
+    run = run_of(model_of(torch.float32), tmp_path, monkeypatch)
+    line = ["generate", run, "--prompt", "hello", "--prompt", "abc", way]
+    cut = [*line, "--max-new-tokens", "50", "--min-new-tokens", "36"]
+    assert cli.main([*cut, "--json"]) == 0
+    both = capsys.readouterr()
+    rows = json.loads(both.out)["generated"]
+    full = {r["tokens"] for r, n in zip(rows, (36, 38), strict=True) if r["tokens"] == n}
+    assert 36 in full
+    told = f"--max-new-tokens: is 50, {', '.join(map(str, sorted(full)))} fit behind the prompt"
+    assert both.err.startswith(told) and "`launch extend` makes room" in both.err
+    assert both.err.count("\n") == 1
+    assert cli.main([*line, "--max-new-tokens", "36", "--min-new-tokens", "36"]) == 0
+    assert capsys.readouterr().err == ""
+    ends = Script([0, 0, 11, EOD, EOD, EOD, EOD, *[20] * 40])
+    monkeypatch.setattr("pretrain.generate.load_model", lambda *_: ends)
+    assert cli.main([*line, "--max-new-tokens", "50"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_minimum_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(model_of(torch.float32), tmp_path, monkeypatch)
+    line = ["generate", run, "--prompt", "abc", "--prompt", "hello", "--greedy"]
+    for least, said in (
+        (["37"], "--min-new-tokens: is 37, 36 fit behind the prompt of 5 tokens in the model's 40"),
+        (["65"], "min_new_tokens: is 65, must be at most max_new_tokens, 64"),
+    ):
+        assert cli.main([*line, "--min-new-tokens", *least]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["generate", run, "--prompt", "a" * 41, "--min-new-tokens", "9"]) == 2
+    assert "prompt: has 41 tokens, the model has 40 positions" in capsys.readouterr().err
