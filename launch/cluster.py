@@ -24,6 +24,7 @@ from configs.run import RunConfig, world_problems
 from launch.cli import UserError
 from launch.machines import at_least_one
 from launch.train import GRACE_S
+from pretrain.flags import check_read
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -47,6 +48,13 @@ that has saved ends. Of a short job it is a quarter."""
 CORES_PER_GPU = 4
 """CPU cores of a process with a GPU where the page has no run.threads: Python, the loader, what
 saves, NCCL. Slurm gives a task one core if it is not asked."""
+
+READ_BY = {
+    **dict.fromkeys(("nodes", "gpu", "setup", "python"), ("--slurm", "--kubernetes")),
+    **dict.fromkeys(("time", "sbatch"), ("--slurm",)),
+    **dict.fromkeys(("image", "claim", "mount"), ("--kubernetes",)),
+}
+"""Flags that only some files hold; a hostfile counts its machines itself."""
 
 SLURM = """\
 #!/bin/bash
@@ -109,6 +117,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mount", help="Kubernetes: where it is mounted")
     parser.add_argument("--out", type=Path, help="the file to write")
     words = parser.parse_intermixed_args(argv)
+    kinds = ("slurm", "kubernetes", "hostfile")
+    asked = next(name for name in kinds if getattr(words, name))
+    check_read(words, parser, READ_BY, f"--{asked}")
     text = job_file(words)
     if words.out is None:
         print(text, end="")

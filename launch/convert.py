@@ -42,11 +42,14 @@ from pretrain import checkpoint, growth, proof
 from pretrain.averaged import called, unmarked
 from pretrain.convert import bert4keras, bundle, cpm1, hf, hf_config, megatron
 from pretrain.convert.rules import ConversionError, Rule, check, exported, imported
+from pretrain.flags import check_read
 from pretrain.labelled import label_names
 from pretrain.state import State
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("native", "hf", "cpm1", "megatron", "bert4keras")
+READ_BY = {"ranks": ("cpm1", "megatron")}
+"""Flags that only some formats read."""
 FLOAT64_BYTES = 12
 """Of a parameter, while transformers loads a model in float64: it, and the file's float32."""
 
@@ -85,6 +88,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the proof as JSON")
     given = parser.parse_args(argv)
+    check_read(given, parser, READ_BY, given.to, "--to")
     target = Path(given.target)
     if target.exists():
         raise ValueError(

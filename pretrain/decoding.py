@@ -1,9 +1,15 @@
-"""How an output is chosen, and what comes out: the settings of `generate`, read by every way of
-decoding (sampling in generate.py, beams in beam.py).
+"""How an output is chosen, and what comes out: the settings of `generate` and its flags, read by
+every way of decoding (sampling in generate.py, beams in beam.py).
 """
 
+import argparse
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from pretrain.flags import check_read
+
+READ_BY = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("sampling",))
+"""Flags that only some ways of choosing read; those of beams Decoding itself refuses elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +83,37 @@ class Written:
     score: float | None = field(default=None, compare=False)
     """Of a beam search: the log-probability (nats), divided by the length penalty if there is
     one."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a Decoding."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="at most; positions end a text as well"
+    )
+    parser.add_argument("--min-new-tokens", type=int, default=0, help="before the end may come")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--greedy", action="store_true", help="the most probable token each time")
+    way.add_argument("--beams", type=int, default=0, help="beam search, as bert4keras (束搜索)")
+    parser.add_argument("--temperature", type=float, default=0.9, help="of sampling")
+    parser.add_argument("--top-k", type=int, default=0, help="of sampling: 0 keeps all tokens")
+    parser.add_argument("--top-p", type=float, default=0.95, help="of sampling: 1 keeps all tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--length-penalty", type=float, help="of beams: divide by length ** this, as transformers"
+    )
+    parser.add_argument("--patient", action="store_true", help="of beams: while a longer could win")
+    parser.add_argument("--min-ends", type=int, default=1, help="of beams: ends of an output")
+
+
+def from_flags(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Decoding:
+    """What the flags say; ValueError for what cannot be, or would not be read."""
+    found = Decoding(**{part.name: getattr(given, part.name) for part in fields(Decoding)})
+    way = "--beams" if found.beams else "--greedy" if found.greedy else "sampling"
+    check_read(given, parser, READ_BY, way)
+    return found
+
+
+def check_fills(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """ValueError for a flag of decoding given for an encoder: it fills masks by the likeliest."""
+    flags = (*(part.name for part in fields(Decoding)), "allowed")
+    check_read(given, parser, dict.fromkeys(flags, ("models that write",)), "an encoder")

@@ -31,6 +31,7 @@ from pretrain.averaged import called
 from pretrain.checkpoint import read, resolve
 from pretrain.corpora import Corpora, check_learnt, open_measured, trained_objective
 from pretrain.device import check_gpu
+from pretrain.flags import check_read
 from pretrain.prompts import TASKS as PROMPTED
 
 TASKS = ("bits", "mlm", "csl", "ape210k", "lcqmc", "labels", "length", "passkey", *PROMPTED)
@@ -219,17 +220,6 @@ def bits(
     }
 
 
-def check_read(words: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """ValueError for a flag that the task does not read."""
-    for name, tasks in READ_BY.items():
-        given = getattr(words, name)
-        if words.task not in tasks and given != parser.get_default(name):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: is {given}, which --task {words.task} does not read, "
-                f"only {', '.join(tasks)}; leave it out or change --task (该任务不使用此项)"
-            )
-
-
 def main(argv: Sequence[str]) -> int:
     """The command `python -m launch evaluate`."""
     parser = argparse.ArgumentParser(prog="python -m launch evaluate", description=__doc__)
@@ -251,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu", action="store_true", help="on an NVIDIA GPU, in bf16")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
-    check_read(words, parser)
+    check_read(words, parser, READ_BY, words.task, "--task")
     if words.checkpoint is None and words.cleaned is None:
         parser.error("a checkpoint must be given (须给出检查点)")
     if words.data is None and words.task != "passkey":

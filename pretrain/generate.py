@@ -34,7 +34,7 @@ from pretrain import checkpoint, models
 from pretrain.allowed import AllowedOutputs, Node, read_lines
 from pretrain.averaged import called
 from pretrain.beam import Ahead, BranchingCache, nothing_left, search
-from pretrain.decoding import Decoding, Written
+from pretrain.decoding import Decoding, Written, add_flags, check_fills, from_flags
 from pretrain.device import place
 from pretrain.state import State
 
@@ -352,38 +352,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--prompt", action="append", required=True, help="again for a batch")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--min-new-tokens", type=int, default=0)
-    parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
-    parser.add_argument("--temperature", type=float, default=0.9)
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
-    parser.add_argument("--top-p", type=float, default=0.95, help="1 keeps all tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beams", type=int, default=0, help="beam search, as bert4keras (束搜索)")
-    parser.add_argument(
-        "--length-penalty", type=float, help="of beams: divide by length ** this, as transformers"
-    )
-    parser.add_argument("--patient", action="store_true", help="of beams: while a longer could win")
-    parser.add_argument("--min-ends", type=int, default=1, help="of beams: ends of an output")
+    add_flags(parser)
     parser.add_argument(
         "--allowed", metavar="FILE", help="the lines that may be written (限定输出)"
     )
     parser.add_argument("--gpu", action="store_true", help="on an NVIDIA GPU, in bf16")
     parser.add_argument("--json", action="store_true", help="print JSON")
     words = parser.parse_args(argv)
-    decoding = Decoding(
-        words.max_new_tokens,
-        words.min_new_tokens,
-        words.greedy,
-        words.temperature,
-        words.top_k,
-        words.top_p,
-        words.seed,
-        words.beams,
-        words.length_penalty,
-        words.patient,
-        words.min_ends,
-    )
+    decoding = from_flags(words, parser)
     where = place(words.gpu)
 
     from data_pipeline import tokenizer as corpus_tokenizer
@@ -392,6 +368,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = corpus_tokenizer.load(folder / "tokenizer")
     model: Any = load_model(checkpoint.read(folder), *where)
     goes_on = isinstance(model.config, CPMConfig)
+    if not isinstance(model.config, CPMConfig | T5PegasusConfig):
+        check_fills(words, parser)
     rooms = _rooms(tokenizer, words.prompt, decoding, model.config.positions) if goes_on else []
     start = time.perf_counter()
     found = texts(model, tokenizer, words.prompt, decoding, words.allowed)
