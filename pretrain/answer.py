@@ -144,12 +144,13 @@ def fill(
 
 
 def shown(filled: Filled, row: Sequence[int], mask_id: int, tokenizer: Any) -> str:
-    """The row with each mask's choices in its place, 今天[天||气||我]很好, as it was published."""
+    """The row with each mask's choices in its place, 今天[天||气||我]很好, as it was published, and
+    the unknown token for what the vocabulary lacks."""
     parts: list[str] = []
     run: list[int] = []
     choices = iter(filled.choices)
     for token in [*row, None]:
-        if token is None or token == mask_id:
+        if token is None or token in (mask_id, tokenizer.unknown_id):
             parts.append(tokenizer.decode(run))
             run = []
         else:
@@ -157,4 +158,6 @@ def shown(filled: Filled, row: Sequence[int], mask_id: int, tokenizer: Any) -> s
         if token == mask_id:
             words = (tokenizer.pieces([i])[0].removeprefix("##") for i, _ in next(choices))
             parts.append(f"[{'||'.join(words)}]")
+        elif token == tokenizer.unknown_id:
+            parts += tokenizer.pieces([token])
     return "".join(parts)

@@ -52,6 +52,8 @@ class Tokenizer(Protocol):
     """[CLS], where there is one."""
     mask_id: int | None
     """[MASK], where there is one."""
+    unknown_id: int
+    """What stands for a text that the vocabulary lacks."""
 
     def encode_prompt(self, text: str) -> Any:
         """Token ids of a text from outside the corpus, without an end of document."""

@@ -90,17 +90,17 @@ def test_masks_are_filled_with_the_likeliest(config: roformer.RoFormerConfig) ->
 class Letters:
     """A tokenizer of 90 characters behind four controls."""
 
-    vocab_size, eod_id, pad_id, bos_id = 94, END, PAD, START
+    vocab_size, eod_id, pad_id, bos_id, unknown_id = 94, END, PAD, START, 4
     mask_id: int | None = MASK
 
     def encode_prompt(self, text: str) -> np.ndarray:
         return np.array([MASK if c == "_" else 4 + (ord(c) - 33) % 90 for c in text], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.pieces(i for i in ids if i > 3))
+        return "".join(self.pieces(i for i in ids if i > 4))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        return [chr(33 + int(i) - 4) if i > 3 else f"<{int(i)}>" for i in ids]
+        return [chr(33 + int(i) - 4) if i > 4 else f"<{int(i)}>" for i in ids]
 
 
 def test_generate_knows_what_each_family_does(writer: T5Pegasus) -> None:
@@ -112,6 +112,8 @@ def test_generate_knows_what_each_family_does(writer: T5Pegasus) -> None:
     reader = roformer.build(roformer.TINY)
     (filled,) = generate(reader, letters, ["he_lo"])
     assert filled.startswith("he[") and filled.endswith("]lo") and filled.count("||") == 4
+    (unknown,) = generate(reader, letters, ["h!l_!"])
+    assert unknown.startswith("h<4>l[") and unknown.endswith("]<4>")
     (middle,) = generate(reader, letters, ["hello"])
     assert middle.startswith("he[") and middle.endswith("]lo")
     letters.mask_id = None

@@ -348,6 +348,20 @@ def test_generate_with_beams_from_the_command(
     assert row["text"] in ("天气", "很好") and row["ended"] and row["score"] < 0
 
 
+def test_an_encoder_shows_where_a_word_was_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Around its masks the text has all its places, those too that the vocabulary lacks."""
+    folder = saved(tmp_path, SIZES["roformer"])
+    for prompt, around in (
+        ("今天[MASK]气很坏!好", r"今天\[.*\]气很\[UNK\]\[UNK\]好"),
+        ("坏今坏", r"\[UNK\]\[.*\]\[UNK\]"),
+    ):
+        assert cli.main(["generate", str(folder), "--prompt", prompt, "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["generated"]
+        assert re.fullmatch(around, row["text"]), row["text"]
+
+
 def test_ape210k_is_written_as_it_was_cleaned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
