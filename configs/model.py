@@ -195,11 +195,8 @@ class RoFormerConfig:
             found.append(f"positions: is {self.positions}, must be null (rotary) or at least 1")
         if self.positions is not None and self.version == 2:
             found.append("positions: RoFormer v2 has rotary ones, must be null (仅 v1 可学习)")
-        if self.positions is None and self.head_dim % 2:
-            found.append(
-                f"head_dim: is {self.head_dim}, must be even to be rotary: "
-                f"{self.head_dim - 1} or {self.head_dim + 1} (须为偶数)"
-            )
+        if self.positions is None and (size := self.head_dim) % 2:
+            found.append(f"head_dim: is {size}, must be even: {size - 1} or {size + 1} (须为偶数)")
         if self.rope_base <= 1:
             found.append(f"rope_base: is {self.rope_base:g}, must be above 1")
         if self.rope is not None and self.positions is not None:

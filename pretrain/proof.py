@@ -4,16 +4,15 @@
                             --> model(after)  --> logits, streams --> and float32 -> proof.json
     if they differ: the first place where the residual stream differs names the layer at fault
 
-A state is brought to its model one module at a time: the model stands on the meta device, a
-module's tensors are read just before it runs and dropped just after, so that the proof of a model
-of any size needs the memory of its largest matrix and of its activations.
+A state is brought to its model one module at a time (by_module.py), so that the proof of a model of
+any size needs the memory of its largest matrix and of its activations.
 
 A growth may need numbers that float32 does not hold (the root of 3/2, a mean). So three things are
 shown: the growth, computed once more without rounding, keeps the logits in float64; what was
 written is its rounding to float32, value by value; and the written model keeps them in float32.
 
 Tolerances: float64, 1e-12 x the standard deviation of the logits (rounding of another summation
-order reaches 1e-14), and behind post-norms what new ones change by their eps (_of_norm_eps);
+order reaches 1e-14), and behind post-norms what new ones change by their eps (proof_places.py);
 float32, 3 x the error that the model before has against its own float64 logits.
 """
 
@@ -21,20 +20,17 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from configs.grown import PRESERVING, Growing, said, times
+from configs.grown import PRESERVING, Growing, said
 from configs.load import to_dict
-from configs.model import ModelConfig, RoFormerConfig, T5PegasusConfig, tensors
+from pretrain.by_module import distance, model_of, run
 from pretrain.growth import grow, model_config, told
-from pretrain.growth.depth import source
 from pretrain.mixing import Mixture
-from pretrain.models import build
 from pretrain.objectives.losses import token_losses_plain
 from pretrain.probes import PROBE_ROWS as PROBE_ROWS
 from pretrain.probes import PROBE_TOKENS as PROBE_TOKENS
@@ -44,15 +40,14 @@ from pretrain.probes import Recorded
 from pretrain.probes import probes as probes
 from pretrain.probes import recorded as recorded
 from pretrain.probes import write_proof as write_proof
+from pretrain.proof_places import FLOAT64_TOLERANCE, of_norm_eps
+from pretrain.proof_places import differs_at as differs_at
 from pretrain.state import State
 
-FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 3.0
 HEAD_ROWS = 512
 """Positions of a batch whose logits are held at a time."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUNDED_TOLERANCE = 1e-5
-"""Share of the stream's deviation, where weights that were rounded to float32 are looked at."""
 
 
 def prove(
@@ -84,24 +79,15 @@ def prove(
     vocab = said(model_config(before))  # what is masked is no logit of the model's
     exact_BTV = logits(before, tokens_BT, torch.float64)[..., :vocab]
     rounded_BTV = logits(before, tokens_BT, torch.float32)[..., :vocab]
-    own_error = _distance(rounded_BTV, exact_BTV)
     unrounded, odd = _unrounded(before, after, pieces)
     grown_BTV = logits(unrounded, tokens_BT, torch.float64)
-    std = float(exact_BTV.std())
-    of_eps = _of_norm_eps(model_config(before), model_config(after)) * float(exact_BTV.abs().max())
-    found = {
-        "float64": {
-            **_verdict(
-                _distance(grown_BTV[..., :vocab], exact_BTV), FLOAT64_TOLERANCE * std + of_eps, std
-            ),
-            "of_norm_eps": of_eps,
-        },
-        "float32": _verdict(
-            _distance(logits(after, tokens_BT, torch.float32)[..., :vocab], rounded_BTV),
-            FLOAT32_TOLERANCE * own_error,
-            std,
-        ),
-    }
+    written_BTV = logits(after, tokens_BT, torch.float32)[..., :vocab]
+    std, far = float(exact_BTV.std()), distance(grown_BTV[..., :vocab], exact_BTV)
+    of_eps = of_norm_eps(model_config(before), model_config(after)) * float(exact_BTV.abs().max())
+    allowed = FLOAT32_TOLERANCE * distance(rounded_BTV, exact_BTV)
+    in_float64 = _verdict(far, FLOAT64_TOLERANCE * std + of_eps, std) | {"of_norm_eps": of_eps}
+    in_float32 = _verdict(distance(written_BTV, rounded_BTV), allowed, std)
+    found = {"float64": in_float64, "float32": in_float32}
     kept = all(part["within"] for part in found.values()) and odd is None
     wrong = after if found["float64"]["within"] else unrounded  # the more telling one
     how = [told(line) for line in _lines(before, after)] or [Growing()]
@@ -114,10 +100,7 @@ def prove(
         "moved": moved,
         **found,
         "not_as_computed": odd,
-        "loss": {
-            "before": _loss(exact_BTV, tokens_BT),
-            "after": _loss(grown_BTV, tokens_BT),
-        },
+        "loss": {"before": _loss(exact_BTV, tokens_BT), "after": _loss(grown_BTV, tokens_BT)},
         "old_words_fall_by": float((grown_BTV.logsumexp(-1) - exact_BTV.logsumexp(-1)).max()),
         "batch": _of_batch(before, after, batch, precision),
         "precision": _rounding(before, after, tokens_BT, precision),
@@ -154,7 +137,7 @@ def _of_batch(
 
 def batch_loss(state: State, recorded: Recorded, dtype: torch.dtype) -> float:
     """The mean loss of a recorded batch, nats, dropout off."""
-    with _model(state, dtype) as model:
+    with model_of(state, dtype) as model:
         losses = functools.partial(token_losses_plain, chunk=HEAD_ROWS)
         total, count = recorded.objective.loss(model, recorded.batch, losses)
         return float(total) / max(int(count), 1)
@@ -176,10 +159,10 @@ def _rounding(
     alone = torch.cat(rows)
     return {
         "name": precision,
-        "max_difference": _distance(new, old),
+        "max_difference": distance(new, old),
         "median_difference": float((new - old).abs().median()),
-        "own_rounding": _distance(old, logits(before, tokens_BT, torch.float64)[..., :vocab]),
-        "own_by_row": _distance(alone, old),
+        "own_rounding": distance(old, logits(before, tokens_BT, torch.float64)[..., :vocab]),
+        "own_by_row": distance(alone, old),
     }
 
 
@@ -223,9 +206,9 @@ def against(
     theirs = other(tokens_BT, torch.float64)
     std = float(exact["logits"].std())
     rounded = outputs(state, tokens_BT, torch.float32)["logits"]
-    own_error = max(_distance(rounded, exact["logits"]), tolerance * std)
-    in_float32 = _distance(other(tokens_BT, torch.float32)["logits"], rounded)
-    far = _distance(theirs["logits"], exact["logits"])
+    own_error = max(distance(rounded, exact["logits"]), tolerance * std)
+    in_float32 = distance(other(tokens_BT, torch.float32)["logits"], rounded)
+    far = distance(theirs["logits"], exact["logits"])
     found = {
         "float64": _verdict(far, tolerance * std, std),
         "float32": _verdict(in_float32, FLOAT32_TOLERANCE * own_error, std),
@@ -237,7 +220,7 @@ def against(
 def _first(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], share: float) -> str:
     for name, output_BTD in ours.items():
         if name in theirs:
-            far, limit = _distance(output_BTD, theirs[name]), share * float(output_BTD.std())
+            far, limit = distance(output_BTD, theirs[name]), share * float(output_BTD.std())
             if not far <= limit:
                 return f"{name} (differs by {far:.2e}, allowed are {limit:.2e})"
     return "the rounding of float32 alone"
@@ -253,11 +236,11 @@ def outputs(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> dict[s
 
         return hook
 
-    with _model(state, dtype) as model:
+    with model_of(state, dtype) as model:
         for name, module in model.named_modules():
             if re.fullmatch(r"(en|de)coder\.layers\.\d+", name):
                 module.register_forward_hook(keep(name))
-        return seen | {"logits": _run(model, tokens_BT)}
+        return seen | {"logits": run(model, tokens_BT)}
 
 
 def sentence(proof: dict[str, Any]) -> str:
@@ -290,166 +273,8 @@ def verdict(proof: dict[str, Any]) -> str:
 
 def logits(state: State, tokens_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The logits_BTV of a state's model in `dtype`, dropout off."""
-    with _model(state, dtype) as model:
-        return _run(model, tokens_BT)
-
-
-def differs_at(before: State, after: State, tokens_BT: torch.Tensor) -> str:
-    """The first place where the residual stream of two states differs, in words.
-
-    Looked at: what enters each norm that reads the stream (float64), old places mapped to new ones,
-    in a wider stream the old dimensions. A new one behind a post-norm has no counterpart.
-    """
-    old, old_BTV, scale = _streams(before, tokens_BT)
-    new, new_BTV, _ = _streams(after, tokens_BT)
-    was, now = model_config(before), model_config(after)
-    exact = all(entry.dtype == "float64" for entry in after.entries.values())
-    tolerance = FLOAT64_TOLERANCE if exact or _unscaled(was, now) else ROUNDED_TOLERANCE
-    of_eps = _of_norm_eps(was, now)
-    earlier = "the embeddings"
-    for name, stream_BTD in new.items():
-        expected = _counterpart(name, was, now)
-        if expected is None:
-            continue
-        if expected not in old:
-            return f"{earlier} (the stream that enters {name} has no counterpart before)"
-        old_BTD = old[expected]
-        seen_BTD = stream_BTD[..., : old_BTD.shape[-1]] / _stretch(was, now)
-        far = _distance(seen_BTD, old_BTD)
-        if not far <= tolerance * scale + of_eps * float(old_BTD.abs().max()):
-            return f"{earlier} (the stream that enters {name} differs by {far:.2e})"
-        earlier = _inside(name, was, now)
-    far = _distance(new_BTV[..., : said(was)], old_BTV[..., : said(was)])
-    return f"{earlier} or the head (the logits differ by {far:.2e})"
-
-
-def _of_norm_eps(was: ModelConfig, now: ModelConfig) -> float:
-    """The share of a logit, and of the stream, that new layers behind post-norms may change.
-
-    A sum y of mean square m leaves a norm as h = y / sqrt(m + eps), whose mean square is 1 - eps/m:
-    a norm behind it makes h (1 + (1/m - 1) eps / 2) of it, and further ones change no more than
-    eps^2. So each old layer with new ones behind it rescales the stream once, by less than eps / 2
-    where m > 1/2. What follows reads that: twice as much is granted, for each such layer.
-    """
-    if not isinstance(was, RoFormerConfig):
-        return 0.0
-    places = (source(number, was.layers, now.layers) for number in range(now.layers))
-    return len({old for old, is_new in places if is_new}) * was.norm_eps
-
-
-def _unscaled(was: ModelConfig, now: ModelConfig) -> bool:
-    return was.hidden == now.hidden and was.head_dim == now.head_dim
-
-
-def _stretch(was: ModelConfig, now: ModelConfig) -> float:
-    """What the old dimensions of the stream were multiplied by."""
-    gainless = isinstance(was, RoFormerConfig) and was.version == 2
-    padded = times(was.hidden, now.hidden) is None
-    return float((now.hidden / was.hidden) ** 0.5) if gainless and padded else 1.0
-
-
-def _counterpart(name: str, was: ModelConfig, now: ModelConfig) -> str | None:
-    """The norm of the smaller model that must see the same stream as norm `name` of the larger."""
-    head, found, rest = name.partition(".layers.")
-    if not found:
-        return name
-    number, _, inner = rest.partition(".")
-    old, is_new = source(int(number), was.layers, now.layers)
-    if not is_new:
-        return f"{head}.layers.{old}.{inner}"
-    if isinstance(was, RoFormerConfig):
-        return None
-    if old + 1 == was.layers:  # a new one behind the last layer sees what leaves the stack
-        return f"{head}.final_norm"
-    return f"{head}.layers.{old + 1}.{_norms(was, head)[0]}"
-
-
-def _inside(name: str, was: ModelConfig, now: ModelConfig) -> str:
-    """What follows norm `name`, for people: which sub-layer, and where its layer comes from."""
-    head, found, rest = name.partition(".layers.")
-    if not found:
-        return f"{name} or what follows it"
-    number, _, inner = rest.partition(".")
-    old, is_new = source(int(number), was.layers, now.layers)
-    what = "new, behind" if is_new else "was"
-    part = inner.removesuffix("_norm")
-    return f"{head}.layers.{number}.{part} ({what} layer {old})"
-
-
-def _norms(config: ModelConfig, head: str) -> list[str]:
-    """Names of a layer's norms, in order, from the table."""
-    start = f"{head}.layers.0."
-    names = [t.name for t in tensors(config) if t.op == "norm" and t.name.startswith(start)]
-    return [n.removeprefix(start).removesuffix(".weight") for n in names if n.endswith(".weight")]
-
-
-def _streams(
-    state: State, tokens_BT: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
-    """What enters each norm that reads the stream, the logits, the largest stream's deviation."""
-    seen: dict[str, torch.Tensor] = {}
-    with _model(state, torch.float64) as model:
-        for name, module in model.named_modules():
-            if re.search(r"(^|[._])norm$", name) and not name.startswith("head."):
-                module.register_forward_pre_hook(_keeper(seen, name))
-        logits_BTV = _run(model, tokens_BT)
-    return seen, logits_BTV, max(float(x.std()) for x in seen.values())
-
-
-def _keeper(seen: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        seen[name] = arguments[0].clone()
-
-    return keep
-
-
-@contextmanager
-def _model(state: State, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The model of a state, in `dtype`, its tensors read as its modules run."""
-    config = model_config(state)
-    with torch.device("meta"):
-        model = build(config)
-    model.to(dtype).eval()
-    model.requires_grad_(False)
-    if dtype == torch.float16 and (keep_in_range := getattr(model, "keep_in_range", None)):
-        keep_in_range()  # as the engine does: T5 overflows without it
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            module.register_forward_pre_hook(_fetcher(state, name, dtype))
-            module.register_forward_hook(_dropper)
-    with torch.inference_mode():
-        yield model
-
-
-def _fetcher(state: State, at: str, dtype: torch.dtype) -> Callable[..., None]:
-    def fetch(module: nn.Module, arguments: Any) -> None:
-        for name in [n for n, p in module._parameters.items() if p is not None]:
-            whole = state.read(f"weights/{at}.{name}").to(dtype)
-            module._parameters[name] = nn.Parameter(whole, requires_grad=False)
-
-    return fetch
-
-
-def _dropper(module: nn.Module, arguments: Any, output: Any) -> None:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def _run(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Logits; an encoder-decoder reads the probes on both sides."""
-    rows, length = tokens_BT.shape
-    positions_BT = torch.arange(length).expand(rows, length)
-    sides = (tokens_BT, positions_BT, None)
-    twice = isinstance(model.config, T5PegasusConfig)
-    hidden_BTD = model(*sides, *sides) if twice else model(*sides)
-    logits_NV: torch.Tensor = model.logits(hidden_BTD.flatten(0, 1))  # type: ignore[operator]
-    return logits_NV.view(rows, length, -1)
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest absolute difference; a NaN anywhere is a NaN."""
-    return float((one.double() - other.double()).abs().max())
+    with model_of(state, dtype) as model:
+        return run(model, tokens_BT)
 
 
 def _verdict(difference: float, tolerance: float, std: float) -> dict[str, Any]:
