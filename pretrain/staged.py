@@ -8,8 +8,9 @@ the run under a schedule with a constant stretch (wsd), half of it under a cosin
 is new too little rate (zero/one-layer expansion, arXiv 2511.04981; SPARKLING grew its width at
 half); and before the decay there must be room for what is new to settle. What was measured here
 (docs/growth.md) says that the share matters less than what the small model can still learn: one
-layer that grew to four was not worth its steps beyond some ten tokens a parameter. So the table
-says how many both models will have read, and for a run beyond WORTH of the large one's no step.
+layer that grew to four was not worth its steps beyond some ten tokens a parameter, and what it was
+worth was lost again in a long run behind the growth. So the table says how many tokens both models
+will have read, and for a run beyond WORTH of the large one's no step.
 """
 
 import json
@@ -170,7 +171,7 @@ def rows(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     if (whole_run := found["tokens_per_parameter_at_the_end"]) > WORTH:
         beyond = f"beyond {WORTH:g}, growing can cost more than scratch at equal loss"
         lines.append([f"{whole_run:.3g} tokens a parameter of the large model: {beyond}"])
-        advice = "(docs/growth.md); grow earlier, or not at all"
+        advice = "(docs/growth.md), early too, unless the small model is there already"
         lines.append([f"{advice} (每参数词元过多，生长可能更费)"])
     at = ", ".join(f"{share:.0%}" for share in found["grows_at"])
     same = f"this run, grown at {at}, costs as much as "
