@@ -140,11 +140,9 @@ def _unread(now: ModelConfig, method: Method, given: Extend) -> str | None:
     """What is said of a number that the method does not read; `dynamic: false` is true of all."""
     read = READS.get(method, ())
     unread = [key for key in ("alpha", "window", "leak") if getattr(given, key) and key not in read]
-    if given.dynamic and (
-        method in READS
-        or method not in ("interpolated", *ROTARY)
-        or (method == "interpolated" and isinstance(now, CPMConfig))
-    ):
+    table = method == "interpolated" and not isinstance(now, CPMConfig)
+    by_length = table or (method in ROTARY and method not in READS)
+    if given.dynamic and not by_length:
         unread.append("dynamic")
     if not unread:
         return None

@@ -35,7 +35,7 @@ MATRICES = ("heads", "head_dim", "ffn", "hidden")
 FREE = ("dropout", "attention_dropout", "init_std")
 """What may differ because it changes neither a tensor nor the function at inference."""
 LARGEST_EPS_BEHIND = 1e-12
-"""Layers behind a post-norm change the function by about their norms' eps (pretrain/proof.py)."""
+"""Layers behind a post-norm change the function by about their norms' eps (proof_places.py)."""
 BY_PAIR = ("ntk", "ntk_fixed", "ntk_mixed")
 """Forms of longer rotary positions in which a pair's frequency depends on the number of pairs."""
 BY_TURNS = ("by_parts", "yarn")

@@ -124,7 +124,7 @@ def test_mistakes_are_sentences(
 
 
 @pytest.mark.parametrize("page", [{"alpha": 0.3}, {"method": "rerope", "leak": 3.0}])
-def test_a_number_that_the_method_does_not_read_is_refused_in_rotary_models_too(
+def test_a_number_that_the_method_does_not_read_is_refused_on_a_page_too(
     page: dict[str, Any],
 ) -> None:
     config = RoFormerConfig("roformer", 1, 96, 32, 2, 4, 8, 64)
@@ -133,6 +133,9 @@ def test_a_number_that_the_method_does_not_read_is_refused_in_rotary_models_too(
         extended(config, 96, Extend(**page, known=32))
     with pytest.raises(ConfigError, match="dynamic: is true, which rerope does not read"):
         extended(config, 96, Extend("rerope", dynamic=True, known=32))
+    for method in ("interpolated", "hierarchical", "last"):  # of a model that writes
+        with pytest.raises(ConfigError, match=f"dynamic: is true, which {method} does not read"):
+            extended(TINY, 96, Extend(method, dynamic=True))
     static = extended(config, 96, Extend("rerope", dynamic=False, known=32))  # which is true of it
     assert static == extended(config, 96, Extend("rerope", known=32))
 
